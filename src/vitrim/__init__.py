@@ -1,0 +1,34 @@
+"""vitrim: faster vision transformers by computing only the tokens that matter."""
+
+from vitrim.checkpoint import from_pretrained
+from vitrim.convert import load_official
+from vitrim.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingExtraError,
+    TrainingError,
+    UnsupportedBackboneError,
+    VitrimError,
+)
+from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.model import SparseModel, Trace, sparsify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DynamicViTConfig",
+    "InputError",
+    "MissingExtraError",
+    "SparseModel",
+    "Trace",
+    "TrainingError",
+    "UnsupportedBackboneError",
+    "VitrimError",
+    "__version__",
+    "from_pretrained",
+    "load_official",
+    "sparsify",
+]

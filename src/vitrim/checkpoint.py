@@ -1,0 +1,198 @@
+"""Checkpoints: a folder with ``config.json`` and ``model.safetensors``. Nothing is ever unpickled.
+
+``config.json`` names the backbone (timm name and arguments), the preprocessing, the method and its
+fields, where the model came from and how its metrics were measured; ``model.safetensors`` holds
+``backbone.*`` under timm's names and ``method.*``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.data import resolve_model_data_config
+from timm.models import get_model_args
+from torch import Tensor, nn
+
+from vitrim.config import from_plain, to_plain
+from vitrim.errors import CheckpointError, ConfigError
+from vitrim.methods import method_by_name
+from vitrim.model import SparseModel
+
+FORMAT = "vitrim"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
+    """timm name and arguments from which ``backbone`` can be made again.
+
+    Raises:
+        CheckpointError: timm does not know how the model was made.
+    """
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    if not name:
+        raise CheckpointError(
+            f"this {type(backbone).__name__} was not made by timm.create_model, so a checkpoint "
+            "could not say how to make it again; create it by its timm name"
+        )
+    return {"name": name, "kwargs": get_model_args(backbone)}
+
+
+def describe_data(backbone: nn.Module) -> dict[str, Any]:
+    """How images are prepared for ``backbone`` (timm's data config)."""
+    config: dict[str, Any] = resolve_model_data_config(backbone)
+    return config
+
+
+def create_backbone(description: dict[str, Any]) -> nn.Module:
+    """The (randomly initialised) backbone of :func:`describe_backbone`."""
+    name, kwargs = description["name"], dict(description["kwargs"])
+    if not timm.is_model(name):
+        raise CheckpointError(f"the checkpoint's backbone {name!r} is unknown to timm")
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(f"timm cannot create {name!r} with {kwargs}: {error}") from error
+    return model
+
+
+def save(
+    model: SparseModel,
+    folder: str | os.PathLike[str],
+    *,
+    origin: str | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """Write ``model`` to ``folder``; files appear whole or not at all.
+
+    Args:
+        model: any sparse model whose backbone timm made.
+        folder: made if absent; an earlier checkpoint in it is replaced.
+        origin: where the weights came from, for the record.
+        metrics: what was measured and how, for the record.
+    """
+    from vitrim import __version__
+
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {"vitrim": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "backbone": describe_backbone(model.backbone),
+        "data": describe_data(model.backbone) | (getattr(model, "data_config", None) or {}),
+        "method": {"name": model.method.name, "config": to_plain(model.config)},
+        "origin": origin or getattr(model, "origin", None),
+        "metrics": metrics or {},
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(weights, {"format": "pt"}))
+    write_atomic(folder / CONFIG_FILE, text.encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file through a temporary neighbour, so that a crash leaves the old one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked ``config.json`` of a checkpoint folder."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no vitrim checkpoint: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by vitrim (no format {FORMAT!r} in it)")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {config.get('format_version')}; this vitrim reads "
+            f"version {FORMAT_VERSION}, so use the vitrim that wrote it "
+            f"({config.get('versions', {}).get('vitrim')})"
+        )
+    missing = [key for key in ("backbone", "method", "data") if key not in config]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return config
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: absent, truncated, or another kind of file (a pickle, say).
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated or a pickle, "
+            "which vitrim does not open here. For an authors' .pth file use: vitrim convert"
+        ) from error
+
+
+def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load ``weights`` into ``module``, naming every key or shape that does not fit.
+
+    Nothing is loaded unless everything fits.
+    """
+    expected = module.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)} where {tuple(expected[key].shape)} is due"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit this architecture ({len(problems)} problems):\n  "
+            + "\n  ".join(problems)
+        )
+    module.load_state_dict(weights)
+
+
+def from_pretrained(folder: str | os.PathLike[str]) -> SparseModel:
+    """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: damaged, foreign, of another version, or of another architecture.
+        ConfigError: the method's fields are not valid.
+    """
+    description = read_config(folder)
+    weights = read_weights(Path(folder) / WEIGHTS_FILE)
+    try:
+        method = method_by_name(description["method"]["name"])
+        config: Any = from_plain(method.config_class, description["method"]["config"], "method")
+        backbone = create_backbone(description["backbone"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/{CONFIG_FILE} is damaged: {error!r}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/{CONFIG_FILE}: {error}") from error
+    model = SparseModel(backbone, config)
+    load_strict(model, weights, f"{folder}/{WEIGHTS_FILE}")
+    model.origin = description.get("origin")
+    model.data_config = description["data"]
+    return model.eval()

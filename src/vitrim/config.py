@@ -1,0 +1,115 @@
+"""Configs: frozen dataclasses that check themselves, and their plain-data form.
+
+The plain form (JSON, TOML, command line) is read strictly: an unknown key fails and names the
+close matches, a value of the wrong kind fails and says what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from vitrim.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a :class:`ConfigError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` for a misspelt name, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready data; tuples become lists."""
+    return {
+        field.name: _plain_value(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+    }
+
+
+def _plain_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_plain(value)
+    if isinstance(value, tuple):
+        return [_plain_value(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[Config], data: Mapping[str, Any], where: str = "") -> Config:
+    """Build the dataclass ``cls`` from plain data.
+
+    Args:
+        cls: a dataclass with annotated fields; nested dataclasses take nested mappings.
+        data: keys are field names.
+        where: path of ``data`` in its file, for messages (``"method"`` gives ``method.stages``).
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or a value that ``cls`` refuses.
+    """
+    hints = get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    values = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise ConfigError(
+                f"unknown key {path!r}{closest(key, known)}; known keys: {', '.join(sorted(known))}"
+            )
+        values[key] = _convert(value, hints[key], path)
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """``value`` as type ``hint``: lists become tuples, whole numbers become floats."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, get_args(hint), path)
+    if origin is Literal:
+        choices = get_args(hint)
+        require(value in choices, f"{path} is {value!r}; use one of {_listed(choices)}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{path} is {value!r}; a list was expected")
+        item = get_args(hint)[0]
+        return tuple(_convert(entry, item, f"{path}[{i}]") for i, entry in enumerate(value))
+    if origin is dict:
+        require(isinstance(value, Mapping), f"{path} is {value!r}; a table was expected")
+        return dict(value)
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), f"{path} is {value!r}; a table was expected")
+        return from_plain(hint, value, path)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any:
+        return value
+    fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    require(fits, f"{path} is {value!r}; a value of type {hint.__name__} was expected")
+    return value
+
+
+def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _convert(value, option, path)
+        except ConfigError:
+            continue
+    names = [getattr(option, "__name__", str(option)) for option in options]
+    raise ConfigError(f"{path} is {value!r}; expected one of: {', '.join(names)}")
+
+
+def _listed(choices: Iterable[Any]) -> str:
+    return ", ".join(repr(choice) for choice in choices)

@@ -1,0 +1,160 @@
+"""The authors' published checkpoints as vitrim models.
+
+A converter per system renames the authors' keys and works out the architecture from the shapes.
+Files are opened with ``weights_only=True``: tensors and plain containers, no code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitrim.checkpoint import load_strict, read_weights
+from vitrim.config import closest, from_plain
+from vitrim.errors import CheckpointError, ConfigError
+from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.model import SparseModel
+
+StateDict = dict[str, Tensor]
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of an authors' ``.pth`` or a safetensors file, without running code from it."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return dict(read_weights(path))
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        # The authors store their command line next to the weights; it is a plain container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as plain weights ({first_line}). It is damaged, or it holds "
+            "Python objects, which vitrim refuses to run"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary")
+    return dict(content)
+
+
+def load_official(
+    state_dict: Mapping[str, Any],
+    system: str,
+    *,
+    architecture: str | None = None,
+    **method_options: Any,
+) -> SparseModel:
+    """A sparse model with an authors' weights.
+
+    Args:
+        state_dict: their state dict, bare or nested under ``model`` or ``model_ema``.
+        system: whose code wrote it: ``"dynamicvit"``.
+        architecture: timm name of the backbone; worked out from the shapes when None.
+        method_options: fields of the method's config that the file does not hold, such as
+            ``keep_ratio=0.7`` (DynamicViT's files do not say for which ratio they were trained).
+
+    Raises:
+        CheckpointError: keys or shapes do not fit; every missing and unexpected key is named.
+        ConfigError: unknown system, architecture or option.
+    """
+    if system not in _CONVERTERS:
+        raise ConfigError(
+            f"unknown system {system!r}{closest(system, _CONVERTERS)}; "
+            f"known: {', '.join(_CONVERTERS)}"
+        )
+    model = _CONVERTERS[system](_weights_of(state_dict), architecture, method_options)
+    return model.eval()
+
+
+def _weights_of(content: Mapping[str, Any]) -> StateDict:
+    for key in ("model", "model_ema"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers or not content:
+        raise CheckpointError(
+            "this is no state dict: expected tensors by name, or such a dictionary under 'model' "
+            f"or 'model_ema'; found {', '.join(map(repr, strangers[:5])) or 'nothing'}"
+        )
+    return dict(content)
+
+
+def _dynamicvit(
+    weights: StateDict, architecture: str | None, options: dict[str, Any]
+) -> SparseModel:
+    backbone = _plain_vit(weights, architecture)
+    config = from_plain(DynamicViTConfig, options)
+    found = {int(m[1]) for key in weights if (m := re.match(r"score_predictor\.(\d+)\.", key))}
+    if not found:
+        raise CheckpointError("this is no DynamicViT state dict: it has no score_predictor.* key")
+    model = SparseModel(backbone, config)
+    if len(found) != len(model.method.predictors):
+        raise CheckpointError(
+            f"the file has {len(found)} predictors, the config "
+            f"{len(model.method.predictors)} stages; pass stages=(...) with {len(found)} blocks"
+        )
+    renamed = {}
+    for key, tensor in weights.items():
+        if key.startswith("score_predictor."):
+            key = key.replace("score_predictor.", "method.predictors.")
+            key = key.replace(".in_conv.", ".embed.").replace(".out_conv.", ".classify.")
+        else:
+            key = f"backbone.{key}"
+        renamed[key] = tensor
+    load_strict(model, renamed, "the authors' DynamicViT file")
+    model.origin = "converted from the authors' DynamicViT checkpoint"
+    return model
+
+
+def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
+    """The DeiT whose shapes ``weights`` has (the authors use 64 channels per head throughout)."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    missing = [key for key in needed if key not in weights]
+    if missing:
+        raise CheckpointError(
+            f"this is no plain vision transformer's state dict: missing {', '.join(missing)}"
+        )
+    dim = weights["cls_token"].shape[-1]
+    patch = weights["patch_embed.proj.weight"].shape[-1]
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
+    if architecture is None:
+        sizes = {192: "tiny", 384: "small", 768: "base"}
+        architecture = f"deit_{sizes.get(dim, 'small')}_patch16_224"
+        kwargs: dict[str, Any] = {
+            "patch_size": patch,
+            "embed_dim": dim,
+            "depth": depth,
+            "num_heads": max(1, dim // 64),
+            "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        }
+        if dim in sizes:  # only what differs from the named architecture
+            defaults = {"patch_size": 16, "depth": 12, "num_heads": dim // 64, "mlp_ratio": 4.0}
+            kwargs = {k: v for k, v in kwargs.items() if k in defaults and v != defaults[k]}
+    else:
+        if not timm.is_model(architecture):
+            raise ConfigError(f"architecture {architecture!r} is unknown to timm")
+        kwargs = {}
+    model: nn.Module = timm.create_model(
+        architecture, img_size=side * patch, num_classes=classes, **kwargs
+    )
+    return model
+
+
+_CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {
+    "dynamicvit": _dynamicvit,
+}

@@ -1,0 +1,36 @@
+"""How to run each kind of backbone piece by piece.
+
+A family offers primitives and no loop: ``stem``, ``run_block``, ``head`` and the MACs of each.
+To add one, write ``families/<name>.py`` after the model of ``vit.py`` and list its class here.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vitrim.errors import UnsupportedBackboneError
+from vitrim.families.vit import ViT
+
+FAMILIES = (ViT,)
+
+
+def family_of(backbone: nn.Module) -> ViT:
+    """The family that runs ``backbone``.
+
+    Raises:
+        UnsupportedBackboneError: no family can run it without changing its numbers.
+    """
+    name = type(backbone).__name__
+    for family in FAMILIES:
+        if family.accepts(backbone):
+            obstacles = list(family.obstacles(backbone))
+            if obstacles:
+                raise UnsupportedBackboneError(
+                    f"this {name} cannot be made sparse: {'; '.join(obstacles)}"
+                )
+            return family(backbone)
+    served = "; ".join(f"{family.name}: {family.serves}" for family in FAMILIES)
+    raise UnsupportedBackboneError(
+        f"{name} is not a backbone that vitrim knows, and running it by guesswork could change its "
+        f"numbers silently. Served: {served}"
+    )

@@ -1,0 +1,209 @@
+"""Family ``vit``: timm's VisionTransformer and its kin, run piece by piece.
+
+Served: ViT, DeiT, distilled DeiT, DeiT-III (LayerScale), QK-norm, gated attention, register tokens,
+CLIP-style pre-norm, DINOv2, SigLIP (attention pooling); class-token, average or attention pooling;
+any image size that timm itself takes. Every piece is timm's own sub-module, called as timm calls
+it, so that a model from which nothing is dropped gives timm's numbers exactly. What cannot be run
+so (other block, attention or pooling types) is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrim.attention import masked_attention
+from vitrim.errors import InputError
+from vitrim.macs import Count, linear_macs, transformer_block_macs
+from vitrim.tokens import Tokens
+
+_POOLS = ("token", "avg", "map")
+_MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+class ViT:
+    """Runs one timm vision transformer piece by piece; holds no weights of its own."""
+
+    name = "vit"
+    serves = (
+        "timm VisionTransformer and VisionTransformerDistilled with standard blocks "
+        "(vit_*, deit_*, deit3_*, dinov2, clip, siglip and kin)"
+    )
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+
+    @staticmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        """What keeps an accepted ``model`` from being run piece by piece; empty when all is well."""
+        if model.global_pool not in _POOLS:
+            yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
+        if not isinstance(model.patch_drop, nn.Identity):
+            yield "patch_drop_rate > 0 (it drops tokens at random; create the model without it)"
+        if getattr(model, "distilled_training", False):
+            yield "distilled_training=True (its forward returns two logits; switch it off)"
+        for block in model.blocks:
+            if type(block) is not Block:
+                yield f"block type {type(block).__name__} (served: Block)"
+            elif type(block.attn) is not Attention:
+                yield f"attention type {type(block.attn).__name__} (served: Attention)"
+            elif type(block.mlp) not in _MLPS:
+                yield f"MLP type {type(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
+            else:
+                continue
+            return
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+
+    @property
+    def depth(self) -> int:
+        return len(self.backbone.blocks)
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.backbone.embed_dim)
+
+    @property
+    def num_prefix(self) -> int:
+        return int(self.backbone.num_prefix_tokens)
+
+    @property
+    def pools_patches(self) -> bool:
+        """Whether the head pools patch tokens, and so needs at least one."""
+        return bool(self.backbone.global_pool != "token")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the backbone was created for."""
+        height, width = self.backbone.patch_embed.img_size
+        return int(height), int(width)
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of ``image_size`` (height, width)."""
+        height, width = image_size or self.image_size
+        rows, columns = self.backbone.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
+        backbone, patch_embed = self.backbone, self.backbone.patch_embed
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != backbone.in_chans:
+            raise InputError(
+                f"images have shape {shape}; expected (batch, {backbone.in_chans}, height, width)"
+            )
+        if not backbone.dynamic_img_size:
+            if shape[2:] != self.image_size:
+                raise InputError(
+                    f"images are {shape[2]} x {shape[3]} pixels; this backbone takes "
+                    f"{self.image_size[0]} x {self.image_size[1]}. Resize them, or create the "
+                    "backbone with img_size=... or dynamic_img_size=True"
+                )
+        elif not patch_embed.dynamic_img_pad:
+            height, width = patch_embed.patch_size
+            if shape[2] % height or shape[3] % width:
+                raise InputError(
+                    f"images are {shape[2]} x {shape[3]} pixels; both sides must be multiples of "
+                    f"the patch size {height} x {width}"
+                )
+
+    def stem(self, images: Tensor) -> Tokens:
+        """Patch embedding, prefix tokens and positions: the tokens before block 0."""
+        self.check_images(images)
+        model = self.backbone
+        x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        return Tokens.of(x, self.num_prefix)
+
+    def run_block(self, index: int, tokens: Tokens) -> Tokens:
+        """Block ``index``: timm's own (fused) forward, or masked attention under a keep mask."""
+        block = self.backbone.blocks[index]
+        if self.backbone.grad_checkpointing and torch.is_grad_enabled():
+            run = _masked_block if tokens.keep_BN is not None else _plain_block
+            keep = tokens.keep_all if tokens.keep_BN is not None else None
+            return tokens.with_x(checkpoint(run, block, tokens.x, keep, use_reentrant=False))
+        if tokens.keep_BN is None:
+            return tokens.with_x(block(tokens.x))
+        return tokens.with_x(_masked_block(block, tokens.x, tokens.keep_all))
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Final norm, pooling and classifier: logits (B, classes). A keep mask also rules the pool."""
+        model = self.backbone
+        x = model.norm(tokens.x)
+        if tokens.keep_BN is None or model.global_pool == "token":
+            logits: Tensor = model.forward_head(x)
+            return logits
+        pooled = self._masked_pool(x, tokens)
+        logits = model.head(model.head_drop(model.fc_norm(pooled)))
+        return logits
+
+    def _masked_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
+        model, keep = self.backbone, tokens.keep_all
+        if not model.pool_include_prefix:
+            x, keep = x[:, self.num_prefix :], keep[:, self.num_prefix :]
+        if model.global_pool == "map":
+            visible = keep.detach() > 0.5
+            visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
+            pooled: Tensor = model.attn_pool(x, attn_mask=visible[:, None, None, :])
+            return pooled
+        weights = keep.unsqueeze(-1).to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
+
+    def patch_features(self, tokens: Tokens) -> Tensor:
+        """(B, N, C): the patch tokens after the final norm, wherever the model keeps that norm."""
+        model = self.backbone
+        features: Tensor = model.fc_norm(model.norm(tokens.x))
+        return features[:, self.num_prefix :]
+
+    def dense(self, images: Tensor) -> Tokens:
+        """All tokens after the last block, nothing dropped."""
+        tokens = self.stem(images)
+        for index in range(self.depth):
+            tokens = self.run_block(index, tokens)
+        return tokens
+
+    def stem_macs(self, num_patches: int) -> int:
+        """MACs of the patch embedding."""
+        convolutions = [m for m in self.backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
+        return num_patches * sum(m.weight.numel() for m in convolutions)
+
+    def block_macs(self, index: int, num_tokens: Count) -> Count:
+        """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
+        block = self.backbone.blocks[index]
+        return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
+
+    def head_macs(self, num_tokens: Count) -> Count | int:
+        """MACs of pooling and classifier, given the number of tokens that reach the head."""
+        model = self.backbone
+        macs = sum(
+            linear_macs(head) for head in (model.head, getattr(model, "head_dist", None)) if head
+        )
+        if model.attn_pool is None:
+            return macs
+        pool = model.attn_pool
+        pooled = num_tokens if model.pool_include_prefix else num_tokens - self.num_prefix
+        per_query = linear_macs(pool) - linear_macs(pool.kv)
+        attention = 2 * pool.latent_len * pool.num_heads * pool.head_dim
+        return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * pooled
+
+
+def _plain_block(block: Block, x: Tensor, _keep: Tensor | None) -> Tensor:
+    out: Tensor = block(x)
+    return out
+
+
+def _masked_block(block: Block, x: Tensor, keep: Tensor) -> Tensor:
+    """``Block.forward`` with masked attention, from the block's own pieces."""
+    attended = masked_attention(block.attn, block.norm1(x), keep)
+    x = x + block.drop_path1(block.ls1(attended))
+    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return out

@@ -1,0 +1,39 @@
+"""Choosing tokens: differentiable draws for training, exact selection for inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hard_keep(
+    log_probs_BN2: Tensor,
+    *,
+    noise: bool = True,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A 0/1 draw of class 0, "keep", with straight-through gradients (Gumbel-softmax).
+
+    Args:
+        log_probs_BN2: log-probabilities of (keep, drop) per token.
+        noise: False takes the likelier class instead of drawing.
+        temperature: of the relaxed distribution that gradients go through.
+        generator: source of the Gumbel noise; None uses torch's global one.
+
+    Returns:
+        (B, N): exactly 0 or 1 forward up to float rounding, gradients of the relaxed draw.
+    """
+    logits = log_probs_BN2
+    if noise:
+        exponential = torch.empty_like(logits).exponential_(generator=generator)
+        logits = logits - exponential.log()
+    soft = F.softmax(logits / temperature, dim=-1)[..., 0]
+    hard = (logits[..., 0] >= logits[..., 1]).to(soft.dtype)
+    return hard - soft.detach() + soft
+
+
+def top_k(score_BN: Tensor, count: int) -> Tensor:
+    """(B, count) positions of the best scores, in no order that a caller may rely on."""
+    return torch.topk(score_BN, count, dim=1, sorted=False).indices

@@ -1,0 +1,82 @@
+"""The state of a plain vision transformer between two blocks.
+
+Shape legend, used in the whole library:
+    B images   N patch tokens   P prefix tokens   C channels   H heads   D head dim   K kept
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Prefix and patch tokens of a batch, and where each patch token came from."""
+
+    x: Tensor
+    """(B, P + N, C): prefix tokens first."""
+
+    num_prefix: int
+    """P: class, distillation and register tokens, which are never dropped."""
+
+    index_BN: Tensor
+    """(B, N) int64: place of each patch token in the original row-major patch grid."""
+
+    keep_BN: Tensor | None = None
+    """(B, N) float: 1 keeps a patch token and 0 masks it out; None keeps all. It may carry
+    straight-through gradients."""
+
+    @classmethod
+    def of(cls, x: Tensor, num_prefix: int) -> Tokens:
+        """Tokens of an undisturbed grid: patch ``i`` is at place ``i``."""
+        num_patches = x.shape[1] - num_prefix
+        index = torch.arange(num_patches, device=x.device).expand(x.shape[0], num_patches)
+        return cls(x, num_prefix, index)
+
+    @property
+    def num_patches(self) -> int:
+        return self.x.shape[1] - self.num_prefix
+
+    @property
+    def patches_BNC(self) -> Tensor:
+        return self.x[:, self.num_prefix :]
+
+    @property
+    def keep_all(self) -> Tensor:
+        """(B, P + N): the keep mask with ones for the prefix tokens; needs a mask."""
+        assert self.keep_BN is not None
+        ones = self.keep_BN.new_ones(self.keep_BN.shape[0], self.num_prefix)
+        return torch.cat([ones, self.keep_BN], dim=1)
+
+    def with_x(self, x: Tensor) -> Tokens:
+        """The same tokens with new features."""
+        return replace(self, x=x)
+
+    def with_keep(self, keep_BN: Tensor) -> Tokens:
+        """The same tokens under a mask: all stay in memory, dropped ones are not attended to."""
+        return replace(self, keep_BN=keep_BN)
+
+    def gather(self, position_BK: Tensor) -> Tokens:
+        """Only the patch tokens at ``position_BK``, in that order, and every prefix token.
+
+        Args:
+            position_BK: (B, K) int64, positions among the present patch tokens (not the grid).
+        """
+        num_images, num_tokens, num_channels = self.x.shape
+        prefix = torch.arange(self.num_prefix, device=self.x.device)
+        rows = torch.cat(
+            [prefix.expand(num_images, self.num_prefix), position_BK + self.num_prefix], dim=1
+        )
+        # One index_select over whole rows copies contiguous memory: the fastest gather that torch
+        # has, on CPU and CUDA.
+        start = torch.arange(num_images, device=self.x.device).unsqueeze(1) * num_tokens
+        flat = self.x.reshape(num_images * num_tokens, num_channels)
+        x = flat.index_select(0, (rows + start).flatten())
+        return Tokens(
+            x.view(num_images, rows.shape[1], num_channels),
+            self.num_prefix,
+            self.index_BN.gather(1, position_BK),
+        )

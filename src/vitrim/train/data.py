@@ -1,0 +1,436 @@
+"""Images for training and evaluation: folders, timm's other readers, and the embedded set.
+
+A source is one of
+
+* a folder with one folder of images per class, or a ``.tar`` of the same,
+* the name of a timm reader with its prefix: ``hfds/...``, ``wds/...``, ``tfds/...``, ``torch/...``,
+* ``digits``, the embedded set (``digits/train``, ``digits/val``, ``digits/test``).
+
+An image that cannot be read is named, counted and left out; it is never replaced by another one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_dataset, create_transform
+from timm.data.dataset import ImageDataset
+from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from vitrim.config import closest
+from vitrim.errors import InputError
+from vitrim.train.digits import MEAN, STD, ClutteredDigits
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+READERS = ("hfds", "hfids", "tfds", "torch", "wds")
+UNLABELLED = -1
+
+Transform = Callable[[Image.Image], Any]
+
+
+class UnreadableImageError(InputError):
+    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in a batch for an image that could not be read, until the collation drops it."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the workers hand over."""
+
+    images: Tensor
+    """(B, channels, H, W); empty when no image of the batch could be read."""
+    labels: Tensor
+    """(B,) int64; -1 where there is no label."""
+    unreadable: list[Unreadable]
+
+
+class FolderReader:
+    """The images under a folder, in a fixed order, in timm's reader protocol."""
+
+    def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        return str(self.samples[index][0])
+
+
+class ReaderDataset(Dataset[tuple[Any, int]]):
+    """Items ``(transform(image), label)`` of a reader; damaged files raise and name themselves.
+
+    Args:
+        reader: gives ``(open file, label)`` by index, and ``filename(index)``.
+        transform: applied to the RGB image.
+        classes: class names in label order, or None where they are not known.
+    """
+
+    def __init__(self, reader: Any, transform: Transform | None, classes: Sequence[str] | None):
+        self.reader = reader
+        self.transform = transform
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            file, label = self.reader[index]
+            with file, Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except Exception as error:  # image decoders raise nearly anything on damaged bytes
+            raise UnreadableImageError(self.name(index), str(error) or repr(error)) from error
+        value = image if self.transform is None else self.transform(image)
+        return value, UNLABELLED if label is None else int(label)
+
+    def name(self, index: int) -> str:
+        """The file behind sample ``index``, as far as its reader knows it."""
+        try:
+            return str(self.reader.filename(index, absolute=True))
+        except Exception:  # the reader may have to open the damaged file to tell its name
+            return f"sample {index}"
+
+
+class SkipUnreadable(Dataset[Any]):
+    """``dataset``, with :class:`Unreadable` in the place of what cannot be read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except UnreadableImageError as error:
+            return Unreadable(error.name, error.reason)
+        except OSError as error:
+            return Unreadable(f"sample {index}", str(error))
+
+
+def collate(items: Sequence[Any]) -> Batch:
+    """Stack the readable items and list the others."""
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    labels = [UNLABELLED if label is None else int(label) for _, label in readable]
+    return Batch(images, torch.tensor(labels, dtype=torch.int64), unreadable)
+
+
+def open_dataset(
+    source: str | os.PathLike[str],
+    transform: Transform | None = None,
+    *,
+    training: bool = False,
+    labelled: bool = True,
+    num_classes: int | None = None,
+    class_map: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    length: int | None = None,
+    image_size: int = 64,
+    seed: int = 0,
+) -> Any:
+    """Open a source of images (see the module's text).
+
+    Args:
+        source: folder, tar file, reader name, or ``digits``.
+        transform: applied to each PIL image; None keeps the PIL image.
+        training: chooses the split where the source has several, and shuffling in streams.
+        labelled: False gives label -1 to all, and takes a folder of any layout.
+        num_classes: outputs of the model. At 1000, folders named by ImageNet ids take their
+            ImageNet-1k labels, whether all thousand are present or not.
+        class_map: text file with the class folders' names in label order, one per line.
+        root: where the data of a prefixed reader lie.
+        split: of a prefixed reader; None takes ``train`` or ``validation``.
+        length: number of samples of the embedded set; None takes 20,000 (training) or 2,000.
+        image_size: side of the embedded set's pictures in pixels.
+        seed: of the embedded set and of shuffling streams.
+
+    Returns:
+        A dataset of ``(transform(image), label)`` with ``classes`` (names in label order, or None).
+        It is map-style, except for streaming readers (``wds/``, ``tfds/``, ``hfids/``).
+
+    Raises:
+        InputError: absent, empty, without class folders, or a class folder without images.
+    """
+    name = os.fspath(source)
+    prefix, _, rest = name.partition("/")
+    if prefix == "digits" and not Path(name).exists():
+        default_split = "train" if training else "val"
+        return ClutteredDigits(
+            rest or default_split,  # type: ignore[arg-type]  # the class checks it
+            length or (20_000 if training else 2_000),
+            image_size=image_size,
+            seed=seed,
+            transform=transform,
+        )
+    if prefix.lower() in READERS:
+        split = split or ("train" if training else "validation")
+        return _open_reader(name, transform, training, root, split, class_map, seed)
+    path = Path(name)
+    if path.is_file() and path.suffix == ".tar":
+        return _open_reader("", transform, training, path, "", class_map, seed)
+    if not path.is_dir():
+        kinds = [f"{reader}/..." for reader in READERS]
+        raise InputError(
+            f"the data folder {name} does not exist{closest(prefix, (*READERS, 'digits'))}; give a "
+            f"folder with one folder of images per class, a .tar of it, 'digits', or a reader name "
+            f"({', '.join(kinds)})"
+        )
+    if not labelled:
+        return ReaderDataset(FolderReader([(p, -1) for p in _all_images(path)]), transform, None)
+    return _open_folder(path, transform, num_classes, class_map)
+
+
+def _open_reader(
+    name: str,
+    transform: Transform | None,
+    training: bool,
+    root: str | os.PathLike[str] | None,
+    split: str,
+    class_map: str | os.PathLike[str] | None,
+    seed: int,
+) -> Any:
+    try:
+        dataset = create_dataset(
+            name,
+            root=None if root is None else os.fspath(root),
+            split=split,
+            search_split=False,
+            class_map=_class_numbers(class_map) if class_map else None,
+            is_training=training,
+            seed=seed,
+        )
+    except (ImportError, AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"timm cannot open the data {name or root} (split {split!r}, root {root}): {error}"
+        ) from error
+    if isinstance(dataset, ImageDataset):
+        # timm's own dataset puts the next image in the place of a damaged one.
+        return ReaderDataset(dataset.reader, transform, _reader_classes(dataset.reader))
+    dataset.transform = transform
+    return dataset
+
+
+def _reader_classes(reader: Any) -> list[str] | None:
+    numbers = getattr(reader, "class_to_idx", None)
+    return sorted(numbers, key=numbers.__getitem__) if numbers else None
+
+
+def _open_folder(
+    path: Path,
+    transform: Transform | None,
+    num_classes: int | None,
+    class_map: str | os.PathLike[str] | None,
+) -> ReaderDataset:
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    folders.sort(key=lambda folder: natural_key(folder.name))
+    if not folders:
+        found = "images but no class folders" if any(_images_in(path)) else "nothing to read"
+        raise InputError(
+            f"the data folder {path} holds {found}; expected one folder of images per class"
+        )
+    images = {folder: _images_in(folder) for folder in folders}
+    empty = [folder.name for folder in folders if not images[folder]]
+    if empty:
+        raise InputError(
+            f"{len(empty)} class folder(s) of {path} hold no image: {_first(empty)}. Add images "
+            f"({', '.join(IMAGE_SUFFIXES)}) or remove the folder; labels would shift otherwise"
+        )
+    classes = _label_order([folder.name for folder in folders], num_classes, class_map)
+    number = {name: label for label, name in enumerate(classes)}
+    samples = [(image, number[folder.name]) for folder in folders for image in images[folder]]
+    return ReaderDataset(FolderReader(samples), transform, classes)
+
+
+def _label_order(
+    folders: list[str], num_classes: int | None, class_map: str | os.PathLike[str] | None
+) -> list[str]:
+    """Class names in label order: from the map, from ImageNet-1k, or the folders themselves."""
+    if class_map is not None:
+        classes = list(_class_numbers(class_map))
+        unknown = sorted(set(folders) - set(classes))
+        if unknown:
+            raise InputError(f"{class_map} lacks {len(unknown)} class folder(s): {_first(unknown)}")
+        return classes
+    if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        imagenet: list[str] = ImageNetInfo("imagenet-1k").label_names()
+        if set(folders) <= set(imagenet):
+            return imagenet
+    return folders
+
+
+def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
+    try:
+        lines = Path(class_map).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the class map {class_map} cannot be read: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"the class map {class_map} is empty or names a class twice")
+    return {name: label for label, name in enumerate(names)}
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Image files under ``folder`` at any depth, in natural order."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+    ]
+    return sorted(files, key=lambda path: natural_key(str(path)))
+
+
+def _all_images(path: Path) -> list[Path]:
+    images = _images_in(path)
+    if not images:
+        raise InputError(f"the data folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return images
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
+
+
+def check_label_space(dataset: Any, num_classes: int) -> None:
+    """Check that the labels of ``dataset`` are those of a head with ``num_classes`` outputs.
+
+    Raises:
+        InputError: the numbers of classes differ.
+    """
+    classes = getattr(dataset, "classes", None)
+    if classes is None or len(classes) == num_classes:
+        return
+    raise InputError(
+        f"the data have {len(classes)} classes ({_first(list(map(str, classes)), 3)}) and the "
+        f"model has {num_classes} outputs; use data of the model's classes, give class_map= (a "
+        "text file with all class folders in label order) if they are a subset, or a model whose "
+        "num_classes fits"
+    )
+
+
+def eval_transform(data_config: dict[str, Any]) -> Transform:
+    """The evaluation transform of a timm data config (resize, crop, normalise)."""
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    transform: Transform = create_transform(
+        **{key: data_config[key] for key in keys if key in data_config}, is_training=False
+    )
+    return transform
+
+
+def digits_data_config(image_size: int) -> dict[str, Any]:
+    """How the embedded set is prepared: its own mean and width, nothing cropped."""
+    return {
+        "input_size": (3, image_size, image_size),
+        "interpolation": "bicubic",
+        "mean": MEAN,
+        "std": STD,
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+
+
+class EvalLoader:
+    """Batches ``(images, labels)`` in a fixed order, once per iteration.
+
+    ``unreadable`` names the images that the latest iteration left out. With ``num_shards`` each
+    process gets every ``num_shards``-th image, and none twice.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        workers: int = 0,
+        *,
+        limit: int | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.unreadable: list[Unreadable] = []
+        self._streams = isinstance(dataset, IterableDataset)
+        self._max_batches: int | None = None
+        if self._streams:
+            # Streaming readers share the data out among processes themselves.
+            self._max_batches = None if limit is None else -(-limit // batch_size)
+            self._loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate)
+            return
+        total = len(dataset)
+        count = total if limit is None else min(limit, total)
+        # Evenly spread: the first images of a folder data set are all of one class.
+        indices = [position * total // count for position in range(count)]
+        self._loader = DataLoader(
+            SkipUnreadable(dataset),
+            batch_size,
+            sampler=indices[shard::num_shards],
+            num_workers=workers,
+            collate_fn=collate,
+        )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.unreadable = []
+        for batch in islice(self._loader, self._max_batches):
+            self.unreadable += batch.unreadable
+            if len(batch.labels):
+                yield batch.images, batch.labels
+
+
+def eval_loader(
+    source: str | os.PathLike[str] | Dataset[Any],
+    data_config: dict[str, Any],
+    batch_size: int,
+    workers: int = 0,
+    limit: int | None = None,
+    **options: Any,
+) -> EvalLoader:
+    """Batches ``(images, labels)`` prepared by the evaluation transform of ``data_config``.
+
+    Args:
+        source: as in :func:`open_dataset`, or a dataset that gives prepared ``(image, label)``.
+        data_config: timm's (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``).
+        batch_size: images per batch.
+        workers: processes that read images; 0 reads in this one.
+        limit: use this many images, spread evenly over the source; None uses all.
+        options: handed to :func:`open_dataset` (``num_classes``, ``class_map``, ``split`` ...).
+
+    Raises:
+        InputError: as :func:`open_dataset`.
+    """
+    if not isinstance(source, Dataset):
+        options.setdefault("image_size", data_config["input_size"][-1])
+        source = open_dataset(source, eval_transform(data_config), **options)
+    return EvalLoader(source, batch_size, workers, limit=limit)

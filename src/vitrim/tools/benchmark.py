@@ -1,0 +1,317 @@
+"""Speed, measured so that it can be believed.
+
+The candidates take turns: in each round every one of them runs for a slice of time, in rotating
+order, so that a busy neighbour or a warming processor strikes all alike. Speed-ups are ratios of
+times in the same round, and their median and quartiles are reported.
+
+*Efficiency* is the measured speed-up divided by the one that the MACs promise: 1 means that every
+multiplication saved was time saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitrim.config import closest
+from vitrim.errors import ConfigError, InputError
+from vitrim.model import SparseModel
+from vitrim.tools.evaluate import counted_macs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_WARM_UP_CALLS = 3
+
+Clock = Callable[[], float]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __truediv__(self, divisor: float) -> Quartiles:
+        return Quartiles(self.median / divisor, self.low / divisor, self.high / divisor)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate at one batch size and precision."""
+
+    name: str
+    base: str
+    """The candidate that speed-up and efficiency compare with."""
+    batch: int
+    dtype: str
+    compiled: bool
+    image_shape: tuple[int, ...]
+    rounds: int
+    calls_per_round: int
+    macs: float
+    """Per image."""
+    seconds: Quartiles
+    """Per batch."""
+    images_per_second: float
+    """At the median time."""
+    speedup: Quartiles
+    """Time of the base over time of this candidate, in the same round."""
+    efficiency: Quartiles
+    """``speedup`` over (MACs of the base / MACs of this candidate)."""
+    hardware: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return asdict(self) | {"image_shape": list(self.image_shape)}
+
+
+def benchmark(
+    candidates: Mapping[str, nn.Module],
+    image_shape: tuple[int, int, int],
+    *,
+    batches: Sequence[int] = (1, 16),
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    rounds: int = 15,
+    min_seconds: float = 0.3,
+    compile: bool = False,
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+    clock: Clock = time.perf_counter,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Time the candidates against the first of them, on random images.
+
+    Copies are timed: the models given keep their weights, precision, device and mode.
+
+    Args:
+        candidates: models by name; the first is the base of the comparison.
+        image_shape: (channels, height, width).
+        batches: numbers of images per call.
+        dtypes: ``"fp32"`` and ``"bf16"`` (weights and images cast).
+        rounds: how often each candidate has its turn.
+        min_seconds: a turn lasts at least about this long, and at least one call.
+        compile: run through ``torch.compile``.
+        threads: torch's CPU threads while measuring; None leaves them. Restored afterwards.
+        device: ``"cpu"`` or a CUDA device.
+        clock: seconds; monotonic.
+        progress: told what is measured next.
+
+    Returns:
+        A row per dtype, batch and candidate, in this order.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        InputError: the device is not there, or a model does not take the images.
+    """
+    _check(candidates, batches, dtypes, rounds, threads)
+    device = _device(device)
+    rows = []
+    with _threads(threads):
+        for dtype in dtypes:
+            models = {
+                name: copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
+                for name, model in candidates.items()
+            }
+            for batch in batches:
+                if progress is not None:
+                    progress(f"{dtype}, batch {batch}")
+                images = _random_images((batch, *image_shape), device, DTYPES[dtype])
+                with torch.inference_mode():
+                    macs = {name: macs_per_image(model, images) for name, model in models.items()}
+                    # A stale compilation for another batch size would make shapes dynamic.
+                    torch.compiler.reset()
+                    runners = {
+                        name: torch.compile(model, dynamic=False) if compile else model
+                        for name, model in models.items()
+                    }
+                    timing = _measure(runners, images, rounds, min_seconds, clock)
+                shared = {
+                    "batch": batch,
+                    "dtype": dtype,
+                    "compiled": compile,
+                    "image_shape": image_shape,
+                    "hardware": hardware(device),
+                }
+                rows += _rows(timing, macs, shared)
+    return rows
+
+
+def macs_per_image(model: nn.Module, images: Tensor) -> float:
+    """Mean MACs of one image: by formula for a sparse model, counted for any other."""
+    if isinstance(model, SparseModel):
+        macs = model.macs((images.shape[-2], images.shape[-1]))
+        return float(model.trace(images).macs.mean()) if macs is None else macs
+    return counted_macs(model, images[:1])
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a time depends on besides the model."""
+    from vitrim import __version__
+
+    stamp: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vitrim": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        stamp["gpu"] = torch.cuda.get_device_name(device)
+    return stamp
+
+
+@dataclass(frozen=True)
+class _Timing:
+    seconds: list[float]
+    """Per call, a number per round."""
+    calls: int
+    """In each round."""
+
+
+def _measure(
+    runners: Mapping[str, Callable[[Tensor], Any]],
+    images: Tensor,
+    rounds: int,
+    min_seconds: float,
+    clock: Clock,
+) -> dict[str, _Timing]:
+    """Seconds per call of each runner in each round."""
+    calls = {}
+    for name, run in runners.items():
+        _seconds_per_call(run, images, 1, clock)  # the first call compiles and allocates
+        seconds = _seconds_per_call(run, images, _WARM_UP_CALLS, clock)
+        calls[name] = max(1, round(min_seconds / max(seconds, 1e-9)))
+    names = list(runners)
+    seconds_of: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            seconds = _seconds_per_call(runners[name], images, calls[name], clock)
+            seconds_of[name].append(seconds)
+    return {name: _Timing(seconds_of[name], calls[name]) for name in names}
+
+
+def _seconds_per_call(
+    run: Callable[[Tensor], Any], images: Tensor, calls: int, clock: Clock
+) -> float:
+    _synchronise(images.device)
+    start = clock()
+    for _ in range(calls):
+        run(images)
+    _synchronise(images.device)
+    return (clock() - start) / calls
+
+
+def _rows(
+    timing: Mapping[str, _Timing], macs: Mapping[str, float], shared: Mapping[str, Any]
+) -> list[Row]:
+    base = next(iter(timing))
+    rows = []
+    for name, own in timing.items():
+        pairs = zip(timing[base].seconds, own.seconds, strict=True)
+        speedup = Quartiles.of([before / after for before, after in pairs])
+        seconds = Quartiles.of(own.seconds)
+        rows.append(
+            Row(
+                name=name,
+                base=base,
+                rounds=len(own.seconds),
+                calls_per_round=own.calls,
+                macs=macs[name],
+                seconds=seconds,
+                images_per_second=shared["batch"] / seconds.median,
+                speedup=speedup,
+                efficiency=speedup / (macs[base] / macs[name]),
+                **shared,
+            )
+        )
+    return rows
+
+
+def _check(
+    candidates: Mapping[str, nn.Module],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    rounds: int,
+    threads: int | None,
+) -> None:
+    if not candidates:
+        raise ConfigError("there is no candidate to measure")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype is {dtype!r}{closest(dtype, DTYPES)}; use one of {', '.join(DTYPES)}"
+            )
+    for name, value in {"rounds": rounds, "threads": threads or 1}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
+    if not batches or min(batches) < 1:
+        raise ConfigError(f"batches are {tuple(batches)}; expected numbers of at least 1")
+    if not dtypes:
+        raise ConfigError(f"no dtype is given; use one of {', '.join(DTYPES)}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {str(device)!r}; times are measured on cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda', but torch finds no CUDA device here; use cpu")
+    return device
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _random_images(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

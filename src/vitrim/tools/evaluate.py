@@ -1,0 +1,299 @@
+"""Accuracy and cost of a sparse model beside its dense one, on the same images.
+
+Both models see every batch, so their answers can be compared image by image: the difference of two
+accuracies measured on the same images is far more certain than either accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrim.errors import InputError
+from vitrim.model import SparseModel, Trace
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Progress = Callable[[int], None]
+"""Called after each batch with the number of images seen so far."""
+
+_NORMAL_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers, in percent."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, population standard deviation, and range of a quantity over the images."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Spread:
+        values = values.double()
+        numbers = (values.mean(), values.std(correction=0), values.min(), values.max())
+        return cls(*(float(number) for number in numbers))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The sparse model's answers against the dense model's, image by image."""
+
+    won: int
+    """Images that only the sparse model gets right."""
+    lost: int
+    """Images that only the dense model gets right."""
+    agreement: float
+    """Share of images with the same prediction, right or wrong, in percent."""
+    difference: float
+    """Sparse minus dense top-1, in points."""
+    low: float
+    """Lower end of the difference's 95% confidence interval, in points."""
+    high: float
+    """Upper end of the same interval."""
+
+
+@dataclass(frozen=True)
+class StageKept:
+    """How many patches one stage keeps."""
+
+    block: int
+    kept: Spread
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found. ``sparse`` and what belongs to it is None for a dense model."""
+
+    images: int
+    dense: Accuracy | None
+    dense_macs: int
+    sparse: Accuracy | None = None
+    macs: Spread | None = None
+    stages: tuple[StageKept, ...] = ()
+    num_patches: int | None = None
+    paired: Paired | None = None
+    unreadable: tuple[str, ...] = ()
+    """Files that could not be read and were left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; the count of unreadable files stands beside their names."""
+        return asdict(self) | {
+            "unreadable": list(self.unreadable),
+            "num_unreadable": len(self.unreadable),
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+
+
+def evaluate(
+    sparse: SparseModel,
+    loader: Batches,
+    *,
+    dense: bool | nn.Module = True,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """One pass over ``loader`` with the sparse and the dense model.
+
+    Args:
+        sparse: any sparse model; its mode is restored afterwards.
+        loader: batches of images (B, channels, H, W) and class numbers (B,). If it has an attribute
+            ``unreadable``, the names in it are reported after the pass.
+        dense: True compares with the sparse model's own backbone, nothing dropped; a module, such
+            as the model before it was made sparse, is compared instead; False measures none.
+        dtype: float32, or bfloat16 for automatic mixed precision.
+        progress: called after each batch with the number of images seen.
+
+    Raises:
+        InputError: there is no image, the answers are not finite, or images and labels misfit.
+    """
+    reference = sparse.backbone if dense is True else dense or None
+    answers, dense_answers, macs = _Answers("sparse"), _Answers("dense"), []
+    counts: list[list[Tensor]] = []
+    trace: Trace | None = None
+    size: tuple[int, int] | None = None
+    with _evaluating(sparse, *([reference] if reference is not None else [])):
+        for images, target in _batches(loader, sparse, progress):
+            size = (images.shape[-2], images.shape[-1])
+            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+                trace = sparse.trace(images)
+                answers.add(trace.logits, target)
+                if reference is not None:
+                    dense_answers.add(reference(images), target)
+            macs.append(trace.macs.cpu())
+            counts.append([stage.counts.cpu() for stage in trace.stages])
+    if trace is None:
+        raise InputError(_nothing_read(loader))
+    per_stage = [torch.cat(stage) for stage in zip(*counts, strict=True)]
+    return Evaluation(
+        images=answers.count,
+        dense=dense_answers.accuracy() if reference is not None else None,
+        dense_macs=sparse.dense_macs(size),
+        sparse=answers.accuracy(),
+        macs=Spread.of(torch.cat(macs)),
+        stages=tuple(
+            StageKept(stage.block, Spread.of(kept))
+            for stage, kept in zip(trace.stages, per_stage, strict=True)
+        ),
+        num_patches=trace.grid[0] * trace.grid[1],
+        paired=compare(dense_answers, answers) if reference is not None else None,
+        unreadable=_unreadable(loader),
+    )
+
+
+def evaluate_dense(
+    model: nn.Module,
+    loader: Batches,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The same pass with a dense model alone; arguments and errors as in :func:`evaluate`."""
+    answers, one_image = _Answers("dense"), None
+    with _evaluating(model):
+        for images, target in _batches(loader, model, progress):
+            one_image = images[:1]
+            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+                answers.add(model(images), target)
+    if one_image is None:
+        raise InputError(_nothing_read(loader))
+    return Evaluation(
+        images=answers.count,
+        dense=answers.accuracy(),
+        dense_macs=counted_macs(model, one_image),
+        unreadable=_unreadable(loader),
+    )
+
+
+def counted_macs(model: nn.Module, images: Tensor) -> int:
+    """MACs of one image, counted while any model runs ``images``; two FLOPs are one MAC."""
+    counter = FlopCounterMode(display=False)
+    with _evaluating(model), counter:
+        model(images)
+    return int(counter.get_total_flops()) // 2 // len(images)
+
+
+class _Answers:
+    """Predictions of one model and where the truth stands among them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.predictions: list[Tensor] = []
+        self.ranks: list[Tensor] = []
+
+    def add(self, logits_BC: Tensor, target_B: Tensor) -> None:
+        """Note a batch; the rank of the truth is the number of classes that come before it."""
+        if not bool(torch.isfinite(logits_BC).all()):
+            raise InputError(
+                f"the {self.name} model's logits hold NaN or infinity; check its weights, and that "
+                "the images are finite and normalised"
+            )
+        num_classes = logits_BC.shape[1]
+        if not bool(((target_B >= 0) & (target_B < num_classes)).all()):
+            raise InputError(
+                f"labels run from {int(target_B.min())} to {int(target_B.max())}, but the "
+                f"{self.name} model has {num_classes} classes (0 to {num_classes - 1})"
+            )
+        order = logits_BC.float().argsort(dim=1, descending=True, stable=True)
+        self.predictions.append(order[:, 0].cpu())
+        self.ranks.append((order == target_B.unsqueeze(1)).int().argmax(1).cpu())
+
+    @property
+    def count(self) -> int:
+        return sum(len(ranks) for ranks in self.ranks)
+
+    @property
+    def right(self) -> Tensor:
+        """(images,) bool: whether the prediction is the truth."""
+        return torch.cat(self.ranks) == 0
+
+    def accuracy(self) -> Accuracy:
+        ranks = torch.cat(self.ranks)
+        top1, top5 = (100 * float((ranks < k).double().mean()) for k in (1, 5))
+        return Accuracy(top1, top5)
+
+
+def compare(dense: _Answers, sparse: _Answers) -> Paired:
+    """Both models' answers to the same images, paired."""
+    won = int((sparse.right & ~dense.right).sum())
+    lost = int((dense.right & ~sparse.right).sum())
+    same = torch.cat(dense.predictions) == torch.cat(sparse.predictions)
+    low, high = paired_interval(won, lost, dense.count)
+    return Paired(
+        won=won,
+        lost=lost,
+        agreement=100 * float(same.double().mean()),
+        difference=100 * (won - lost) / dense.count,
+        low=low,
+        high=high,
+    )
+
+
+def paired_interval(won: int, lost: int, images: int) -> tuple[float, float]:
+    """95% confidence interval, in points, of a difference of proportions from paired answers.
+
+    Agresti and Min's adjusted Wald interval (Statistics in Medicine 24, 2005): half an image is
+    added to each cell of the two-by-two table, so that no flips at all still leave a doubt.
+    """
+    won_adjusted, lost_adjusted, total = won + 0.5, lost + 0.5, images + 2
+    centre = (won_adjusted - lost_adjusted) / total
+    variance = (won_adjusted + lost_adjusted - total * centre**2) / total**2
+    margin = _NORMAL_95 * math.sqrt(variance)
+    return 100 * max(-1.0, centre - margin), 100 * min(1.0, centre + margin)
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode; afterwards every module is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _batches(
+    loader: Batches, model: nn.Module, progress: Progress | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches on the model's device; empty ones (all unreadable) are left out."""
+    device = next(model.parameters()).device
+    seen = 0
+    for images, target in loader:
+        if len(images):
+            yield images.to(device), target.to(device)
+        seen += len(images)
+        if progress is not None:
+            progress(seen)
+
+
+def _unreadable(loader: Batches) -> tuple[str, ...]:
+    return tuple(str(name) for name in getattr(loader, "unreadable", ()))
+
+
+def _nothing_read(loader: Batches) -> str:
+    unreadable = _unreadable(loader)
+    if unreadable:
+        return (
+            f"not one image could be read: all {len(unreadable)} files are damaged or no images, "
+            f"such as {unreadable[0]}"
+        )
+    return "there is no image to evaluate on; check the data folder and the limit"

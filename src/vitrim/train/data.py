@@ -13,136 +13,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from timm.data import ImageNetInfo, create_dataset, create_transform
 from timm.data.dataset import ImageDataset
-from timm.utils.misc import natural_key
+from timm.data.dataset_factory import create_dataset
+from timm.data.imagenet_info import ImageNetInfo
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vitrim.config import closest
 from vitrim.errors import InputError
 from vitrim.train.digits import MEAN, STD, ClutteredDigits
+from vitrim.train.samples import (
+    UNLABELLED,
+    FolderReader,
+    ReaderDataset,
+    SkipUnreadable,
+    Transform,
+    Unreadable,
+    collate,
+)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")
-UNLABELLED = -1
-
-Transform = Callable[[Image.Image], Any]
-
-
-class UnreadableImageError(InputError):
-    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be read as an image: {reason}")
-        self.name = name
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands in a batch for an image that could not be read, until the collation drops it."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What the workers hand over."""
-
-    images: Tensor
-    """(B, channels, H, W); empty when no image of the batch could be read."""
-    labels: Tensor
-    """(B,) int64; -1 where there is no label."""
-    unreadable: list[Unreadable]
-
-
-class FolderReader:
-    """The images under a folder, in a fixed order, in timm's reader protocol."""
-
-    def __init__(self, samples: Sequence[tuple[Path, int]]) -> None:
-        self.samples = list(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        return open(path, "rb"), label
-
-    def filename(self, index: int, absolute: bool = False) -> str:
-        return str(self.samples[index][0])
-
-
-class ReaderDataset(Dataset[tuple[Any, int]]):
-    """Items ``(transform(image), label)`` of a reader; damaged files raise and name themselves.
-
-    Args:
-        reader: gives ``(open file, label)`` by index, and ``filename(index)``.
-        transform: applied to the RGB image.
-        classes: class names in label order, or None where they are not known.
-    """
-
-    def __init__(self, reader: Any, transform: Transform | None, classes: Sequence[str] | None):
-        self.reader = reader
-        self.transform = transform
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            file, label = self.reader[index]
-            with file, Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # image decoders raise nearly anything on damaged bytes
-            raise UnreadableImageError(self.name(index), str(error) or repr(error)) from error
-        value = image if self.transform is None else self.transform(image)
-        return value, UNLABELLED if label is None else int(label)
-
-    def name(self, index: int) -> str:
-        """The file behind sample ``index``, as far as its reader knows it."""
-        try:
-            return str(self.reader.filename(index, absolute=True))
-        except Exception:  # the reader may have to open the damaged file to tell its name
-            return f"sample {index}"
-
-
-class SkipUnreadable(Dataset[Any]):
-    """``dataset``, with :class:`Unreadable` in the place of what cannot be read."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except UnreadableImageError as error:
-            return Unreadable(error.name, error.reason)
-        except OSError as error:
-            return Unreadable(f"sample {index}", str(error))
-
-
-def collate(items: Sequence[Any]) -> Batch:
-    """Stack the readable items and list the others."""
-    unreadable = [item for item in items if isinstance(item, Unreadable)]
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
-    labels = [UNLABELLED if label is None else int(label) for _, label in readable]
-    return Batch(images, torch.tensor(labels, dtype=torch.int64), unreadable)
 
 
 def open_dataset(
@@ -207,7 +104,9 @@ def open_dataset(
             f"({', '.join(kinds)})"
         )
     if not labelled:
-        return ReaderDataset(FolderReader([(p, -1) for p in _all_images(path)]), transform, None)
+        return ReaderDataset(
+            FolderReader([(image, UNLABELLED) for image in _all_images(path)]), transform, None
+        )
     return _open_folder(path, transform, num_classes, class_map)
 
 
@@ -221,12 +120,12 @@ def _open_reader(
     seed: int,
 ) -> Any:
     try:
-        dataset = create_dataset(
+        dataset: Any = create_dataset(
             name,
             root=None if root is None else os.fspath(root),
             split=split,
             search_split=False,
-            class_map=_class_numbers(class_map) if class_map else None,
+            class_map=_class_numbers(class_map) if class_map else None,  # type: ignore[arg-type]
             is_training=training,
             seed=seed,
         )
@@ -253,7 +152,7 @@ def _open_folder(
     class_map: str | os.PathLike[str] | None,
 ) -> ReaderDataset:
     folders = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."]
-    folders.sort(key=lambda folder: natural_key(folder.name))
+    folders.sort(key=lambda folder: _natural(folder.name))
     if not folders:
         found = "images but no class folders" if any(_images_in(path)) else "nothing to read"
         raise InputError(
@@ -283,7 +182,7 @@ def _label_order(
             raise InputError(f"{class_map} lacks {len(unknown)} class folder(s): {_first(unknown)}")
         return classes
     if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        imagenet: list[str] = ImageNetInfo("imagenet-1k").label_names()
+        imagenet = list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
         if set(folders) <= set(imagenet):
             return imagenet
     return folders
@@ -307,7 +206,12 @@ def _images_in(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
     ]
-    return sorted(files, key=lambda path: natural_key(str(path)))
+    return sorted(files, key=lambda path: _natural(str(path)))
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts ``class_2`` before ``class_10``, as timm orders class folders."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def _all_images(path: Path) -> list[Path]:

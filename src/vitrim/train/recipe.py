@@ -1,0 +1,362 @@
+"""Recipes: everything that a training run is made of, in one TOML file.
+
+``load_recipe("dynamicvit-deit-s", ["method.keep_ratio=0.6"])`` reads a packaged recipe (or a file)
+and changes single values by their dotted names.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from vitrim.config import closest, from_plain, require
+from vitrim.errors import ConfigError
+from vitrim.methods import method_by_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecipe:
+    """The dense model that training starts from."""
+
+    name: str | None = None
+    """timm name; None only with ``checkpoint``."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``timm.create_model``, such as ``num_classes`` or ``drop_path_rate``."""
+    pretrained: bool = False
+    """Take timm's pretrained weights (from its cache, or downloaded by timm)."""
+    weights: str | None = None
+    """A safetensors file with timm's names, loaded strictly; ``package:NAME`` is a shipped one."""
+    checkpoint: str | None = None
+    """A vitrim checkpoint folder to go on from; its method's fields are changed by ``[method]``."""
+    teacher: bool = True
+    """Distil from a frozen copy of the dense model as it is before training. With ``checkpoint``
+    and ``name`` the teacher is the named model, with ``checkpoint`` alone its own backbone."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.name is not None or self.checkpoint is not None,
+            "model has no name; give model.name (a timm model) or model.checkpoint (a folder)",
+        )
+        require(
+            not (self.pretrained and self.weights),
+            "model.pretrained and model.weights are both set; choose one source of weights",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodRecipe:
+    """How the model is made sparse. In TOML the method's own fields stand beside ``name``."""
+
+    name: str | None = None
+    """Method name; None trains the dense model itself."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's config."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            self.build()
+
+    def build(self, **defaults: Any) -> Any:
+        """The method's config object; ``defaults`` are fields that the recipe may override."""
+        if self.name is None:
+            raise ConfigError("method.name is not set, so there is no method config to build")
+        config_class: Any = method_by_name(self.name).config_class
+        return from_plain(config_class, defaults | self.config, "method")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataRecipe:
+    """Where images come from, and how many at a time."""
+
+    train: str
+    """Source of training images: a folder with one folder per class, a tar of it, a timm reader
+    name (``hfds/...``, ``wds/...``, ``tfds/...``), or ``digits``."""
+    val: str | None = None
+    """Source of validation images, of the same kinds; None validates nothing."""
+    root: str | None = None
+    """Where the data of a prefixed reader lie."""
+    train_split: str | None = None
+    """Split of a prefixed reader; None takes ``train``."""
+    val_split: str | None = None
+    """Split of a prefixed reader; None takes ``validation``."""
+    class_map: str | None = None
+    """Text file with the class folders in label order; None takes the folders' natural order."""
+    labels: bool = True
+    """False ignores labels: the run learns from the teacher alone."""
+    batch_size: int = 128
+    """Images per device and forward pass."""
+    workers: int = 4
+    """Processes per device that read images; 0 reads in the training process."""
+    max_unreadable: float = 0.01
+    """Share of the training images that may be unreadable before the run stops."""
+    image_size: int | None = None
+    """Side of the images in pixels; None takes the model's."""
+    crop_pct: float | None = None
+    """Share of the resized image that the evaluation crop keeps; None takes the model's."""
+    length: int = 20_000
+    """Embedded set only: training pictures per epoch; every epoch has new ones."""
+    val_length: int = 2_000
+    """Embedded set only: number of validation pictures."""
+    curriculum_epochs: int = 0
+    """Embedded set only: epochs over which the clutter rises from none to all of it."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("data", self, 1, "batch_size", "length", "val_length")
+        _require_at_least("data", self, 0, "workers", "curriculum_epochs")
+        _require_share("data", self, "max_unreadable")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentRecipe:
+    """Random changes to the training images, all by timm."""
+
+    none: bool = False
+    """Prepare training images as for evaluation, without any random change."""
+    scale: tuple[float, ...] = (0.08, 1.0)
+    """Smallest and largest share of the area that the random resized crop takes."""
+    ratio: tuple[float, ...] = (0.75, 4 / 3)
+    """Smallest and largest width / height of that crop."""
+    hflip: float = 0.5
+    """Probability of a mirror image."""
+    interpolation: str = "bicubic"
+    """Of the random resized crop: ``bilinear``, ``bicubic`` or ``random``."""
+    rand_augment: str | None = None
+    """timm's name of an automatic augmentation, such as ``rand-m9-mstd0.5-inc1``."""
+    color_jitter: float = 0.0
+    """Strength of the colour jitter; timm leaves it out when ``rand_augment`` is set."""
+    random_erase: float = 0.0
+    """Probability of erasing a rectangle (filled with noise per pixel)."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off. With both mixup and CutMix each batch takes either, half and half.
+    """
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio"):
+            low_high = getattr(self, name)
+            good = len(low_high) == 2 and 0 < low_high[0] <= low_high[1]
+            require(good, f"augment.{name} is {low_high}; expected two numbers, the smaller first")
+        _require_share("augment", self, "hflip", "random_erase", "label_smoothing")
+        _require_at_least("augment", self, 0, "color_jitter", "mixup", "cutmix")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimRecipe:
+    """AdamW, its schedule, and what is averaged."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the method's parameters (of the whole model in a dense run)."""
+    lr_batch: int | None = None
+    """Global batch that ``lr`` is meant for: it is scaled linearly to the one in use. None takes
+    ``lr`` as it is."""
+    backbone_lr_scale: float = 1.0
+    """Learning rate of the backbone relative to the method's; sparse runs only."""
+    freeze_backbone_epochs: int = 0
+    """First epochs in which the backbone does not move; sparse runs only."""
+    train_embeddings: bool = True
+    """Train the class token, position embedding and other learned tokens. The DynamicViT authors
+    leave them out of the optimiser."""
+    weight_decay: float = 0.05
+    """Decoupled decay; none on vectors, biases and the learned tokens."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0, step by step."""
+    min_lr: float = 0.0
+    """Where the cosine ends, before ``backbone_lr_scale``."""
+    clip_grad: float | None = None
+    """Largest gradient norm; None does not clip."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights, which is then what is saved; None keeps none."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+
+    def __post_init__(self) -> None:
+        names = ("lr", "backbone_lr_scale", "weight_decay", "warmup_epochs", "min_lr")
+        _require_at_least("optim", self, 0, *names, "freeze_backbone_epochs")
+        _require_at_least("optim", self, 1, "accumulate")
+        require(self.lr_batch is None or self.lr_batch > 0, "optim.lr_batch must be above 0")
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(good, f"optim.betas is {self.betas}; expected two numbers in [0, 1)")
+        clip, decay = self.clip_grad, self.ema_decay
+        require(clip is None or clip > 0, f"optim.clip_grad is {clip}; expected more than 0")
+        require(decay is None or 0 <= decay < 1, f"optim.ema_decay is {decay}; expected [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecipe:
+    """How long to train, and what to write down."""
+
+    epochs: int
+    """Passes over the training images; the schedule spans them all."""
+    seed: int = 0
+    """Data order, augmentation, new parameters and the method's noise are functions of it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward and backward pass; weights stay in fp32. fp16 needs a GPU."""
+    checkpoint_steps: int = 500
+    """Optimiser steps between two saved trainer states; the end of an epoch saves one too."""
+    eval_every: int = 1
+    """Epochs between two validations; the end of the run validates in any case."""
+    log_every: int = 10
+    """Optimiser steps between two lines of the log."""
+    max_seconds: float | None = None
+    """Stop after the step in which this time is up, validate and save; the schedule stays that of
+    ``epochs``, and a later call goes on from there. None never stops early."""
+    tensorboard: bool = True
+    """Write TensorBoard files as well, where it is installed."""
+
+    def __post_init__(self) -> None:
+        names = ("epochs", "checkpoint_steps", "eval_every", "log_every")
+        _require_at_least("run", self, 1, *names)
+        _require_at_least("run", self, 0, "seed")
+        limit = self.max_seconds
+        require(limit is None or limit > 0, f"run.max_seconds is {limit}; expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A training run."""
+
+    name: str
+    """Short name."""
+    description: str = ""
+    """One line for lists."""
+    model: ModelRecipe
+    """What is trained."""
+    method: MethodRecipe = field(default_factory=MethodRecipe)
+    """How it is made sparse."""
+    data: DataRecipe
+    """On what."""
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    """Changed how."""
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    """By which optimiser."""
+    run: RunRecipe
+    """For how long."""
+
+    def __post_init__(self) -> None:
+        dense = self.method.name is None and self.model.checkpoint is None
+        require(
+            self.data.labels or (self.model.teacher and not dense),
+            "data.labels is false, so a teacher must say what to learn: use a method, with "
+            "model.teacher = true",
+        )
+        require(
+            self.data.labels or self.data.val is None or self.data.val != self.data.train,
+            "data.val is the unlabelled training data; give labelled validation data or none",
+        )
+
+
+def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, as TOML gives it: the method's fields stand beside its name.
+
+    Raises:
+        ConfigError: an unknown key, a missing table, or a value that does not fit.
+    """
+    tables = dict(data)
+    method = tables.get("method", {})
+    require(isinstance(method, Mapping), f"method is {method!r}; a table was expected")
+    fields = {key: value for key, value in method.items() if key != "name"}
+    if fields.keys() == {"config"}:  # the form of recipe.json
+        fields = dict(fields["config"])
+    tables["method"] = {"name": method.get("name"), "config": fields}
+    needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
+    for table, key in needed.items():
+        require(table in tables, f"the recipe has no {table!r}")
+        inside = tables[table]
+        missing = key and table != "model" and isinstance(inside, Mapping) and key not in inside
+        require(not missing, f"the recipe has no {table}.{key}")
+    return from_plain(Recipe, tables)
+
+
+def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a packaged recipe's name (see :func:`list_recipes`) or a TOML file.
+        overrides: such as ``"optim.lr=1e-4"``; the value is TOML, a bare word is a string, and
+            ``none`` unsets an optional value.
+
+    Raises:
+        ConfigError: no such recipe, no TOML, or a key or value that does not fit; it names the
+            file.
+    """
+    data = _read(source)
+    try:
+        for override in overrides:
+            _apply(data, override)
+        return recipe_from_plain(data)
+    except ConfigError as error:
+        changes = f" with {', '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"recipe {os.fspath(source)}{changes}: {error}") from error
+
+
+def list_recipes() -> dict[str, str]:
+    """Packaged recipes: name to one-line description."""
+    return {name: _read(name).get("description", "") for name in sorted(_packaged())}
+
+
+def _packaged() -> dict[str, Any]:
+    folder = resources.files("vitrim") / "recipes"
+    return {
+        entry.name.removesuffix(".toml"): entry
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    }
+
+
+def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
+    packaged, path = _packaged(), Path(source)
+    file = packaged.get(os.fspath(source), path)
+    if file is path and not path.is_file():
+        raise ConfigError(
+            f"no recipe {os.fspath(source)!r}{closest(os.fspath(source), packaged)}; give a TOML "
+            f"file or one of: {', '.join(sorted(packaged))}"
+        )
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    require(
+        bool(equals) and all(keys),
+        f"{override!r} is no override; write table.key=value, as in optim.lr=1e-4",
+    )
+    table = data
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        require(isinstance(table, dict), f"{override!r} goes into {key!r}, which is no table")
+    table[keys[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _require_at_least(table: str, config: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{table}.{name} is {value}; expected {least} or more")
+
+
+def _require_share(table: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{table}.{name} is {value}; expected a share from 0 to 1")

@@ -113,7 +113,7 @@ def evaluate(
     Args:
         sparse: any sparse model; its mode is restored afterwards.
         loader: batches of images (B, channels, H, W) and class numbers (B,). If it has an attribute
-            ``unreadable``, the names in it are reported after the pass.
+            ``unreadable`` (files with a ``name``), they are reported after the pass.
         dense: True compares with the sparse model's own backbone, nothing dropped; a module, such
             as the model before it was made sparse, is compared instead; False measures none.
         dtype: float32, or bfloat16 for automatic mixed precision.
@@ -286,7 +286,7 @@ def _batches(
 
 
 def _unreadable(loader: Batches) -> tuple[str, ...]:
-    return tuple(str(name) for name in getattr(loader, "unreadable", ()))
+    return tuple(str(getattr(file, "name", file)) for file in getattr(loader, "unreadable", ()))
 
 
 def _nothing_read(loader: Batches) -> str:

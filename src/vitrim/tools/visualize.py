@@ -119,10 +119,11 @@ def strip(
     side: int = 320,
 ) -> Image.Image:
     """The :func:`panels` of one image side by side with their captions, as one picture."""
-    return _lay_out(panels(image, trace, i, class_names=class_names, truth=truth, side=side))
+    return lay_out(panels(image, trace, i, class_names=class_names, truth=truth, side=side))
 
 
-def _lay_out(row: Sequence[Panel]) -> Image.Image:
+def lay_out(row: Sequence[Panel]) -> Image.Image:
+    """Panels side by side with their titles and captions, as one picture."""
     width, height = row[0].image.size
     gap = max(12, width // 20)
     size = max(13, width // 18)

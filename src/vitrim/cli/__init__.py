@@ -1,0 +1,36 @@
+"""The command ``vitrim``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vitrim.errors import MissingExtraError, VitrimError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 interrupted, 2 wrong input or usage.
+
+    Our own errors are one clear message on the error stream; ``--debug``, anywhere among the
+    arguments, shows where they were raised.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        _app(words)
+    except (VitrimError, OSError) as error:
+        if debug:
+            raise
+        print(f"vitrim: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _app(words: list[str]) -> None:
+    try:
+        from vitrim.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
+            raise
+        raise MissingExtraError("the command line", error.name, "cli") from error
+    app(words, prog_name="vitrim")

@@ -1,0 +1,258 @@
+"""The commands; those that measure are in ``measure.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+
+from vitrim import checkpoint, convert
+from vitrim.cli import common, tables
+from vitrim.cli.measure import bench_command, eval_command, show_command
+from vitrim.config import to_plain
+from vitrim.errors import ConfigError, InputError, UnsupportedBackboneError
+from vitrim.families import family_of
+from vitrim.methods import METHODS
+
+app = typer.Typer(
+    name="vitrim",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("eval")(eval_command)
+app.command("bench")(bench_command)
+app.command("show")(show_command)
+
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        common.out().print(
+            f"vitrim {__version__}, torch {torch.__version__}, timm {timm.__version__}"
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error was raised; works anywhere.")
+    ] = False,
+) -> None:
+    """Faster vision transformers by computing only the tokens that matter."""
+
+
+class Listed(StrEnum):
+    """What ``vitrim list`` lists."""
+
+    models = "models"
+    methods = "methods"
+    recipes = "recipes"
+
+
+@app.command("list")
+def list_command(
+    what: Annotated[Listed, typer.Argument(help="What to list.")],
+    pattern: Annotated[
+        str, typer.Argument(help="Only models whose name matches, such as 'deit*'.")
+    ] = "*",
+) -> None:
+    """List the models, methods or recipes that vitrim knows."""
+    if what is Listed.models:
+        _list_models(pattern)
+    elif what is Listed.methods:
+        _list_methods()
+    else:
+        _list_recipes()
+
+
+def _list_models(pattern: str) -> None:
+    """Timm's names whose architecture a family accepts; found by building a block of each."""
+    names = [
+        name
+        for module in ("vision_transformer", "deit")
+        for name in timm.list_models(pattern, module=module)
+    ]
+    if not names:
+        raise InputError(f"no vision transformer of timm matches {pattern!r}")
+    console = common.out()
+    with common.progress("looking at timm's models", len(names)) as advance:
+        served = []
+        for number, name in enumerate(names, 1):
+            if _is_served(name):
+                served.append(name)
+            advance(number)
+    for name in served:
+        console.print(name)
+    common.note(f"{len(served)} of timm's vision transformers; and digits_vit, which is shipped")
+
+
+def _is_served(name: str) -> bool:
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    try:
+        family_of(model)
+    except UnsupportedBackboneError:
+        return False
+    return True
+
+
+def _list_methods() -> None:
+    console = common.out()
+    for name, method in METHODS.items():
+        table = tables.plain_table(name, "setting", "default")
+        table.columns[1].justify = "left"
+        for entry in dataclasses.fields(method.config_class):
+            table.add_row(entry.name, repr(entry.default))
+        console.print(table)
+
+
+def _list_recipes() -> None:
+    from vitrim.train.recipe import list_recipes
+
+    table = tables.plain_table("Recipes", "name", "what it does")
+    table.columns[1].justify = "left"
+    table.columns[0].no_wrap = True
+    for name, description in list_recipes().items():
+        table.add_row(name, description)
+    common.out().print(table)
+
+
+@app.command("info")
+def info_command(
+    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
+) -> None:
+    """What a checkpoint holds: backbone, method, cost, origin and metrics."""
+    sparse = common.require_sparse(common.load_model(model), model)
+    config = checkpoint.read_config(model)
+    dense_macs, macs = sparse.dense_macs(), sparse.macs()
+    cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per image"
+    if macs is not None:
+        cost += f", {100 * macs / dense_macs:.0f}% of dense"
+    rows, columns = sparse.family.grid()
+    counts = sparse.method.counts(rows * columns)
+    added = sum(parameter.numel() for parameter in sparse.method.parameters())
+    backbone = config["backbone"]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in backbone["kwargs"].items())
+    settings = to_plain(sparse.config)
+    facts = {
+        "backbone": f"{backbone['name']}({arguments})",
+        "images": " x ".join(str(side) for side in config["data"].get("input_size", ())),
+        "parameters": f"{sum(p.numel() for p in sparse.parameters()):,}, of the method {added:,}",
+        "dense": f"{tables.giga(dense_macs)} GMACs per image",
+        "sparse": cost,
+        "patches kept": "depends on the image"
+        if counts is None
+        else f"{counts} of {rows * columns}",
+        "method": sparse.method.name,
+        **{f"  {name}": value for name, value in settings.items()},
+        "origin": config.get("origin") or "not recorded",
+        "metrics": json.dumps(config.get("metrics") or {}, indent=1),
+        "written with": ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()),
+    }
+    common.out().print(tables.fact_table(str(model), facts), markup=False)
+
+
+@app.command("train")
+def train_command(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Packaged recipe (vitrim list recipes) or file.")
+    ],
+    output: OutputOption,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value of the recipe."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Training images; a folder with train and val in it gives both."),
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew where a run was interrupted.")
+    ] = False,
+) -> None:
+    """Train by a recipe; an interrupted run goes on where it was.
+
+    On several devices: accelerate launch -m vitrim.cli train ...
+    """
+    from vitrim.train.recipe import load_recipe
+
+    overrides = [*_data_overrides(data), *(changes or [])]
+    chosen = load_recipe(recipe, overrides)
+    from vitrim.train.engine import train
+
+    result = train(chosen, output, resume=not no_resume)
+    facts = {name: value for name, value in result.metrics.items() if not isinstance(value, dict)}
+    common.out().print(tables.fact_table(f"trained: {result.folder}", facts))
+
+
+def _data_overrides(data: str | None) -> list[str]:
+    if data is None:
+        return []
+    folder = Path(data)
+    train, val = folder / "train", folder / "val"
+    if train.is_dir() and val.is_dir():
+        found = {"data.train": str(train), "data.val": str(val)}
+    else:
+        found = {"data.train": data}
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+
+
+@app.command("convert")
+def convert_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pth file.")],
+    system: Annotated[str, typer.Option("--from", help="Whose code wrote it: dynamicvit.")],
+    output: OutputOption,
+    keep_ratio: Annotated[
+        float | None, typer.Option(help="That it was trained for; the file does not say.")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Blocks before which tokens are dropped, such as 3,6,9.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(metavar="NAME", help="timm name; worked out if not given.")
+    ] = None,
+) -> None:
+    """Make an authors' checkpoint a vitrim one; no code in the file is run."""
+    _check_new_folder(output)
+    options: dict[str, Any] = {}
+    if keep_ratio is not None:
+        options["keep_ratio"] = keep_ratio
+    if stages is not None:
+        options["stages"] = common.numbers(stages, int, "--stages")
+    content = convert.read_file(file)
+    model = convert.load_official(content, system, architecture=architecture, **options)
+    checkpoint.save(model, output)
+    common.out().print(f"written: {output}")
+
+
+def _check_new_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder to write to")
+
+
+@app.command("demo")
+def demo_command(
+    output: OutputOption = Path("vitrim-demo"),
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Length of the training, instead of the recipe's.")
+    ] = None,
+) -> None:
+    """The whole job on embedded data: train, evaluate, measure, report; some minutes, offline."""
+    from vitrim.tools.demo import run_demo
+
+    _check_new_folder(output)
+    for line in run_demo(output, seconds=seconds, progress=common.progress):
+        print(line)

@@ -1,0 +1,225 @@
+"""What the commands share: consoles, models by name, lists of numbers, files, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from vitrim import checkpoint
+from vitrim.config import closest
+from vitrim.errors import CheckpointError, ConfigError, InputError
+from vitrim.model import SparseModel
+
+Value = TypeVar("Value", int, float)
+
+# Of several processes only the first speaks.
+_QUIET = int(os.environ.get("RANK", "0")) > 0
+
+
+def out() -> Console:
+    """Where results go. Files and pipes get room enough for whole tables."""
+    width = None if sys.stdout.isatty() else 120
+    return Console(quiet=_QUIET, width=width, highlight=False)
+
+
+def notes() -> Console:
+    """Where remarks and progress go: the error stream."""
+    return Console(stderr=True, quiet=_QUIET, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark for the user."""
+    notes().print(text, style="dim", markup=False)
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, one plain line elsewhere; yields what takes the number done so far."""
+    console = notes()
+    if not console.is_terminal:
+        note(f"{label} ...")
+        yield lambda done: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def load_model(
+    source: str,
+    weights: Path | None = None,
+    *,
+    pretrained: bool = True,
+    image_size: int | None = None,
+) -> nn.Module:
+    """A checkpoint folder or a timm name as a model in evaluation mode.
+
+    Args:
+        source: what the user typed.
+        weights: safetensors file with a timm model's weights.
+        pretrained: whether a timm name without ``weights`` gets timm's own weights, or random ones.
+        image_size: side in pixels that a timm model is made for; None takes its own.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if image_size is not None:
+            raise ConfigError("the image size of a checkpoint is fixed; leave --image-size out")
+        return checkpoint.from_pretrained(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{source} is a file; a vitrim checkpoint is a folder. For an authors' file use: "
+            "vitrim convert; for weights of a timm model: its name and --weights"
+        )
+    return _load_dense(source, weights, pretrained, image_size)
+
+
+def _load_dense(
+    name: str, weights: Path | None, pretrained: bool, image_size: int | None
+) -> nn.Module:
+    """The timm model called ``name``, or the dense model of the embedded set (``digits_vit``)."""
+    from vitrim.train.shipped import DIGITS_NAME, digits_backbone
+
+    if name == DIGITS_NAME:
+        return digits_backbone(weights).eval()
+    if not timm.is_model(name):
+        close = closest(name, [*timm.list_models(), DIGITS_NAME])
+        raise InputError(
+            f"{name!r} is neither a checkpoint folder nor a timm model{close}; "
+            "see: vitrim list models"
+        )
+    if weights is None and pretrained:
+        return _pretrained(name).eval()
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    model: nn.Module = timm.create_model(name, **size)
+    if weights is not None:
+        checkpoint.load_strict(model, checkpoint.read_weights(weights), str(weights))
+    return model.eval()
+
+
+def _pretrained(name: str) -> nn.Module:
+    """With timm's own weights, from its cache or fetched by it."""
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise InputError(
+            f"timm cannot fetch the pretrained weights of {name!r} "
+            f"({type(error).__name__}: {_first_line(error)}); give a file with --weights"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def require_sparse(model: nn.Module, source: str) -> SparseModel:
+    """``model``, if it is a sparse one."""
+    if not isinstance(model, SparseModel):
+        raise InputError(
+            f"{source!r} is a dense model; this command needs a vitrim checkpoint folder, "
+            "as written by vitrim train or vitrim convert"
+        )
+    return model
+
+
+def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
+    """How images are prepared for ``model``; the embedded data have a preparation of their own."""
+    from vitrim.train.data import digits_data_config
+
+    stored = getattr(model, "data_config", None)
+    config = stored or checkpoint.describe_data(backbone_of(model))
+    if is_digits(source) and not stored:
+        return digits_data_config(config["input_size"][-1])
+    return dict(config)
+
+
+def is_digits(source: str) -> bool:
+    """Whether ``source`` names the embedded data."""
+    return source.partition("/")[0] == "digits" and not Path(source).exists()
+
+
+def data_source(source: str) -> str:
+    """What the data readers call ``source``: the embedded set means its test split here."""
+    return "digits/test" if source == "digits" and is_digits(source) else source
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The timm model in ``model``, or itself."""
+    return model.backbone if isinstance(model, SparseModel) else model
+
+
+def num_classes_of(model: nn.Module) -> int:
+    """Outputs of the classifier."""
+    return int(backbone_of(model).num_classes)  # type: ignore[arg-type]  # timm sets an int
+
+
+def class_names_of(model: nn.Module, dataset: Any = None) -> Sequence[str] | None:
+    """Names of the classes: the data's, or ImageNet's for a thousand outputs."""
+    classes: Sequence[str] | None = getattr(dataset, "classes", None)
+    if classes is None and num_classes_of(model) == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-1k")
+        classes = [info.index_to_description(label) for label in range(1000)]
+    return classes
+
+
+def numbers(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:
+    """``"1,16"`` as numbers."""
+    try:
+        return [kind(word.strip()) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} is {text!r}; expected numbers with commas between them, such as "
+            f"{'1,16' if kind is int else '0.7,0.5'}"
+        ) from None
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device called ``name``; None takes CUDA where it is."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device is {name!r}; use cpu, cuda or cuda:1 and so on") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {name!r}, but torch finds no CUDA device here; use cpu")
+    return device
+
+
+def check_writable(path: Path | None) -> None:
+    """Fail before the work, not after it, if ``path`` cannot be written as a file."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file to write")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write ``content`` with the command that made it; the file appears whole or not at all."""
+    if path is None:
+        return
+    content = {"command": " ".join(["vitrim", *sys.argv[1:]]), **content}
+    checkpoint.write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    note(f"written: {path}")

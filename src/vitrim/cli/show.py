@@ -1,0 +1,113 @@
+"""What ``vitrim show`` does: read images, draw their strips, write them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitrim.checkpoint import write_atomic
+from vitrim.cli import common
+from vitrim.errors import InputError
+from vitrim.model import SparseModel
+from vitrim.tools import report, visualize
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A prepared image."""
+
+    name: str
+    pixels: Tensor
+    """(channels, H, W), as the model takes it."""
+    truth: int | None
+
+
+@dataclass
+class Found:
+    """What was read, and what could not be."""
+
+    data_config: dict[str, Any]
+    class_names: Sequence[str] | None
+    images: list[ShownImage] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def read_images(model: SparseModel, sources: Sequence[str], limit: int) -> Found:
+    """Read at most ``limit`` images of each file or folder; what is unreadable is noted.
+
+    Raises:
+        InputError: a source is absent or empty, or nothing can be read.
+    """
+    from vitrim.train.data import eval_transform
+
+    config = common.data_config_of(model, sources[0])
+    found = Found(config, common.class_names_of(model))
+    transform = eval_transform(config)
+    for source in sources:
+        dataset, names = _open(source, transform, config["input_size"][-1])
+        total = len(dataset)
+        count = min(limit, total)
+        for index in (place * total // count for place in range(count)):
+            _read(dataset, index, names, found)
+    if not found.images:
+        raise InputError(
+            f"not one image could be read: all {len(found.unreadable)} files are damaged or no "
+            f"images, such as {found.unreadable[0]}"
+        )
+    return found
+
+
+def _open(source: str, transform: Any, image_size: int) -> tuple[Any, Callable[[int], str]]:
+    """A dataset of the source's images, and the name of each."""
+    from vitrim.train.data import open_dataset
+    from vitrim.train.samples import FolderReader, ReaderDataset
+
+    if common.is_digits(source):
+        name = common.data_source(source)
+        digits = open_dataset(name, transform, image_size=image_size)
+        return digits, lambda index: f"{name} {index}"
+    if Path(source).is_file():
+        dataset = ReaderDataset(FolderReader([(Path(source), -1)]), transform, None)
+    else:
+        dataset = open_dataset(source, transform, labelled=False)
+    return dataset, dataset.name
+
+
+def _read(dataset: Any, index: int, names: Callable[[int], str], found: Found) -> None:
+    from vitrim.train.samples import UnreadableImageError
+
+    try:
+        pixels, label = dataset[index]
+    except UnreadableImageError as error:
+        found.unreadable.append(error.name)
+        return
+    found.images.append(ShownImage(names(index), pixels, label if label >= 0 else None))
+
+
+def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int], None]) -> None:
+    """Write a PNG strip per image and ``page.html`` with all of them, after all are drawn."""
+    device = next(model.parameters()).device
+    mean, std = found.data_config["mean"], found.data_config["std"]
+    strips, files = [], {}
+    for number, shown in enumerate(found.images, 1):
+        # One by one: adaptive methods take single images, and drawing takes longer anyway.
+        trace = model.trace(shown.pixels.unsqueeze(0).to(device))
+        picture = visualize.denormalize(shown.pixels, mean, std)
+        row = visualize.panels(picture, trace, 0, class_names=found.class_names, truth=shown.truth)
+        buffer = io.BytesIO()
+        visualize.lay_out(row).save(buffer, "PNG", optimize=True)
+        stem = Path(shown.name).stem.replace(" ", "_")
+        files[f"{number:03d}_{stem}.png"] = buffer.getvalue()
+        strips.append((Path(shown.name).name, row))
+        advance(number)
+    note = f"{model.method.name} on {model.backbone.__class__.__name__}: dropped patches are faded."
+    page = report.gallery("What the model looks at", note, strips)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    write_atomic(folder / "page.html", page.encode())

@@ -1,0 +1,143 @@
+"""Results as tables that people want to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from vitrim.tools.benchmark import Quartiles, Row
+from vitrim.tools.evaluate import Evaluation, Spread
+
+
+def plain_table(title: str, *columns: str) -> Table:
+    """An empty table in the house's look: the first column is text, the others are numbers."""
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def fact_table(title: str, facts: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def evaluation_table(results: Mapping[str, Evaluation]) -> Table:
+    """Dense and sparse accuracy and cost; one row per model."""
+    first = next(iter(results.values()))
+    table = plain_table(
+        f"Accuracy on {first.images:,} images",
+        "model",
+        "top-1 %",
+        "top-5 %",
+        "difference, points (95%)",
+        "won",
+        "lost",
+        "agree %",
+        "GMACs",
+        "of dense",
+    )
+    if first.dense is not None:
+        macs = giga(first.dense_macs)
+        accuracy = (f"{first.dense.top1:.2f}", f"{first.dense.top5:.2f}")
+        table.add_row("dense", *accuracy, "", "", "", "", macs, "100%")
+    for name, result in results.items():
+        if result.sparse is None or result.macs is None:
+            continue
+        pair = result.paired
+        table.add_row(
+            name,
+            f"{result.sparse.top1:.2f}",
+            f"{result.sparse.top5:.2f}",
+            f"{pair.difference:+.2f} ({pair.low:+.2f} to {pair.high:+.2f})" if pair else "",
+            str(pair.won) if pair else "",
+            str(pair.lost) if pair else "",
+            f"{pair.agreement:.1f}" if pair else "",
+            _spread(result.macs, giga),
+            f"{100 * result.macs.mean / result.dense_macs:.0f}%",
+        )
+    return table
+
+
+def stage_table(results: Mapping[str, Evaluation]) -> Table:
+    """Patches kept at each stage."""
+    first = next(iter(results.values()))
+    table = plain_table(
+        f"Patches kept, of {first.num_patches}",
+        "model",
+        *(f"before block {stage.block}" for stage in first.stages),
+    )
+    for name, result in results.items():
+        kept = [
+            _spread(stage.kept, lambda value: f"{value:.1f}".removesuffix(".0"))
+            for stage in result.stages
+        ]
+        table.add_row(name, *kept)
+    return table
+
+
+def benchmark_table(rows: Sequence[Row]) -> Table:
+    """Times, speed-ups and efficiencies with their quartiles."""
+    hardware = rows[0].hardware
+    table = plain_table(
+        f"{hardware.get('gpu', hardware['cpu'])}, {hardware['threads']} threads, "
+        f"torch {hardware['torch']}{', compiled' if rows[0].compiled else ''}, "
+        f"{rows[0].rounds} rounds: median (quartiles)",
+        "model",
+        "dtype",
+        "batch",
+        "ms per batch",
+        "images/s",
+        "GMACs",
+        "speed-up",
+        "efficiency",
+    )
+    for row in rows:
+        is_base = row.name == row.base
+        milliseconds = row.seconds / 1e-3
+        table.add_row(
+            row.name,
+            row.dtype,
+            str(row.batch),
+            _quartiles(milliseconds, 3 - len(f"{milliseconds.median:.0f}")),
+            f"{row.images_per_second:,.0f}",
+            giga(row.macs),
+            "" if is_base else _quartiles(row.speedup, 2),
+            "" if is_base else _quartiles(row.efficiency, 2),
+            end_section=row.name == rows[-1].name,
+        )
+    return table
+
+
+def giga(macs: float) -> str:
+    """MACs in billions, three digits after the point."""
+    return f"{macs / 1e9:.3f}"
+
+
+def _spread(spread: Spread, show: Any) -> str:
+    """The mean, and the rest where the images differ."""
+    if spread.min == spread.max:
+        return str(show(spread.mean))
+    return f"{show(spread.mean)} ±{show(spread.std)} ({show(spread.min)} to {show(spread.max)})"
+
+
+def _quartiles(values: Quartiles, digits: int) -> str:
+    digits = max(0, digits)
+    return f"{values.median:.{digits}f} ({values.low:.{digits}f} to {values.high:.{digits}f})"

@@ -1,0 +1,43 @@
+"""The dense model that comes with the package: a small ViT trained on the cluttered digits."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from vitrim.checkpoint import load_strict, read_weights
+from vitrim.errors import CheckpointError
+
+DIGITS_NAME = "digits_vit"
+"""What the command line calls the model."""
+DIGITS_ARCHITECTURE = "vit_tiny_patch16_224"
+DIGITS_ARGUMENTS: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
+
+def digits_backbone(weights: Path | None = None) -> nn.Module:
+    """The dense model of the embedded data set, trained, in evaluation mode.
+
+    Args:
+        weights: another safetensors file of the same architecture; None takes the shipped one.
+    """
+    if weights is None:
+        weights = Path(str(resources.files("vitrim") / "assets" / f"{DIGITS_NAME}.safetensors"))
+        if not weights.is_file():
+            raise CheckpointError(
+                f"the package lacks {weights.name}; its installation is damaged, install it again"
+            )
+    model: nn.Module = timm.create_model(DIGITS_ARCHITECTURE, **DIGITS_ARGUMENTS)
+    # The file holds half precision; loading copies into the model's float32 parameters.
+    load_strict(model, read_weights(weights), str(weights))
+    return model.eval()

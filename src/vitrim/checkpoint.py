@@ -50,6 +50,9 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
 def describe_data(backbone: nn.Module) -> dict[str, Any]:
     """How images are prepared for ``backbone`` (timm's data config)."""
     config: dict[str, Any] = resolve_model_data_config(backbone)
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if size is not None:  # timm's answer does not follow create_model(..., img_size=...)
+        config["input_size"] = (config["input_size"][0], *size)
     return config
 
 

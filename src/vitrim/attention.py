@@ -48,7 +48,7 @@ def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Te
 
 
 def masked_attention(attention: Attention, x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-    """timm's attention layer with :func:`masked_softmax` in place of the softmax.
+    """Timm's attention layer with :func:`masked_softmax` in place of the softmax.
 
     Args:
         attention: a ``timm.layers.Attention``; its own projections and norms are used.

@@ -32,7 +32,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
-    """timm name and arguments from which ``backbone`` can be made again.
+    """Timm name and arguments from which ``backbone`` can be made again.
 
     Raises:
         CheckpointError: timm does not know how the model was made.

@@ -1,0 +1,88 @@
+"""What the tests share: small backbones, and the recipe of the golden weights."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def jitter(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values where constructors put ones, zeros or tiny numbers.
+
+    A norm or LayerScale that is skipped or misplaced then changes the output.
+    """
+    generator = seeded(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and ("norm" in name or "ls" in name or "gamma" in name):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            elif parameter.ndim == 1 or "token" in name or "latent" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def tiny_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+    """A small plain vision transformer: 16 patches of 8 pixels, 4 blocks, 10 classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
+def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=seeded(seed))
+
+
+def golden(name: str) -> dict[str, Any]:
+    case: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    return case
+
+
+def golden_weights(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The authors' state dict of a golden case, from its rules."""
+    recipe = case["weights"]
+    weights = {}
+    for key, shape, rule in recipe["state_dict"]:
+        generator = seeded((zlib.crc32(key.encode()) ^ recipe["salt"]) & 0x7FFFFFFF)
+        noise = torch.randn(shape, generator=generator)
+        if rule == "normal":
+            weights[key] = recipe["scale"] * noise
+        elif rule == "norm":
+            weights[key] = 1 + 0.1 * noise
+        elif rule == "value":
+            weights[key] = torch.tensor(recipe["overrides"][key])
+        else:
+            raise AssertionError(f"unknown rule {rule!r}")
+    return weights
+
+
+def golden_input(case: dict[str, Any]) -> Tensor:
+    return torch.randn(case["input"]["shape"], generator=seeded(case["input"]["seed"]))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real weights and images, which lie beside the checkout on some machines only."""
+    if not ASSETS.is_dir():
+        pytest.skip("no real weights and images beside this checkout")
+    return ASSETS

@@ -1,0 +1,87 @@
+"""The floors of the house: imports point down, and `import vitrim` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitrim
+
+SOURCE = Path(vitrim.__file__).parent
+
+FLOORS = {
+    "errors": 0,
+    "config": 0,
+    "tokens": 0,
+    "attention": 0,
+    "sampling": 0,
+    "macs": 0,
+    "losses": 0,
+    "families": 1,
+    "methods": 2,
+    "model": 3,
+    "checkpoint": 3,
+    "convert": 3,
+    "train": 4,
+    "tools": 4,
+    "cli": 5,
+    "__main__": 5,
+}
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def room(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> list[tuple[str, bool]]:
+    """(dotted vitrim module, whether imported at module level) of a file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found += [(name, id(node) in top) for name in names if name.startswith("vitrim.")]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    parts = path.relative_to(SOURCE).parts
+    floor = FLOORS[room(parts)]
+    for name, top_level in imported_modules(path):
+        target = name.split(".")[1]
+        if target not in FLOORS:  # a name of the package itself, such as __version__
+            assert not top_level, f"{path.name} imports {name} at its top"
+            continue
+        assert FLOORS[target] <= floor, f"{path.name} (floor {floor}) imports {name}"
+        if room(parts) == target == "methods" and path.name != "__init__.py":
+            assert name.split(".")[2] == "base", f"{path.name}: methods never import each other"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_import_is_light():
+    """Only torch, timm and what they bring are loaded by `import vitrim`."""
+    optional = ["matplotlib", "accelerate", "sklearn", "typer", "rich", "tensorboard", "onnx"]
+    code = f"import sys, vitrim; print([m for m in {optional} if m in sys.modules])"
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_everything_public_is_there():
+    assert all(hasattr(vitrim, name) for name in vitrim.__all__)

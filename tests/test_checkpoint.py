@@ -1,0 +1,235 @@
+"""Checkpoints and conversion: what is saved comes back; what is foreign or damaged is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from tests.conftest import images, seeded, tiny_vit
+from vitrim import (
+    CheckpointError,
+    ConfigError,
+    DynamicViTConfig,
+    from_pretrained,
+    load_official,
+    sparsify,
+)
+from vitrim.checkpoint import write_atomic
+from vitrim.convert import read_file
+
+X = images(2)
+
+
+@pytest.fixture
+def sparse():
+    config = DynamicViTConfig(stages=(1, 2), keep_ratio=(0.6, 0.3), token_weight=0.25)
+    return sparsify(tiny_vit(drop_path_rate=0.1), config, generator=seeded(0)).eval()
+
+
+@pytest.fixture
+def folder(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path / "model", metrics={"top1": 50.0})
+    return tmp_path / "model"
+
+
+def test_save_and_load_are_equal(sparse, folder):
+    loaded = from_pretrained(folder)
+    assert torch.equal(loaded(X), sparse(X))
+    assert loaded.config == sparse.config
+    assert loaded.backbone.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
+    assert not loaded.training
+    loaded.save_pretrained(folder)  # over itself
+    assert torch.equal(from_pretrained(folder)(X), sparse(X))
+
+
+def test_run_time_changes_are_saved(sparse, folder):
+    sparse.set_keep_ratio((0.5, 0.25))
+    sparse.save_pretrained(folder)
+    assert from_pretrained(folder).config.keep_ratio == (0.5, 0.25)
+
+
+def test_config_says_what_it_is(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format"] == "vitrim"
+    assert config["backbone"]["kwargs"]["embed_dim"] == 32
+    assert config["method"]["name"] == "dynamicvit"
+    assert config["metrics"] == {"top1": 50.0}
+    assert set(config["versions"]) == {"vitrim", "torch", "timm"}
+    assert config["data"]["mean"]
+    names = set(safetensors.torch.load_file(folder / "model.safetensors"))
+    assert "backbone.blocks.0.attn.qkv.weight" in names
+    assert "method.predictors.0.classify.4.bias" in names
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_backbone_that_timm_did_not_make_cannot_be_saved(tmp_path):
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2
+    )
+    with pytest.raises(CheckpointError, match=r"not made by timm.create_model"):
+        sparsify(model, DynamicViTConfig()).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        from_pretrained(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pickle_posing_as_a_checkpoint(folder, tmp_path):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="or a pickle"):
+        from_pretrained(folder)
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"model": Bomb()}))
+    with pytest.raises(CheckpointError, match="refuses to run"):
+        read_file(tmp_path / "bomb.pth")
+    torch.save({"model": Bomb()}, tmp_path / "zip.pth")
+    with pytest.raises(CheckpointError, match="refuses to run"):
+        read_file(tmp_path / "zip.pth")
+
+
+def test_weights_of_another_architecture(folder):
+    other = sparsify(tiny_vit(depth=3, embed_dim=64), DynamicViTConfig(stages=(1, 2)))
+    other.save_pretrained(folder.parent / "other")
+    (folder.parent / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        from_pretrained(folder)
+    assert "missing backbone.blocks.3.norm1.weight" in str(error.value)
+    assert "backbone.cls_token has shape (1, 1, 64) where (1, 1, 32) is due" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c.update(format="other"), CheckpointError, "not written by vitrim"),
+        (lambda c: c.update(format_version=9), CheckpointError, "format version 9"),
+        (lambda c: c.pop("backbone"), CheckpointError, "lacks backbone"),
+        (lambda c: c["backbone"].update(name="no_such"), CheckpointError, "unknown to timm"),
+        (lambda c: c["backbone"]["kwargs"].update(nonsense=1), CheckpointError, "cannot create"),
+        (lambda c: c["method"].update(name="dynamicvt"), ConfigError, "did you mean 'dynamicvit'"),
+        (
+            lambda c: c["method"]["config"].update(keep_ration=1),
+            ConfigError,
+            r"unknown key 'method.keep_ration' \(did you mean 'keep_ratio'",
+        ),
+        (lambda c: c["method"]["config"].update(keep_ratio=7), ConfigError, "keep_ratio is 7"),
+        (lambda c: c["method"]["config"].update(stages="x"), ConfigError, "method.stages is 'x'"),
+    ],
+)
+def test_damaged_configs(folder, change, error, message):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        from_pretrained(folder)
+
+
+def test_other_things_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(CheckpointError, match="damaged"):
+        from_pretrained(tmp_path)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr("vitrim.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError()))
+    with pytest.raises(OSError):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def official_state(sparse):
+    """The state dict as the authors' code names it."""
+    state = {}
+    for key, value in sparse.state_dict().items():
+        key = key.removeprefix("backbone.").replace("method.predictors.", "score_predictor.")
+        if key.startswith("score_predictor."):
+            key = key.replace(".embed.", ".in_conv.").replace(".classify.", ".out_conv.")
+        state[key] = value
+    return state
+
+
+@pytest.fixture
+def official():
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
+    sparse = sparsify(model, DynamicViTConfig(stages=(1, 2), keep_ratio=0.5), generator=seeded(3))
+    return sparse.eval()
+
+
+@pytest.mark.parametrize("wrap", [None, "model", "model_ema"])
+def test_official_weights_in_any_wrapping(official, wrap):
+    state = official_state(official)
+    content = {wrap: state, "epoch": 3} if wrap else state
+    model = load_official(content, "dynamicvit", stages=(1, 2), keep_ratio=0.5)
+    x = images(2, size=64)
+    assert torch.equal(model(x), official(x))
+
+
+def test_official_files(official, tmp_path):
+    path = tmp_path / "official.pth"
+    content = {"model": official_state(official), "args": argparse.Namespace(lr=1e-3)}
+    torch.save(content, path)
+    model = load_official(read_file(path), "dynamicvit", stages=(1, 2), keep_ratio=0.5)
+    model.save_pretrained(tmp_path / "converted")
+    again = from_pretrained(tmp_path / "converted")
+    x = images(2, size=64)
+    assert torch.equal(again(x), official(x))
+    assert (
+        "DynamicViT" in json.loads((tmp_path / "converted" / "config.json").read_text())["origin"]
+    )
+
+
+def test_every_key_that_does_not_fit_is_named(official):
+    state = official_state(official)
+    del state["blocks.1.norm1.weight"]
+    state["blocks.1.extra"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as error:
+        load_official(state, "dynamicvit", stages=(1, 2))
+    assert "missing backbone.blocks.1.norm1.weight" in str(error.value)
+    assert "unexpected backbone.blocks.1.extra" in str(error.value)
+
+
+def test_official_mistakes(official, tmp_path):
+    state = official_state(official)
+    with pytest.raises(ConfigError, match="unknown system 'dynamicvt'"):
+        load_official(state, "dynamicvt")
+    with pytest.raises(ConfigError, match="unknown key 'keepratio'"):
+        load_official(state, "dynamicvit", keepratio=0.7)
+    with pytest.raises(CheckpointError, match="2 predictors, the config 3 stages"):
+        load_official(state, "dynamicvit")
+    with pytest.raises(ConfigError, match="architecture 'deit_huge' is unknown"):
+        load_official(state, "dynamicvit", architecture="deit_huge")
+    with pytest.raises(CheckpointError, match="no score_predictor"):
+        load_official(tiny_state(), "dynamicvit")
+    with pytest.raises(CheckpointError, match="no plain vision transformer"):
+        load_official({"fc.weight": torch.zeros(1)}, "dynamicvit")
+    with pytest.raises(CheckpointError, match="no state dict"):
+        load_official({"epoch": 3}, "dynamicvit")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_file(tmp_path / "absent.pth")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_file(tmp_path / "cut.pth")
+
+
+def tiny_state():
+    return timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4).state_dict()

@@ -150,8 +150,12 @@ def test_other_things_that_are_no_checkpoint(tmp_path):
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, b"old")
-    monkeypatch.setattr("vitrim.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError()))
-    with pytest.raises(OSError):
+
+    def full_disk(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("vitrim.checkpoint.os.fsync", full_disk)
+    with pytest.raises(OSError, match="disk full"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -169,9 +170,7 @@ def test_bad_configs(options, message):
 
 
 def test_configs_that_do_not_fit_the_backbone():
-    with pytest.raises(
-        ConfigError, match="stage 4 is outside the backbone, whose blocks are 0 to 3"
-    ):
+    with pytest.raises(ConfigError, match=r"stage 4 is outside .* blocks are 0 to 3"):
         sparsify(tiny_vit(), DynamicViTConfig(stages=(1, 4)))
     with pytest.raises(ConfigError, match="keep_ratio has 2 numbers for 3 stages"):
         sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=(0.5, 0.4)))
@@ -212,8 +211,6 @@ def test_loss_falls_on_a_toy_set():
 
 
 def test_deep_copies_are_independent():
-    import copy
-
     sparse = sparse_vit()
     twin = copy.deepcopy(sparse)
     assert twin.family.backbone is twin.backbone

@@ -1,4 +1,4 @@
-"""Contract of families: run piece by piece with nothing dropped, a backbone gives timm's numbers."""
+"""Contract of families: run piece by piece with nothing dropped, a backbone is timm's."""
 
 from __future__ import annotations
 

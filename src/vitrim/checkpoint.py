@@ -90,9 +90,9 @@ def save(
         "format_version": FORMAT_VERSION,
         "versions": {"vitrim": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "backbone": describe_backbone(model.backbone),
-        "data": describe_data(model.backbone) | (getattr(model, "data_config", None) or {}),
+        "data": describe_data(model.backbone) | model.data_config,
         "method": {"name": model.method.name, "config": to_plain(model.config)},
-        "origin": origin or getattr(model, "origin", None),
+        "origin": origin or model.origin,
         "metrics": metrics or {},
     }
     text = json.dumps(config, indent=2) + "\n"

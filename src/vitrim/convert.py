@@ -101,10 +101,11 @@ def _dynamicvit(
     if not found:
         raise CheckpointError("this is no DynamicViT state dict: it has no score_predictor.* key")
     model = SparseModel(backbone, config)
-    if len(found) != len(model.method.predictors):
+    num_stages = len(model.method.stages)
+    if len(found) != num_stages:
         raise CheckpointError(
             f"the file has {len(found)} predictors, the config "
-            f"{len(model.method.predictors)} stages; pass stages=(...) with {len(found)} blocks"
+            f"{num_stages} stages; pass stages=(...) with {len(found)} blocks"
         )
     renamed = {}
     for key, tensor in weights.items():

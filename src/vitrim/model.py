@@ -48,6 +48,8 @@ class SparseModel(nn.Module):
         parameter = next(backbone.parameters())
         self.method.to(device=parameter.device, dtype=parameter.dtype)
         self.train(backbone.training)
+        self.origin: str | None = None
+        self.data_config: dict[str, Any] = {}
 
     @property
     def config(self) -> Any:

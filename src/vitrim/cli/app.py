@@ -36,9 +36,9 @@ OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to wr
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        common.out().print(
-            f"vitrim {__version__}, torch {torch.__version__}, timm {timm.__version__}"
-        )
+        from vitrim import __version__
+
+        print(f"vitrim {__version__}, torch {torch.__version__}, timm {timm.__version__}")
         raise typer.Exit
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from vitrim import checkpoint
-from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError, InputError
 from vitrim.model import SparseModel
 
@@ -99,9 +99,8 @@ def _load_dense(
     if name == DIGITS_NAME:
         return digits_backbone(weights).eval()
     if not timm.is_model(name):
-        close = closest(name, [*timm.list_models(), DIGITS_NAME])
         raise InputError(
-            f"{name!r} is neither a checkpoint folder nor a timm model{close}; "
+            f"{name!r} is neither a checkpoint folder nor a timm model{_close_model(name)}; "
             "see: vitrim list models"
         )
     if weights is None and pretrained:
@@ -111,6 +110,20 @@ def _load_dense(
     if weights is not None:
         checkpoint.load_strict(model, checkpoint.read_weights(weights), str(weights))
     return model.eval()
+
+
+def _close_model(name: str) -> str:
+    """Likely meanings of a misspelt name; the part before the patch size may stand alone."""
+    from vitrim.train.shipped import DIGITS_NAME
+
+    models = [
+        m for module in ("deit", "vision_transformer") for m in timm.list_models(module=module)
+    ]
+    starts = {full.partition("_patch")[0]: full for full in [*reversed(models), DIGITS_NAME]}
+    near = get_close_matches(name, models) or [
+        starts[start] for start in get_close_matches(name, starts)
+    ]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _pretrained(name: str) -> nn.Module:

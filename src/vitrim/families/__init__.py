@@ -12,6 +12,7 @@ from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.vit import ViT
 
 FAMILIES = (ViT,)
+__all__ = ["FAMILIES", "ViT", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> ViT:

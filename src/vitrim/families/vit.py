@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrim.attention import masked_attention
 from vitrim.errors import InputError
-from vitrim.macs import Count, linear_macs, transformer_block_macs
+from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.tokens import Tokens
 
 _POOLS = ("token", "avg", "map")
@@ -44,7 +44,7 @@ class ViT:
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when all is well."""
+        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if model.global_pool not in _POOLS:
             yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
         if not isinstance(model.patch_drop, nn.Identity):
@@ -136,7 +136,7 @@ class ViT:
         return tokens.with_x(_masked_block(block, tokens.x, tokens.keep_all))
 
     def head(self, tokens: Tokens) -> Tensor:
-        """Final norm, pooling and classifier: logits (B, classes). A keep mask also rules the pool."""
+        """Logits (B, classes): final norm, pooling (of what is kept) and classifier."""
         model = self.backbone
         x = model.norm(tokens.x)
         if tokens.keep_BN is None or model.global_pool == "token":
@@ -176,12 +176,12 @@ class ViT:
         convolutions = [m for m in self.backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
         return num_patches * sum(m.weight.numel() for m in convolutions)
 
-    def block_macs(self, index: int, num_tokens: Count) -> Count:
+    def block_macs(self, index: int, num_tokens: Any) -> Any:
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
         block = self.backbone.blocks[index]
         return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
 
-    def head_macs(self, num_tokens: Count) -> Count | int:
+    def head_macs(self, num_tokens: Any) -> Any:
         """MACs of pooling and classifier, given the number of tokens that reach the head."""
         model = self.backbone
         macs = sum(
@@ -196,12 +196,12 @@ class ViT:
         return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * pooled
 
 
-def _plain_block(block: Block, x: Tensor, _keep: Tensor | None) -> Tensor:
+def _plain_block(block: Any, x: Tensor, _keep: Tensor | None) -> Tensor:
     out: Tensor = block(x)
     return out
 
 
-def _masked_block(block: Block, x: Tensor, keep: Tensor) -> Tensor:
+def _masked_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
     """``Block.forward`` with masked attention, from the block's own pieces."""
     attended = masked_attention(block.attn, block.norm1(x), keep)
     x = x + block.drop_path1(block.ls1(attended))

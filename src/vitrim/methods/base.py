@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,7 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     config_class: ClassVar[type]
     config: Any
+    stages: tuple[int, ...]
 
     @abstractmethod
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -113,7 +115,7 @@ class Method(nn.Module, ABC):
 def check_stages(stages: Sequence[int], depth: int | None = None) -> None:
     """Raise :class:`ConfigError` unless ``stages`` are sorted blocks of a backbone of ``depth``."""
     require(len(stages) > 0, "stages is empty; name at least one block, such as (3, 6, 9)")
-    ordered = all(a < b for a, b in zip(stages, stages[1:], strict=False))
+    ordered = all(a < b for a, b in pairwise(stages))
     require(ordered, f"stages are {tuple(stages)}; expected increasing block numbers")
     require(stages[0] >= 0, f"stages are {tuple(stages)}; block numbers start at 0")
     if depth is not None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class DynamicViTConfig:
         require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
         for ratio in ratios:
             require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
-        falling = all(a >= b for a, b in zip(ratios, ratios[1:], strict=False))
+        falling = all(a >= b for a, b in pairwise(ratios))
         require(falling, f"keep_ratio is {ratios}; a later stage cannot keep more than an earlier")
         if self.stages is not None:
             check_stages(self.stages)
@@ -163,9 +164,10 @@ class DynamicViT(Method):
         config.ratios(len(stages))
         self.config = config
         self.stages = stages
-        self.predictors = nn.ModuleList(Predictor(family.embed_dim) for _ in stages)
-        for predictor in self.predictors:
+        predictors = [Predictor(family.embed_dim) for _ in stages]
+        for predictor in predictors:
             predictor.reset_parameters(generator)
+        self.predictors = nn.ModuleList(predictors)
 
     def counts(self, num_patches: int) -> tuple[int, ...] | None:
         if self.config.threshold is not None:
@@ -211,7 +213,7 @@ class DynamicViT(Method):
     ) -> TrainingOutput:
         tokens = family.stem(images)
         keep_BN = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches)
-        keeps = []
+        keeps: list[Tensor] = []
         for block in range(family.depth):
             if block in self.stages:
                 log_probs = self.predictors[len(keeps)](tokens.patches_BNC, keep_BN)

@@ -35,8 +35,22 @@ from vitrim.train.samples import (
     SkipUnreadable,
     Transform,
     Unreadable,
+    UnreadableImageError,
     collate,
 )
+
+__all__ = [
+    "EvalLoader",
+    "FolderReader",
+    "ReaderDataset",
+    "Unreadable",
+    "UnreadableImageError",
+    "check_label_space",
+    "digits_data_config",
+    "eval_loader",
+    "eval_transform",
+    "open_dataset",
+]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")

@@ -1,14 +1,18 @@
-"""Loss terms that several methods share. Each returns a scalar, unweighted."""
+"""Loss terms that several methods share. Each returns a scalar, unweighted.
+
+All are computed in float32 at least: in bfloat16 a small KL divergence comes out negative.
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def classification_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
     """Cross entropy against class numbers (B,) or soft targets (B, C) such as mixup makes."""
-    return F.cross_entropy(logits_BC, target)
+    return F.cross_entropy(_full(logits_BC), target)
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
@@ -16,17 +20,21 @@ def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
 
     The direction is that of the released DynamicViT, SPViT and AS-ViT code.
     """
-    student, teacher = F.log_softmax(student_BC, -1), F.log_softmax(teacher_BC, -1)
+    student, teacher = F.log_softmax(_full(student_BC), -1), F.log_softmax(_full(teacher_BC), -1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def kept_token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
     """Mean squared error over the kept tokens and the channels; 0 when nothing is kept."""
-    kept = (keep_BN.detach() > 0.5).to(student_BNC.dtype)
-    error_BN = (student_BNC - teacher_BNC).square().mean(-1)
+    error_BN = (_full(student_BNC) - _full(teacher_BNC)).square().mean(-1)
+    kept = (keep_BN.detach() > 0.5).to(error_BN.dtype)
     return (error_BN * kept).sum() / kept.sum().clamp(min=1)
 
 
 def ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
     """Squared distance of each image's kept share from the target, mean over images."""
-    return (keep_BN.mean(1) - keep_ratio).square().mean()
+    return (_full(keep_BN).mean(1) - keep_ratio).square().mean()
+
+
+def _full(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Training: recipes, data and the engine. Nothing here is loaded by ``import vitrim``."""

@@ -196,7 +196,7 @@ def _label_order(
             raise InputError(f"{class_map} lacks {len(unknown)} class folder(s): {_first(unknown)}")
         return classes
     if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        imagenet = list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
+        imagenet = list(ImageNetInfo("imagenet-1k").label_names())
         if set(folders) <= set(imagenet):
             return imagenet
     return folders

@@ -208,8 +208,8 @@ class RunRecipe:
     log_every: int = 10
     """Optimiser steps between two lines of the log."""
     max_seconds: float | None = None
-    """Stop after the step in which this time is up, validate and save; the schedule stays that of
-    ``epochs``, and a later call goes on from there. None never stops early."""
+    """Stop after the step in which a call has taken this long, validate and save; the schedule
+    stays that of ``epochs``, and a later call goes on from there. None never stops early."""
     tensorboard: bool = True
     """Write TensorBoard files as well, where it is installed."""
 

@@ -1,0 +1,309 @@
+"""The training loop, on Accelerate: one process or many, one readable loop.
+
+A step is a function of the recipe, the weights and its number alone: data order, augmentation,
+mixing, dropout and the method's noise are seeded by ``(seed, place)``. So a run that was killed and
+goes on from its last saved state writes the same log as one that never stopped.
+
+A run's folder holds ``recipe.json``, ``log.jsonl``, ``state/`` (the trainer's, to go on from) and
+the result: ``checkpoint/`` for a sparse model, ``backbone.safetensors`` with ``backbone.json`` for
+a dense one. The result is the best by validation, or the last where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.errors import ConfigError, InputError, MissingExtraError, TrainingError
+from vitrim.model import SparseModel
+from vitrim.train.loader import TrainLoader, validation_loader
+from vitrim.train.logs import Logs, Record
+from vitrim.train.optim import MovingAverage, Schedule, create_optimizer
+from vitrim.train.recipe import Recipe
+from vitrim.train.result import save_result, top1
+from vitrim.train.samples import mix_seed, seeded
+from vitrim.train.state import check_folder, claim_folder, load_state, save_state
+from vitrim.train.task import create_task, data_config_of
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run is, and how good its result is."""
+
+    folder: Path
+    """The run's folder."""
+    metrics: dict[str, Any]
+    """Of the result, as written beside it; ``val_top1`` in percent where there is validation."""
+
+
+def train(
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    on_progress: Callable[[Record], None] | None = None,
+) -> TrainResult:
+    """Train by ``recipe`` in the folder ``output``; an interrupted run goes on where it was.
+
+    Start it once per device (``accelerate launch``, ``torchrun``) to use several.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder, made if absent.
+        resume: False forgets an earlier part of the same run and starts anew.
+        on_progress: takes every log record instead of the progress bar.
+
+    Raises:
+        TrainingError: the folder holds another run, the loss is no number any more, or too many
+            images cannot be read. The last saved state is kept.
+        ConfigError, InputError, CheckpointError: the recipe, its data or its weights are wrong.
+    """
+    folder = Path(output)
+    check_folder(folder, recipe)
+    accelerator = _create_accelerator(recipe.run.precision)
+    try:
+        trainer = _Trainer(recipe, folder, accelerator, resume=resume)
+        return trainer.run(on_progress)
+    finally:
+        # Accelerate keeps the precision for the life of the process unless it is told to forget.
+        type(accelerator.state)._reset_state()
+
+
+def _create_accelerator(precision: str) -> Any:
+    try:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError("training", "accelerate", "train") from error
+    try:
+        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"run.precision = {precision!r} does not run here: {error}") from error
+
+
+class _Trainer:
+    """The parts of a run and its loop."""
+
+    def __init__(self, recipe: Recipe, folder: Path, accelerator: Any, *, resume: bool) -> None:
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        state = load_state(folder) if resume else None
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            claim_folder(folder, recipe, fresh=state is None)
+        task = create_task(recipe)
+        self.dense_or_sparse: Any = task.model
+        self.data_config = data_config_of(task, recipe)
+        self._open_data()
+        self._count_steps()
+        optimizer = create_optimizer(self.dense_or_sparse, recipe.optim)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        decay = recipe.optim.ema_decay
+        self.average = None if decay is None else MovingAverage(self.dense_or_sparse, decay)
+        self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        if self.average is not None:
+            self.average.model.to(accelerator.device)
+        self.step, self.best, self.metrics = 0, -math.inf, dict[str, Any]()
+        if state is not None:
+            self._restore(state)
+
+    def _open_data(self) -> None:
+        recipe, accelerator, model = self.recipe, self.accelerator, self.dense_or_sparse
+        sparse = isinstance(model, SparseModel)
+        num_classes = (model.backbone if sparse else model).num_classes
+        places = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+        pin_memory = accelerator.device.type == "cuda"
+        self.loader = TrainLoader(
+            recipe, self.data_config, num_classes, pin_memory=pin_memory, **places
+        )
+        batch_size = recipe.data.batch_size
+        if sparse:
+            model.data_config = self.data_config
+            grid = model.family.grid(self.data_config["input_size"][1:])
+            if model.method.counts(grid[0] * grid[1]) is None:
+                batch_size = 1  # counts that depend on the image
+        self.validation = validation_loader(
+            recipe, self.data_config, num_classes, batch_size=batch_size, **places
+        )
+
+    def _count_steps(self) -> None:
+        recipe, loader = self.recipe, self.loader
+        accumulate = recipe.optim.accumulate
+        self.global_batch = recipe.data.batch_size * accumulate * self.accelerator.num_processes
+        self.steps_per_epoch = loader.batches_per_epoch // accumulate
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"the {loader.num_samples} training images do not fill one step of "
+                f"{self.global_batch}; lower data.batch_size or optim.accumulate"
+            )
+        self.total_steps = self.steps_per_epoch * recipe.run.epochs
+        self.schedule = Schedule(
+            recipe.optim, self.steps_per_epoch, recipe.run.epochs, self.global_batch
+        )
+
+    def run(self, on_progress: Callable[[Record], None] | None) -> TrainResult:
+        """The loop: steps, log, validation, saved states."""
+        run, self.logs = self.recipe.run, None
+        if self.accelerator.is_main_process:
+            self.logs = Logs(
+                self.folder,
+                self.step,
+                self.total_steps,
+                tensorboard=run.tensorboard,
+                on_progress=on_progress,
+            )
+        self.started = self.logged = time.monotonic()
+        self.logged_step = self.step
+        stop = False
+        try:
+            while self.step < self.total_steps and not stop:
+                epoch, within = divmod(self.step, self.steps_per_epoch)
+                batches = self.loader.epoch(epoch, within * self.recipe.optim.accumulate)
+                while self.step < (epoch + 1) * self.steps_per_epoch and not stop:
+                    record = self._optimise(batches)
+                    stop = record.pop("time_up") > 0
+                    self.step += 1
+                    last = stop or self.step == self.total_steps
+                    if last or self.step % run.log_every == 0:
+                        self._log_step(epoch, record)
+                    epoch_ends = self.step % self.steps_per_epoch == 0
+                    if last or (epoch_ends and (epoch + 1) % run.eval_every == 0):
+                        self._validate(epoch, last)
+                    if last or epoch_ends or self.step % run.checkpoint_steps == 0:
+                        self._save()
+        finally:
+            if self.logs is not None:
+                self.logs.close()
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.folder, self.metrics)
+
+    def _optimise(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+        """One optimiser step; returns its loss terms, rate and gradient norm."""
+        accelerator, recipe, step = self.accelerator, self.recipe, self.step
+        lr = self.schedule.apply(self.optimizer, step)
+        accumulate = recipe.optim.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in range(accumulate):
+            batch = next(batches, None)
+            if batch is None:
+                raise TrainingError(f"the data ended before step {step} although more were due")
+            last = part == accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.task):
+                terms = self._losses(*batch, place=(accelerator.process_index, step, part))
+                accelerator.backward(terms["total"] / accumulate)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / accumulate
+        limit = math.inf if recipe.optim.clip_grad is None else recipe.optim.clip_grad
+        norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        means = self._mean_of_processes(sums)
+        self._guard(means, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.dense_or_sparse)
+        return means | {"lr": lr, "grad_norm": float(norm)}
+
+    def _losses(
+        self, images: Tensor, target: Tensor | None, place: tuple[int, int, int]
+    ) -> dict[str, Tensor]:
+        device, seed = self.accelerator.device, self.recipe.run.seed
+        images = images.to(device, non_blocking=True)
+        target = None if target is None else target.to(device, non_blocking=True)
+        with seeded(seed, 6, *place):  # dropout and stochastic depth draw from torch's own state
+            terms: dict[str, Tensor] = self.task(images, target, mix_seed(seed, 7, *place))
+        return terms
+
+    def _mean_of_processes(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Terms averaged over the processes, which also agree on whether the time is up."""
+        limit = self.recipe.run.max_seconds
+        time_up = limit is not None and time.monotonic() - self.started > limit
+        values = torch.stack([*terms.values(), terms["total"].new_tensor(float(time_up))])
+        reduced = self.accelerator.reduce(values, "mean").tolist()
+        return dict(zip([*terms, "time_up"], reduced, strict=True))
+
+    def _guard(self, means: dict[str, float], norm: float) -> None:
+        """Stop before a step that would spoil the weights; fp16's scaler skips overflows itself."""
+        if math.isfinite(means["total"]) and (
+            math.isfinite(norm) or self.recipe.run.precision == "fp16"
+        ):
+            return
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        raise TrainingError(
+            f"step {self.step + 1} has no finite loss or gradient ({terms}, gradient {norm:.4g}); "
+            f"the last saved state and result in {self.folder} are kept. Try a lower optim.lr, "
+            "optim.clip_grad = 1.0, or run.precision = 'fp32'"
+        )
+
+    def _log_step(self, epoch: int, record: Record) -> None:
+        now = time.monotonic()
+        rate = (self.step - self.logged_step) * self.global_batch / max(now - self.logged, 1e-9)
+        self.logged, self.logged_step = now, self.step
+        if self.logs is not None:
+            place = {"step": self.step, "epoch": epoch}
+            self.logs.write(place | record | {"images_per_second": round(rate, 1)})
+
+    def _validate(self, epoch: int, last: bool) -> None:
+        """Measure, and write the result when it is the best so far, or the last unmeasured one."""
+        metrics: dict[str, Any] = {"step": self.step, "epoch": epoch, "weights": "last"}
+        if self.average is not None:
+            metrics["weights"] = f"moving average, decay {self.average.decay}"
+        if self.validation is None:
+            if last:
+                self._export(metrics)
+            return
+        score, count = top1(self.accelerator, self._result, self.validation)
+        if self.logs is not None:
+            self.logs.write({"step": self.step, "epoch": epoch, "val_top1": score})
+        if score > self.best:
+            self.best = score
+            measured = {"val_top1": score, "val_images": count, "val_data": self.recipe.data.val}
+            self._export(metrics | measured | {"precision": self.recipe.run.precision})
+
+    @property
+    def _result(self) -> nn.Module:
+        """The weights that are validated and saved."""
+        model: nn.Module = self.dense_or_sparse
+        return model if self.average is None else self.average.model
+
+    def _export(self, metrics: dict[str, Any]) -> None:
+        self.metrics = metrics
+        if self.accelerator.is_main_process:
+            save_result(self._result, self.folder, self.recipe, self.data_config, metrics)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "global_batch": self.global_batch,
+            "best": self.best,
+            "metrics": self.metrics,
+            "model": self.dense_or_sparse.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        save_state(self.folder, self.step, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["global_batch"] != self.global_batch:
+            raise TrainingError(
+                f"the run in {self.folder} took {state['global_batch']} images per step and would "
+                f"now take {self.global_batch}; use as many processes as before, or change "
+                "optim.accumulate with their number in another folder"
+            )
+        self.dense_or_sparse.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]

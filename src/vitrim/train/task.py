@@ -1,0 +1,181 @@
+"""What is trained: a model and its losses as one module, so that DDP sees a single forward."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from vitrim import losses
+from vitrim.checkpoint import (
+    WEIGHTS_FILE,
+    create_backbone,
+    load_strict,
+    read_config,
+    read_weights,
+)
+from vitrim.config import closest, from_plain
+from vitrim.errors import CheckpointError, ConfigError
+from vitrim.families import family_of
+from vitrim.methods import method_by_name
+from vitrim.methods.base import DenseOutput
+from vitrim.model import SparseModel
+from vitrim.train.data import digits_data_config
+from vitrim.train.recipe import ModelRecipe, Recipe
+from vitrim.train.samples import mix_seed, seeded
+
+
+class SparseTask(nn.Module):
+    """A sparse model, and the frozen dense teacher that it learns from.
+
+    Args:
+        sparse: the model to train.
+        teacher: a dense model for distillation, or None. It stays in evaluation mode without
+            gradients, and is part of no checkpoint.
+    """
+
+    def __init__(self, sparse: SparseModel, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = sparse
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self._teacher_family = family_of(teacher)
+
+    def train(self, mode: bool = True) -> SparseTask:
+        """Training mode for the model; the teacher never leaves evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(
+        self, images: Tensor, target: Tensor | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Loss terms by name and ``"total"``.
+
+        Args:
+            images: (B, channels, H, W).
+            target: class numbers (B,) or soft targets (B, classes); None leaves labels out.
+            seed: of the method's noise.
+        """
+        generator = torch.Generator(images.device).manual_seed(seed)
+        return self.model.losses(images, target, self._teach(images), generator)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> DenseOutput | None:
+        if self.teacher is None:
+            return None
+        tokens = self._teacher_family.dense(images)
+        features = self._teacher_family.patch_features(tokens)
+        return DenseOutput(self._teacher_family.head(tokens), features)
+
+
+class DenseTask(nn.Module):
+    """A timm model under cross entropy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Tensor, target: Tensor | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """The cross entropy, as ``"total"``; ``seed`` is not used, as there is no noise."""
+        if target is None:
+            raise ConfigError("dense training needs labels; set data.labels = true")
+        return {"total": losses.classification_loss(self.model(images), target)}
+
+
+Task = SparseTask | DenseTask
+
+
+def create_task(recipe: Recipe) -> Task:
+    """The model of ``recipe`` with its weights, made sparse if the recipe says so, and its teacher.
+
+    Raises:
+        ConfigError: the model's name, its arguments or the method's fields are wrong.
+        CheckpointError: the weights are damaged or do not fit.
+    """
+    if recipe.model.checkpoint is not None:
+        return _task_from_checkpoint(recipe, recipe.model.checkpoint)
+    backbone = create_dense(recipe.model, recipe.run.seed)
+    if recipe.method.name is None:
+        return DenseTask(backbone)
+    teacher = deepcopy(backbone) if recipe.model.teacher else None
+    generator = torch.Generator().manual_seed(mix_seed(recipe.run.seed, 4))
+    return SparseTask(SparseModel(backbone, recipe.method.build(), generator), teacher)
+
+
+def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
+    """The dense timm model of ``recipe``, on the CPU; new weights are a function of ``seed``."""
+    name = recipe.name or ""
+    if not timm.is_model(name):
+        near = closest(name.partition(".")[0], timm.list_models())
+        raise ConfigError(f"model.name {name!r} is unknown to timm{near}")
+    try:
+        with seeded(seed, 3):
+            model: nn.Module = timm.create_model(
+                name, pretrained=recipe.pretrained, **recipe.kwargs
+            )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"timm cannot create {name!r} with {recipe.kwargs}: {error}") from error
+    if recipe.weights is not None:
+        path = weights_path(recipe.weights)
+        load_strict(model, read_weights(path), str(path))
+    return model
+
+
+def weights_path(weights: str) -> Path:
+    """The file that ``weights`` means: a path, or ``package:NAME`` for one shipped with vitrim."""
+    prefix, _, name = weights.partition("package:")
+    if prefix or not name:
+        return Path(weights)
+    path = Path(str(resources.files("vitrim") / "assets" / f"{name}.safetensors"))
+    if not path.is_file():
+        raise CheckpointError(f"no weights {weights!r} are shipped with this vitrim ({path})")
+    return path
+
+
+def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
+    description = read_config(folder)
+    name, method = description["method"]["name"], recipe.method
+    if method.name not in (None, name):
+        raise ConfigError(f"{folder} was made by {name!r}; method.name is {method.name!r}")
+    fields = description["method"]["config"] | method.config
+    config: Any = from_plain(method_by_name(name).config_class, fields, "method")
+    sparse = SparseModel(create_backbone(description["backbone"]), config)
+    load_strict(sparse, read_weights(Path(folder) / WEIGHTS_FILE), f"{folder}/{WEIGHTS_FILE}")
+    sparse.origin = description.get("origin")
+    sparse.data_config = description["data"]
+    if not recipe.model.teacher:
+        return SparseTask(sparse)
+    named = recipe.model.name is not None
+    teacher = create_dense(recipe.model, recipe.run.seed) if named else deepcopy(sparse.backbone)
+    return SparseTask(sparse, teacher)
+
+
+def data_config_of(task: Task, recipe: Recipe) -> dict[str, Any]:
+    """How images are prepared: the model's own way, with what the recipe's data change."""
+    model = task.model
+    backbone = model.backbone if isinstance(model, SparseModel) else model
+    config: dict[str, Any] = resolve_model_data_config(backbone)
+    # timm tells the size of the pretrained weights, which img_size=... may have changed.
+    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if built_for is not None:
+        config["input_size"] = (config["input_size"][0], *built_for)
+    config |= getattr(model, "data_config", None) or {}
+    side = recipe.data.image_size
+    if side is not None:
+        config["input_size"] = (config["input_size"][0], side, side)
+    if recipe.data.train.partition("/")[0] == "digits":
+        config |= digits_data_config(config["input_size"][-1])
+    if recipe.data.crop_pct is not None:
+        config["crop_pct"] = recipe.data.crop_pct
+    return config

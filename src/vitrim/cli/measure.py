@@ -15,7 +15,7 @@ from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, sparsify
 from vitrim.tools.benchmark import DTYPES, benchmark
-from vitrim.tools.evaluate import Evaluation, evaluate, evaluate_dense
+from vitrim.tools.evaluate import DenseEvaluation, Evaluation, evaluate, evaluate_dense
 
 ModelArgument = Annotated[
     str,
@@ -91,7 +91,7 @@ def eval_command(
         "split": split,
     }
 
-    def measure(name: str) -> Evaluation:
+    def measure(name: str) -> Evaluation | DenseEvaluation:
         size = batch
         if isinstance(subject, SparseModel) and subject.macs() is None and batch > 1:
             common.note("each image keeps a count of its own: using batches of one image")
@@ -110,17 +110,18 @@ def eval_command(
             subject.set_keep_ratio(ratio)
         name = _setting(subject)
         results[name] = measure(name)
-    _print_evaluations(results, isinstance(subject, SparseModel))
+    _print_evaluations(results)
     content = {"model": model, "data": data, "dtype": dtype, "device": str(where)}
     found = [{"name": name, **result.to_dict()} for name, result in results.items()]
     common.write_json(json, content | {"results": found})
 
 
-def _print_evaluations(results: dict[str, Evaluation], is_sparse: bool) -> None:
+def _print_evaluations(results: dict[str, Evaluation | DenseEvaluation]) -> None:
     console = common.out()
     console.print(tables.evaluation_table(results))
-    if is_sparse:
-        console.print(tables.stage_table(results))
+    sparse = {name: found for name, found in results.items() if isinstance(found, Evaluation)}
+    if sparse:
+        console.print(tables.stage_table(sparse))
     _name_unreadable(next(iter(results.values())).unreadable)
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from vitrim.tools.benchmark import Quartiles, Row
-from vitrim.tools.evaluate import Evaluation, Spread
+from vitrim.tools.evaluate import DenseEvaluation, Evaluation, Spread
 
 
 def plain_table(title: str, *columns: str) -> Table:
@@ -39,7 +39,7 @@ def fact_table(title: str, facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(results: Mapping[str, Evaluation]) -> Table:
+def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Table:
     """Dense and sparse accuracy and cost; one row per model."""
     first = next(iter(results.values()))
     table = plain_table(
@@ -59,7 +59,7 @@ def evaluation_table(results: Mapping[str, Evaluation]) -> Table:
         accuracy = (f"{first.dense.top1:.2f}", f"{first.dense.top5:.2f}")
         table.add_row("dense", *accuracy, "", "", "", "", macs, "100%")
     for name, result in results.items():
-        if result.sparse is None or result.macs is None:
+        if isinstance(result, DenseEvaluation):
             continue
         pair = result.paired
         table.add_row(

@@ -23,7 +23,7 @@ from vitrim.config import to_plain
 from vitrim.model import SparseModel
 from vitrim.tools import report, visualize
 from vitrim.tools.benchmark import Row, benchmark
-from vitrim.tools.evaluate import Evaluation, evaluate
+from vitrim.tools.evaluate import Accuracy, Evaluation, Paired, evaluate
 
 if TYPE_CHECKING:
     from vitrim.train.recipe import Recipe
@@ -54,7 +54,11 @@ class Outcome:
     ratio: float
     """That the model was trained for."""
     evaluation: Evaluation
-    """At the trained ratio, against the dense model as it was before."""
+    """At the trained ratio."""
+    dense: Accuracy
+    """Of the dense model as it was before."""
+    paired: Paired
+    """The trained ratio against that dense model."""
     sweep: dict[float, Evaluation]
     """At each ratio of the curves; the same weights throughout."""
     rows: list[Row]
@@ -104,8 +108,18 @@ def run_demo(
     batches = _test_batches(sparse, test_images, progress)
     evaluation, sweep = _evaluate(sparse, dense, batches, progress)
     rows = _benchmark(sparse, dense, sorted(sweep), rounds, slice_seconds, progress)
-    ratio = float(sparse.config.keep_ratio)
-    outcome = Outcome(recipe, ratio, evaluation, sweep, rows, train_seconds)
+    assert evaluation.dense is not None
+    assert evaluation.paired is not None
+    outcome = Outcome(
+        recipe=recipe,
+        ratio=float(sparse.config.keep_ratio),
+        evaluation=evaluation,
+        dense=evaluation.dense,
+        paired=evaluation.paired,
+        sweep=sweep,
+        rows=rows,
+        train_seconds=train_seconds,
+    )
     page = report_page(outcome, _strips(sparse, batches))
     output.mkdir(parents=True, exist_ok=True)
     sparse.save_pretrained(output / "checkpoint", metrics={"test": evaluation.to_dict()})
@@ -241,15 +255,13 @@ def _results(outcome: Outcome) -> dict[str, Any]:
 
 def summary(outcome: Outcome, output: Path, seconds: float) -> list[str]:
     """Six lines that say what was measured."""
-    found = outcome.evaluation
-    assert found.dense and found.sparse and found.macs and found.paired
-    pair, batch = found.paired, BATCHES[0]
+    found, pair, batch = outcome.evaluation, outcome.paired, BATCHES[0]
     before, after = outcome.row(DENSE, batch), outcome.row(str(outcome.ratio), batch)
     quartiles = f"{after.speedup.low:.2f} to {after.speedup.high:.2f}"
     return [
         f"data        cluttered digits, {found.images:,} test images; "
         f"fine-tuned for {outcome.train_seconds:.0f} s at keep ratio {outcome.ratio}",
-        f"dense       {found.dense.top1:.2f}% top-1, {found.dense_macs / 1e6:.1f} MMACs, "
+        f"dense       {outcome.dense.top1:.2f}% top-1, {found.dense_macs / 1e6:.1f} MMACs, "
         f"{before.images_per_second:,.0f} images/s",
         f"sparse      {found.sparse.top1:.2f}% top-1, {found.macs.mean / 1e6:.1f} MMACs, "
         f"{after.images_per_second:,.0f} images/s",
@@ -263,9 +275,8 @@ def summary(outcome: Outcome, output: Path, seconds: float) -> list[str]:
 
 def report_page(outcome: Outcome, strips: Sequence[Sequence[visualize.Panel]]) -> str:
     """The report, one self-contained HTML document."""
-    found, batch = outcome.evaluation, BATCHES[0]
-    assert found.dense and found.sparse and found.macs and found.paired
-    pair, own = found.paired, outcome.row(str(outcome.ratio), batch)
+    found, pair, batch = outcome.evaluation, outcome.paired, BATCHES[0]
+    own = outcome.row(str(outcome.ratio), batch)
     hardware = own.hardware
     parts = [
         "<h1>A vision transformer that looks only where it matters</h1>",
@@ -275,7 +286,7 @@ def report_page(outcome: Outcome, strips: Sequence[Sequence[visualize.Panel]]) -
             [
                 (f"{own.speedup.median:.2f}x", f"speed-up at batch {batch}"),
                 (f"{pair.difference:+.2f}", "points of top-1 accuracy"),
-                (f"{found.sparse.top1:.1f}%", f"top-1; dense {found.dense.top1:.1f}%"),
+                (f"{found.sparse.top1:.1f}%", f"top-1; dense {outcome.dense.top1:.1f}%"),
                 (f"{100 * found.macs.mean / found.dense_macs:.0f}%", "of the dense model's MACs"),
             ]
         ),
@@ -306,13 +317,10 @@ def _result_table(outcome: Outcome) -> str:
     head = ["model", "top-1 %", "MMACs"]
     head += [f"speed-up, batch {batch}" for batch in BATCHES]
     head += [f"images/s, batch {BATCHES[0]}", f"efficiency, batch {BATCHES[0]}"]
-    found = outcome.evaluation
-    assert found.dense is not None
     base = outcome.row(DENSE, BATCHES[0])
     speed = f"{base.images_per_second:,.0f}"
-    rows = [["dense", f"{found.dense.top1:.2f}", f"{base.macs / 1e6:.1f}", "1", "1", speed, ""]]
+    rows = [["dense", f"{outcome.dense.top1:.2f}", f"{base.macs / 1e6:.1f}", "1", "1", speed, ""]]
     for ratio, evaluation in sorted(outcome.sweep.items(), reverse=True):
-        assert evaluation.sparse is not None
         timed = [outcome.row(str(ratio), batch) for batch in BATCHES]
         name = f"keep {ratio}" + (" (trained)" if ratio == outcome.ratio else "")
         rows.append(
@@ -333,14 +341,10 @@ def _result_table(outcome: Outcome) -> str:
 
 def _charts(outcome: Outcome) -> str:
     def points(x_of: Callable[[Row], float]) -> list[report.Point]:
-        dense = outcome.evaluation.dense
-        assert dense is not None
         base = x_of(outcome.row(DENSE, BATCHES[0]))
-        found = [report.Point(base, dense.top1, "dense", is_base=True)]
+        found = [report.Point(base, outcome.dense.top1, "dense", is_base=True)]
         for ratio, evaluation in outcome.sweep.items():
-            assert evaluation.sparse is not None
-            x = x_of(outcome.row(str(ratio), BATCHES[0]))
-            trained = ratio == outcome.ratio
+            x, trained = x_of(outcome.row(str(ratio), BATCHES[0])), ratio == outcome.ratio
             found.append(report.Point(x, evaluation.sparse.top1, f"{ratio}", is_trained=trained))
         return found
 

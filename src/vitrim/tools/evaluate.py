@@ -78,26 +78,51 @@ class StageKept:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. ``sparse`` and what belongs to it is None for a dense model."""
+    """What :func:`evaluate` found."""
 
     images: int
-    dense: Accuracy | None
+    sparse: Accuracy
+    macs: Spread
+    """Per image, of the sparse model."""
     dense_macs: int
-    sparse: Accuracy | None = None
-    macs: Spread | None = None
-    stages: tuple[StageKept, ...] = ()
-    num_patches: int | None = None
+    """Per image, of its backbone with nothing dropped."""
+    num_patches: int
+    stages: tuple[StageKept, ...]
+    dense: Accuracy | None = None
+    """None where no dense model was asked for."""
     paired: Paired | None = None
+    """The same."""
     unreadable: tuple[str, ...] = ()
     """Files that could not be read and were left out."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; the count of unreadable files stands beside their names."""
-        return asdict(self) | {
-            "unreadable": list(self.unreadable),
-            "num_unreadable": len(self.unreadable),
-            "stages": [asdict(stage) for stage in self.stages],
-        }
+        """JSON-ready data."""
+        return _plain(self)
+
+
+@dataclass(frozen=True)
+class DenseEvaluation:
+    """What :func:`evaluate_dense` found."""
+
+    images: int
+    dense: Accuracy
+    dense_macs: int
+    """Per image."""
+    unreadable: tuple[str, ...] = ()
+    """Files that could not be read and were left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return _plain(self)
+
+
+def _plain(found: Evaluation | DenseEvaluation) -> dict[str, Any]:
+    """Nested lists and dictionaries; the count of unreadable files stands beside their names."""
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(found).items()
+    }
+    return plain | {"num_unreadable": len(found.unreadable)}
 
 
 def evaluate(
@@ -142,9 +167,9 @@ def evaluate(
     per_stage = [torch.cat(stage) for stage in zip(*counts, strict=True)]
     return Evaluation(
         images=answers.count,
+        sparse=answers.accuracy(),
         dense=dense_answers.accuracy() if reference is not None else None,
         dense_macs=sparse.dense_macs(size),
-        sparse=answers.accuracy(),
         macs=Spread.of(torch.cat(macs)),
         stages=tuple(
             StageKept(stage.block, Spread.of(kept))
@@ -162,7 +187,7 @@ def evaluate_dense(
     *,
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
-) -> Evaluation:
+) -> DenseEvaluation:
     """The same pass with a dense model alone; arguments and errors as in :func:`evaluate`."""
     answers, one_image = _Answers("dense"), None
     with _evaluating(model):
@@ -172,7 +197,7 @@ def evaluate_dense(
                 answers.add(model(images), target)
     if one_image is None:
         raise InputError(_nothing_read(loader))
-    return Evaluation(
+    return DenseEvaluation(
         images=answers.count,
         dense=answers.accuracy(),
         dense_macs=counted_macs(model, one_image),

@@ -269,7 +269,7 @@ def _check(
             raise ConfigError(
                 f"dtype is {dtype!r}{closest(dtype, DTYPES)}; use one of {', '.join(DTYPES)}"
             )
-    for name, value in {"rounds": rounds, "threads": threads or 1}.items():
+    for name, value in {"rounds": rounds, "threads": 1 if threads is None else threads}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected at least 1")
     if not batches or min(batches) < 1:

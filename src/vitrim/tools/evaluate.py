@@ -206,10 +206,19 @@ def evaluate_dense(
 
 
 def counted_macs(model: nn.Module, images: Tensor) -> int:
-    """MACs of one image, counted while any model runs ``images``; two FLOPs are one MAC."""
+    """MACs of one image, counted while any model runs ``images``; two FLOPs are one MAC.
+
+    Raises:
+        InputError: the model does not take the images.
+    """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), counter:
-        model(images)
+    try:
+        with _evaluating(model), counter:
+            model(images)
+    except AssertionError as error:  # timm's way of refusing a shape
+        raise InputError(
+            f"the model does not take images of shape {tuple(images.shape)}: {error}"
+        ) from error
     return int(counter.get_total_flops()) // 2 // len(images)
 
 

@@ -28,6 +28,7 @@ p { margin: 0 0 12px; } .soft, figcaption, footer { color: var(--soft); font-siz
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td small, th small { display: block; color: var(--soft); font-size: .75rem; font-weight: 400; }
 th { font-weight: 600; font-size: .8rem; color: var(--soft); vertical-align: bottom; }
 .cards { display: grid; gap: 12px; margin: 20px 0; grid-template-columns: repeat(4, 1fr); }
 .card { border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
@@ -45,7 +46,8 @@ h3 { font-size: .9rem; font-weight: 600; margin: 0 0 6px; overflow-wrap: anywher
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 0 0 12px; }
 @media (max-width: 640px) {
   .cards, .strip { grid-template-columns: repeat(2, 1fr); } .charts { grid-template-columns: 1fr; }
-  th, td { padding: 6px 6px; font-size: .875rem; }
+  th, td { padding: 5px 0 5px 6px; font-size: .8rem; } th { font-size: .72rem; }
+  td small, th small { font-size: .65rem; white-space: nowrap; }
 }
 """
 
@@ -62,15 +64,18 @@ def page(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text; the first column is left-aligned."""
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    ]
+    """A table of text; the first column is left-aligned, a second line in a cell is small."""
+    cells = "".join(f"<th>{_cell(name)}</th>" for name in head)
+    lines = ["<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return (
         f'<div class="wide"><table><thead><tr>{cells}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    first, _, second = html.escape(text).partition("\n")
+    return f"{first}<small>{second}</small>" if second else first
 
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:
@@ -122,7 +127,7 @@ class Point:
 
 def chart(points: Sequence[Point], x_name: str, y_name: str) -> str:
     """Points joined by a line, as inline SVG."""
-    width, height, left, right, top, bottom = 520, 360, 58, 18, 18, 50
+    width, height, left, right, top, bottom = 520, 360, 58, 18, 34, 50
     x_ticks, y_ticks = ticks([p.x for p in points], 5), ticks([p.y for p in points], 5)
 
     def place_x(value: float) -> float:
@@ -157,8 +162,7 @@ def chart(points: Sequence[Point], x_name: str, y_name: str) -> str:
         look = 'fill="#fff" stroke="#1c2028"' if point.is_base else 'fill="#1f6feb" stroke="#fff"'
         radius = 7 if point.is_trained else 5
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {look} stroke-width="2"/>')
-        anchor, shift = ("end", -10) if x > width * 0.75 else ("start", 10)
-        parts.append(_text(x + shift, y + 18, point.label, anchor, "#1c2028"))
+        parts.append(_text(x, y - 12, point.label, "middle", "#1c2028"))
     return "".join([*parts, "</svg>"])
 
 

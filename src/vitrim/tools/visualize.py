@@ -17,7 +17,7 @@ from vitrim.model import Trace
 _PAPER = (255, 255, 255)
 _INK = (28, 32, 40)
 _SOFT_INK = (96, 103, 115)
-_FADED = (246, 247, 249)
+_FADED = (247, 247, 247)
 _FADE = 0.88
 """Weight of the paper colour where a patch was dropped; the rest is its grey image."""
 _LINE = 0.30

@@ -1,0 +1,192 @@
+"""Accuracy, paired comparison and cost, on hand-made answers and on tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import vitrim
+from tests.conftest import images, tiny_vit
+from vitrim import DynamicViTConfig, InputError
+from vitrim.tools.evaluate import (
+    Spread,
+    _Answers,
+    compare,
+    counted_macs,
+    evaluate,
+    evaluate_dense,
+    paired_interval,
+)
+
+
+def answers(name: str, predictions: list[int], truth: list[int], classes: int = 6) -> _Answers:
+    found = _Answers(name)
+    logits = nn.functional.one_hot(torch.tensor(predictions), classes).float()
+    found.add(logits, torch.tensor(truth))
+    return found
+
+
+def test_flips_agreement_and_difference():
+    truth = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    dense = answers("dense", [0, 1, 2, 3, 4, 5, 0, 5, 5, 5], truth)  # 7 right
+    sparse = answers("sparse", [0, 1, 2, 3, 5, 4, 0, 1, 4, 5], truth)  # 6 right
+    pair = compare(dense, sparse)
+    assert (pair.won, pair.lost) == (1, 2)
+    assert pair.difference == pytest.approx(-10)
+    assert pair.agreement == pytest.approx(60)  # six the same, one of them wrong
+    assert dense.accuracy().top1 == pytest.approx(70)
+    assert sparse.accuracy().top1 == pytest.approx(60)
+    assert pair.low < -10 < pair.high
+
+
+def test_interval_by_hand():
+    # 100 images, 10 won, 2 lost: (10.5 - 2.5) / 102 and the adjusted Wald variance.
+    low, high = paired_interval(10, 2, 100)
+    centre = 8 / 102
+    margin = 1.959964 * ((13 - 64 / 102) / 102**2) ** 0.5
+    assert low == pytest.approx(100 * (centre - margin), abs=1e-4)
+    assert high == pytest.approx(100 * (centre + margin), abs=1e-4)
+
+
+def test_interval_without_flips_still_doubts():
+    low, high = paired_interval(0, 0, 1000)
+    assert low == pytest.approx(-high)
+    assert 0 < high < 0.5
+
+
+def test_interval_is_about_right_on_average():
+    """The interval covers a known difference in about 95 of 100 draws."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.tensor([0.08, 0.05, 0.87])  # won, lost, same: the difference is 3 points
+    draws = torch.multinomial(cells, 400 * 500, True, generator=generator).view(500, 400)
+    covered = 0
+    for draw in draws:
+        low, high = paired_interval(int((draw == 0).sum()), int((draw == 1).sum()), 400)
+        covered += low <= 3 <= high
+    assert 0.92 <= covered / 500 <= 0.98
+
+
+def test_top5_counts_ranks():
+    found = _Answers("sparse")
+    logits = torch.arange(8.0).flip(0).expand(3, 8)  # class 0 first, class 7 last
+    found.add(logits, torch.tensor([0, 4, 5]))
+    assert found.accuracy().top1 == pytest.approx(100 / 3)
+    assert found.accuracy().top5 == pytest.approx(200 / 3)
+
+
+def test_spread():
+    spread = Spread.of(torch.tensor([1, 2, 3, 6]))
+    assert spread == Spread(mean=3.0, std=pytest.approx(3.5**0.5), min=1.0, max=6.0)
+
+
+@pytest.fixture
+def loader():
+    labels = torch.arange(10).repeat(2)[:14]
+    pictures = images(14, seed=3)
+    return [(pictures[:6], labels[:6]), (pictures[6:], labels[6:])]
+
+
+def test_evaluate_matches_the_models(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.5))
+    sparse.train()
+    seen: list[int] = []
+    found = evaluate(sparse, loader, progress=seen.append)
+    assert sparse.training
+    assert seen == [6, 14]
+    pictures, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    sparse.eval()
+    with torch.no_grad():
+        top1 = (sparse(pictures).argmax(1) == labels).double().mean() * 100
+        dense_top1 = (sparse.backbone(pictures).argmax(1) == labels).double().mean() * 100
+        agree = (sparse(pictures).argmax(1) == sparse.backbone(pictures).argmax(1)).double().mean()
+    assert found.images == 14
+    assert found.sparse.top1 == pytest.approx(float(top1))
+    assert found.dense.top1 == pytest.approx(float(dense_top1))
+    assert found.paired.agreement == pytest.approx(float(100 * agree))
+    assert found.paired.difference == pytest.approx(float(top1 - dense_top1))
+    assert found.macs.mean == sparse.macs()
+    assert found.dense_macs == sparse.dense_macs()
+    assert [stage.kept.mean for stage in found.stages] == list(sparse.method.counts(16))
+    assert [stage.block for stage in found.stages] == [1, 2, 3]
+
+
+def test_evaluate_with_another_dense_model(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig())
+    other = tiny_vit()
+    nn.init.zeros_(other.head.weight)
+    with torch.no_grad():
+        other.head.bias.copy_(torch.arange(10.0).flip(0))  # always class 0
+    found = evaluate(sparse, loader, dense=other)
+    assert found.dense.top1 == pytest.approx(100 * 2 / 14)
+    assert evaluate(sparse, loader, dense=False).dense is None
+
+
+def test_adaptive_counts_have_a_spread():
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5))
+    with torch.no_grad():
+        for predictor in sparse.method.predictors:
+            for layer in predictor.classify:
+                if isinstance(layer, nn.Linear):
+                    layer.weight.mul_(20)
+    singles = [(picture[None], torch.tensor([1])) for picture in images(8, seed=1)]
+    found = evaluate(sparse, singles)
+    kept = found.stages[0].kept
+    assert kept.min < kept.mean < kept.max
+    assert found.macs.std > 0
+    assert found.macs.max <= found.dense_macs * 1.1
+
+
+def test_dense_alone_counts_its_macs(loader):
+    model = tiny_vit()
+    found = evaluate_dense(model, loader)
+    sparse = vitrim.sparsify(model, DynamicViTConfig())
+    assert found.dense_macs == pytest.approx(sparse.dense_macs(), rel=1e-3)
+    assert found.dense == evaluate(sparse, loader).dense
+    assert counted_macs(model, images(3)) == found.dense_macs
+
+
+def test_bfloat16_autocast_is_close(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=1.0))
+    found = evaluate(sparse, loader, dtype=torch.bfloat16)
+    exact = evaluate(sparse, loader)
+    assert found.images == exact.images
+    assert abs(found.sparse.top1 - exact.sparse.top1) < 30
+
+
+def test_dictionary_is_json_ready(loader):
+    class Named(list):
+        unreadable = ("a.jpg", "b.jpg")
+
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig())
+    plain = evaluate(sparse, Named(loader)).to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["num_unreadable"] == 2
+    assert plain["unreadable"] == ["a.jpg", "b.jpg"]
+    assert plain["paired"].keys() >= {"won", "lost", "agreement", "difference", "low", "high"}
+    assert plain["stages"][0]["kept"].keys() == {"mean", "std", "min", "max"}
+
+
+def test_nan_is_named(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig())
+    nn.init.constant_(sparse.backbone.head.bias, torch.nan)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        evaluate(sparse, loader)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_outside_the_head_are_named(label):
+    with pytest.raises(InputError, match="10 classes"):
+        evaluate_dense(tiny_vit(), [(images(1), torch.tensor([label]))])
+
+
+def test_no_image_is_named():
+    class Empty(list):
+        unreadable = ("broken.png",)
+
+    with pytest.raises(InputError, match="no image"):
+        evaluate_dense(tiny_vit(), [])
+    with pytest.raises(InputError, match=r"broken\.png"):
+        evaluate_dense(tiny_vit(), Empty())

@@ -1,0 +1,196 @@
+"""Pictures show what the trace says; pages hold all they show."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrim
+from tests.conftest import images, tiny_vit
+from vitrim import DynamicViTConfig
+from vitrim.tools import report, visualize
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6)).eval()
+    return sparse.trace(images(2))
+
+
+def colourful() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels[..., 0] = 255  # no pixel is grey
+    pixels[..., 1:] //= 2
+    return Image.fromarray(pixels)
+
+
+def test_denormalize_undoes_the_normalisation():
+    pixels = torch.randint(0, 256, (3, 5, 7), generator=torch.Generator().manual_seed(0))
+    shape = (3, 1, 1)
+    prepared = (pixels / 255 - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)
+    shown = visualize.denormalize(prepared, MEAN, STD)
+    assert np.array_equal(np.asarray(shown), pixels.permute(1, 2, 0).numpy())
+
+
+def test_denormalize_clips_and_takes_grey():
+    shown = visualize.denormalize(torch.tensor([[[-9.0, 0.0, 9.0]]]), [0.5], [0.5])
+    assert np.asarray(shown)[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
+def test_exactly_the_dropped_patches_fade():
+    keep = torch.tensor([[True, False], [False, True]])
+    picture = colourful()
+    faded = np.asarray(visualize.fade(picture, keep)).astype(int)
+    original = np.asarray(picture).astype(int)
+    inside = np.s_[2:14]
+    far = np.s_[18:30]
+    for rows, columns, kept in (
+        (inside, inside, 1),
+        (inside, far, 0),
+        (far, inside, 0),
+        (far, far, 1),
+    ):
+        patch, before = faded[rows, columns], original[rows, columns]
+        if kept:
+            assert np.array_equal(patch, before)
+        else:
+            assert (patch.max(-1) == patch.min(-1)).all()  # grey
+            assert patch.min() > 190  # and pale
+
+
+def test_panels_follow_the_trace(trace):
+    found = visualize.panels(colourful(), trace, 1, truth=3)
+    assert [panel.title for panel in found] == [
+        "input",
+        "stage 1, before block 1",
+        "stage 2, before block 2",
+        "stage 3, before block 3",
+    ]
+    best = int(trace.logits[1].argmax())
+    assert found[0].caption.startswith(f"class {best}, ")
+    assert ("truth: class 3" in found[0].caption) == (best != 3)
+    for panel, stage in zip(found[1:], trace.stages, strict=True):
+        assert panel.caption.startswith(f"{len(stage.kept[1])} of 16 patches")
+        cell = panel.image.width // 4
+        assert panel.image.size == (4 * cell, 4 * cell)
+        pixels = np.asarray(panel.image).astype(int)
+        for place in range(16):
+            row, column = divmod(place, 4)
+            patch = pixels[
+                row * cell + 2 : (row + 1) * cell - 2, column * cell + 2 : (column + 1) * cell - 2
+            ]
+            is_grey = bool((patch.max(-1) == patch.min(-1)).all())
+            assert is_grey == (place not in stage.kept[1].tolist())
+
+
+def test_names_of_classes(trace):
+    names = [f"first{place}, synonym" for place in range(10)]
+    best = int(trace.logits[0].argmax())
+    found = visualize.panels(colourful(), trace, 0, class_names=names)
+    assert found[0].caption.startswith(f"first{best}, ")
+    assert "synonym" not in found[0].caption
+
+
+def test_strip_holds_every_panel(trace):
+    row = visualize.panels(colourful(), trace, 0)
+    picture = np.asarray(visualize.strip(colourful(), trace, 0))
+    assert picture.shape[0] > row[0].image.height
+    for panel in row:
+        corner = np.asarray(panel.image)
+        found = [
+            left
+            for left in range(picture.shape[1] - corner.shape[1])
+            if np.array_equal(
+                picture[16 : 16 + corner.shape[0], left : left + corner.shape[1]], corner
+            )
+        ]
+        assert len(found) == 1
+    below = picture[16 + row[0].image.height :]
+    assert (below < 128).any()  # something is written
+
+
+class Collector(HTMLParser):
+    """Checks that tags are closed, and notes what a page shows."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parse(page: str) -> Collector:
+    found = Collector()
+    found.feed(page)
+    assert found.open == []
+    return found
+
+
+def test_gallery_is_self_contained(trace):
+    row = visualize.panels(colourful(), trace, 0)
+    page = report.gallery("Title <1>", "note & more", [("a <b>.png", row)])
+    found = parse(page)
+    assert len(found.pictures) == 4
+    for panel, address in zip(row, found.pictures, strict=True):
+        kind, _, content = address.partition(",")
+        assert kind == "data:image/png;base64"
+        shown = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert np.array_equal(np.asarray(shown), np.asarray(panel.image))
+    assert "Title &lt;1&gt;" in page
+    assert "a &lt;b&gt;.png" in page
+    assert 'name="viewport"' in page
+    assert "http" not in page
+    assert "<script" not in page
+
+
+def test_chart_places_points():
+    points = [
+        report.Point(10, 90, "low"),
+        report.Point(20, 95, "high", is_trained=True),
+        report.Point(30, 96, "dense", is_base=True),
+    ]
+    chart = report.chart(points, "cost", "worth <")
+    parse(chart)
+    dots = [
+        tuple(map(float, match))
+        for match in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', chart)
+    ]
+    assert len(dots) == 3
+    (x1, y1, r1), (x2, y2, r2), (x3, y3, _) = dots
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
+    assert (y1 - y2) == pytest.approx(5 * (y2 - y3), abs=0.6)
+    assert r2 > r1
+    assert "worth &lt;" in chart
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0], [0.0, 0.0], [95.1, 96.2], [0.03, 0.085], [400, 1210.0], [-5, 5]]
+)
+def test_ticks_enclose_and_are_round(values):
+    found = report.ticks(values, 5)
+    assert found[0] <= min(values) + 1e-9
+    assert found[-1] >= max(values) - 1e-9
+    assert 2 <= len(found) <= 8
+    steps = {round(b - a, 9) for a, b in zip(found, found[1:], strict=False)}
+    assert len(steps) == 1
+    digits = f"{steps.pop():.6e}".partition("e")[0].rstrip("0").rstrip(".")
+    assert digits in {"1", "2", "2.5", "5"}

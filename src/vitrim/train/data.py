@@ -33,6 +33,7 @@ from vitrim.train.samples import (
     FolderReader,
     ReaderDataset,
     SkipUnreadable,
+    TarReader,
     Transform,
     Unreadable,
     UnreadableImageError,
@@ -109,7 +110,7 @@ def open_dataset(
         return _open_reader(name, transform, training, root, split, class_map, seed)
     path = Path(name)
     if path.is_file() and path.suffix == ".tar":
-        return _open_reader("", transform, training, path, "", class_map, seed)
+        return _open_tar(path, transform, labelled, num_classes, class_map)
     if not path.is_dir():
         kinds = [f"{reader}/..." for reader in READERS]
         raise InputError(
@@ -183,6 +184,25 @@ def _open_folder(
     number = {name: label for label, name in enumerate(classes)}
     samples = [(image, number[folder.name]) for folder in folders for image in images[folder]]
     return ReaderDataset(FolderReader(samples), transform, classes)
+
+
+def _open_tar(
+    path: Path,
+    transform: Transform | None,
+    labelled: bool,
+    num_classes: int | None,
+    class_map: str | os.PathLike[str] | None,
+) -> ReaderDataset:
+    reader = TarReader(path, IMAGE_SUFFIXES)
+    if not len(reader):
+        raise InputError(f"the archive {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    if not labelled:
+        return ReaderDataset(reader, transform, None)
+    folders = sorted({reader.folder(index) for index in range(len(reader))}, key=_natural)
+    classes = _label_order(folders, num_classes, class_map)
+    number = {name: label for label, name in enumerate(classes)}
+    reader.labels = [number[reader.folder(index)] for index in range(len(reader))]
+    return ReaderDataset(reader, transform, classes)
 
 
 def _label_order(

@@ -84,7 +84,9 @@ def _create_accelerator(precision: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("training", "accelerate", "train") from error
     try:
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        # Told nothing, Accelerate lets every process of a CPU launch train alone.
+        cpu = not torch.accelerator.is_available()
+        return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"run.precision = {precision!r} does not run here: {error}") from error
 

@@ -200,7 +200,7 @@ class RunRecipe:
     seed: int = 0
     """Data order, augmentation, new parameters and the method's noise are functions of it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward and backward pass; weights stay in fp32. fp16 needs a GPU."""
+    """Of the forward and backward pass; weights stay in fp32."""
     checkpoint_steps: int = 500
     """Optimiser steps between two saved trainer states; the end of an epoch saves one too."""
     eval_every: int = 1

@@ -8,9 +8,11 @@ so that a run which was killed goes on exactly where it was, whatever the number
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,43 @@ class FolderReader:
 
     def filename(self, index: int, absolute: bool = False) -> str:
         return str(self.samples[index][0])
+
+
+class TarReader:
+    """The images of an uncompressed tar file, in its order, in timm's reader protocol.
+
+    Unlike timm's it keeps no pickled index, and no open file that forked workers would share.
+
+    Args:
+        path: the archive; a class is the folder that directly holds an image.
+        suffixes: of image files, in lower case.
+    """
+
+    def __init__(self, path: Path, suffixes: Sequence[str]) -> None:
+        self.path = path
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
+        except tarfile.TarError as error:
+            raise InputError(f"{path} is not a whole, uncompressed tar file: {error}") from error
+        self.members = [m for m in members if Path(m[0]).suffix.lower() in suffixes]
+        self.labels = [UNLABELLED] * len(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        _, offset, size = self.members[index]
+        with open(self.path, "rb") as archive:
+            archive.seek(offset)
+            return BytesIO(archive.read(size)), self.labels[index]
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        return f"{self.path}:{self.members[index][0]}"
+
+    def folder(self, index: int) -> str:
+        """Name of the folder that holds image ``index``."""
+        return Path(self.members[index][0]).parent.name
 
 
 class ReaderDataset(Dataset[tuple[Any, int]]):

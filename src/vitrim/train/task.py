@@ -72,9 +72,13 @@ class SparseTask(nn.Module):
     def _teach(self, images: Tensor) -> DenseOutput | None:
         if self.teacher is None:
             return None
-        tokens = self._teacher_family.dense(images)
-        features = self._teacher_family.patch_features(tokens)
-        return DenseOutput(self._teacher_family.head(tokens), features)
+        family, blocks = self._teacher_family, self.model.method.saliency_blocks
+        saliency: tuple[Tensor, ...] = ()
+        if blocks:
+            tokens, saliency = family.saliency(images, blocks)
+        else:
+            tokens = family.dense(images)
+        return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
 
 
 class DenseTask(nn.Module):

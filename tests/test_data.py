@@ -1,0 +1,161 @@
+"""Sources of images: labels, damaged files, bad folders, evaluation batches."""
+
+from __future__ import annotations
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from tests.training import write_images
+from vitrim import ConfigError, InputError
+from vitrim.train.data import (
+    UnreadableImageError,
+    check_label_space,
+    digits_data_config,
+    eval_loader,
+    eval_transform,
+    open_dataset,
+)
+
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+}
+
+
+def rename(root, names):
+    for folder, name in zip(sorted(root.iterdir()), names, strict=True):
+        folder.rename(root / name)
+    return root
+
+
+def test_folder_labels_follow_natural_order(tmp_path):
+    root = rename(write_images(tmp_path / "set", classes=3, per_class=2), ["c2", "c10", "c1"])
+    dataset = open_dataset(root)
+    assert list(dataset.classes) == ["c1", "c2", "c10"]
+    assert [dataset[i][1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    # write_images made the class folders red, green, blue; they are now c2, c10, c1.
+    assert np.asarray(dataset[0][0]).mean((0, 1)).argmax() == 2
+    check_label_space(dataset, 3)
+    with pytest.raises(InputError, match=r"the data have 3 classes .* the model has 4 outputs"):
+        check_label_space(dataset, 4)
+
+
+def test_imagenet_folders_take_imagenet_labels(tmp_path):
+    names = ImageNetInfo().label_names()
+    root = rename(write_images(tmp_path / "set", per_class=1), [names[7], names[404]])
+    dataset = open_dataset(root, num_classes=1000)
+    assert [dataset[i][1] for i in range(2)] == [7, 404]
+    check_label_space(dataset, 1000)
+    assert [open_dataset(root, num_classes=2)[i][1] for i in range(2)] == [0, 1]
+
+
+def test_class_map(tmp_path):
+    root = write_images(tmp_path / "set", per_class=1)
+    class_map = tmp_path / "classes.txt"
+    class_map.write_text("other\nclass_1\nclass_0\n")
+    dataset = open_dataset(root, class_map=class_map)
+    assert [dataset[i][1] for i in range(2)] == [2, 1]
+    check_label_space(dataset, 3)
+    class_map.write_text("other\nclass_1\n")
+    with pytest.raises(InputError, match=r"classes.txt lacks 1 class folder\(s\): class_0"):
+        open_dataset(root, class_map=class_map)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_dataset(root, class_map=tmp_path / "absent.txt")
+
+
+def test_bad_folders_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        open_dataset(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds nothing to read"):
+        open_dataset(tmp_path / "empty")
+    with pytest.raises(InputError, match="holds no image"):
+        open_dataset(tmp_path / "empty", labelled=False)
+    root = write_images(tmp_path / "set")
+    with pytest.raises(InputError, match="holds images but no class folders"):
+        open_dataset(root / "class_0")
+    (root / "class_1b").mkdir()
+    with pytest.raises(InputError, match=r"1 class folder\(s\) .* hold no image: class_1b"):
+        open_dataset(root)
+    with pytest.raises(InputError, match="timm cannot open the data hfds/nobody"):
+        open_dataset("hfds/nobody/nothing", root=tmp_path / "absent")
+
+
+def test_unlabelled_folder_of_any_layout(tmp_path):
+    root = write_images(tmp_path / "set", per_class=2)
+    Image.new("RGB", (32, 32)).save(root / "loose.jpg")
+    dataset = open_dataset(root, labelled=False)
+    assert len(dataset) == 5
+    assert {dataset[i][1] for i in range(5)} == {-1}
+
+
+def test_tar_of_a_folder(tmp_path):
+    root = write_images(tmp_path / "set", per_class=3)
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(root, arcname=".")
+    packed, plain = open_dataset(tmp_path / "set.tar"), open_dataset(root)
+    assert sorted(packed[i][1] for i in range(6)) == [0, 0, 0, 1, 1, 1]
+    check_label_space(packed, 2)
+    pictures = {packed[i][0].tobytes() for i in range(len(packed))}
+    assert pictures == {plain[i][0].tobytes() for i in range(6)}
+    assert open_dataset(tmp_path / "set.tar", labelled=False)[0][1] == -1
+    with pytest.raises(InputError, match="the data have 2 classes"):
+        check_label_space(packed, 3)
+    (tmp_path / "broken.tar").write_bytes(b"x" * 600)
+    with pytest.raises(InputError, match="not a whole, uncompressed tar file"):
+        open_dataset(tmp_path / "broken.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_named_and_left_out(tmp_path, workers):
+    root = write_images(tmp_path / "set", per_class=4)
+    (root / "class_0" / "1.png").write_bytes(b"no image")
+    whole = (root / "class_1" / "2.png").read_bytes()
+    (root / "class_1" / "2.png").write_bytes(whole[: len(whole) // 2])
+    loader = eval_loader(root, CONFIG, batch_size=3, workers=workers)
+    for _ in range(2):  # the list is that of the latest iteration, not of all
+        labels = torch.cat([labels for _, labels in loader])
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+        names = [unreadable.name for unreadable in loader.unreadable]
+        assert names == [str(root / "class_0" / "1.png"), str(root / "class_1" / "2.png")]
+    with pytest.raises(UnreadableImageError, match=r"1\.png cannot be read as an image"):
+        loader.dataset[1]
+
+
+def test_evaluation_prepares_images_as_the_model_wants(tmp_path):
+    root = write_images(tmp_path / "set", per_class=1, size=48)
+    config = CONFIG | {"mean": (0.2, 0.3, 0.4), "std": (0.5, 0.6, 0.7), "crop_pct": 0.8}
+    images, _ = next(iter(eval_loader(root, config, batch_size=2)))
+    picture = Image.open(root / "class_0" / "0.png").resize((40, 40), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, 4:36, 4:36] / 255
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    expected = (pixels - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(images[0], expected)
+
+
+def test_limit_is_spread_over_the_classes(tmp_path):
+    root = write_images(tmp_path / "set", per_class=6)
+    loader = eval_loader(root, CONFIG, batch_size=4, limit=4)
+    assert torch.cat([labels for _, labels in loader]).tolist() == [0, 0, 1, 1]
+    assert len(loader) == 1
+
+
+def test_embedded_set_by_name():
+    dataset = open_dataset("digits/test", eval_transform(digits_data_config(64)), length=3)
+    image, label = dataset[2]
+    assert (dataset.split, len(dataset), tuple(image.shape)) == ("test", 3, (3, 64, 64))
+    assert 0 <= label <= 9
+    assert open_dataset("digits").split == "val"
+    assert open_dataset("digits", training=True).split == "train"
+    loader = eval_loader("digits/val", digits_data_config(48), 2, length=4)
+    assert [tuple(images.shape) for images, _ in loader] == [(2, 3, 48, 48)] * 2
+    with pytest.raises(ConfigError, match="split is 'tset'"):
+        open_dataset("digits/tset")

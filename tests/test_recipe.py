@@ -1,0 +1,108 @@
+"""Recipes: what is packaged, what overrides do, and what bad ones are told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.training import tiny_recipe
+from vitrim import ConfigError, DynamicViTConfig
+from vitrim.config import to_plain
+from vitrim.train.recipe import list_recipes, load_recipe, recipe_from_plain
+
+
+def test_every_packaged_recipe_is_read_and_described():
+    recipes = list_recipes()
+    assert {"dynamicvit-deit-t", "dynamicvit-deit-s", "dynamicvit-deit-b"} <= recipes.keys()
+    assert {"dynamicvit-adapt", "digits-dense", "digits-dynamicvit"} <= recipes.keys()
+    for name, description in recipes.items():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert description == recipe.description != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio_weight", "drop_path"), [("s", 2.0, {}), ("b", 5.0, {"drop_path_rate": 0.2})]
+)
+def test_the_published_recipe(name, ratio_weight, drop_path):
+    recipe = load_recipe(f"dynamicvit-deit-{name}")
+    assert recipe.method.build() == DynamicViTConfig(keep_ratio=0.7, ratio_weight=ratio_weight)
+    assert recipe.model.kwargs == drop_path
+    optim, augment, run = recipe.optim, recipe.augment, recipe.run
+    assert (optim.lr, optim.lr_batch, optim.backbone_lr_scale) == (1e-3, None, 0.01)
+    assert (optim.freeze_backbone_epochs, optim.warmup_epochs, optim.min_lr) == (5, 5, 1e-6)
+    assert (optim.train_embeddings, optim.weight_decay, optim.clip_grad) == (False, 0.05, None)
+    assert (optim.ema_decay, run.epochs, run.precision) == (0.9999, 30, "fp32")
+    assert (augment.mixup, augment.cutmix, augment.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (augment.random_erase, augment.rand_augment) == (0.25, "rand-m9-mstd0.5-inc1")
+    assert recipe.data.batch_size * 8 == 1024
+
+
+def test_overrides_are_toml_or_bare_words():
+    overrides = [
+        "method.keep_ratio=0.6",
+        "optim.lr=1e-4",
+        "data.train=/my/images",
+        "optim.ema_decay=none",
+        "optim.betas=[0.8, 0.9]",
+        "data.labels=true",
+        "model.kwargs.drop_path_rate=0.1",
+    ]
+    recipe = load_recipe("dynamicvit-deit-s", overrides)
+    assert recipe.method.build().keep_ratio == 0.6
+    assert recipe.optim.lr == 1e-4
+    assert recipe.optim.ema_decay is None
+    assert recipe.optim.betas == (0.8, 0.9)
+    assert recipe.data.train == "/my/images"
+    assert recipe.model.kwargs == {"drop_path_rate": 0.1}
+
+
+def test_a_file_and_its_plain_form_agree(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\n[model]\nname = "x"\n[data]\ntrain = "y"\n[run]\nepochs = 1\n')
+    recipe = load_recipe(file)
+    assert recipe.method.name is None
+    assert recipe_from_plain(json.loads(json.dumps(to_plain(recipe)))) == recipe
+    sparse = tiny_recipe("z", method__keep_ratio=0.5)
+    assert recipe_from_plain(json.loads(json.dumps(to_plain(sparse)))) == sparse
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
+        (["optim.warmup_epoch=1"], "did you mean 'warmup_epochs'"),
+        (["method.keep_ratoi=0.6"], "did you mean 'keep_ratio'"),
+        (["method.keep_ratio=1.5"], "keep_ratio is 1.5"),
+        (["method.name=dynamicvitt"], "did you mean 'dynamicvit'"),
+        (["run.precision=int8"], "run.precision is 'int8'; use one of"),
+        (["run.epochs=0"], "run.epochs is 0; expected 1 or more"),
+        (["data.max_unreadable=2"], "expected a share from 0 to 1"),
+        (["optim.ema_decay=1.5"], "optim.ema_decay is 1.5"),
+        (["augment.scale=[1.0, 0.5]"], "the smaller first"),
+        (["model.weights=a.safetensors"], "model.pretrained and model.weights are both set"),
+        (["optim"], "'optim' is no override"),
+        (["name.x=1"], "which is no table"),
+        (["data.labels=false", "model.teacher=false"], "a teacher must say what to learn"),
+    ],
+)
+def test_bad_values_name_the_recipe_and_the_value(overrides, message):
+    with pytest.raises(ConfigError, match="recipe dynamicvit-deit-s with") as caught:
+        load_recipe("dynamicvit-deit-s", overrides)
+    assert message in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'digits-dense'"):
+        load_recipe("digit-dense")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ")
+    with pytest.raises(ConfigError, match=r"broken.toml is no TOML file"):
+        load_recipe(broken)
+    broken.write_text('name = "x"\n[model]\nname = "y"\n[run]\nepochs = 1\n')
+    with pytest.raises(ConfigError, match=r"broken.toml: the recipe has no 'data'"):
+        load_recipe(broken)
+    broken.write_text('name = "x"\n[model]\nname = "y"\n[data]\nval = "z"\n[run]\nepochs = 1\n')
+    with pytest.raises(ConfigError, match=r"the recipe has no data.train"):
+        load_recipe(broken)

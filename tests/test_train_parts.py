@@ -1,0 +1,346 @@
+"""The parts of training, one by one: order, seeds, groups, schedule, average, mixing, state."""
+
+from __future__ import annotations
+
+import math
+import random
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import images, tiny_vit
+from tests.training import TINY, tiny_recipe, write_images
+from vitrim import CheckpointError, ConfigError, DynamicViTConfig, InputError, sparsify
+from vitrim.checkpoint import write_atomic
+from vitrim.errors import TrainingError
+from vitrim.train import state as trainer_state
+from vitrim.train.digits import ClutteredDigits
+from vitrim.train.loader import Mixer, TrainLoader, training_transform
+from vitrim.train.logs import JsonLines, read_log
+from vitrim.train.optim import MovingAverage, Schedule, create_optimizer, parameter_groups
+from vitrim.train.recipe import AugmentRecipe, ModelRecipe, OptimRecipe
+from vitrim.train.samples import EpochBatches, SeededSamples, mix_seed, seeded
+from vitrim.train.task import SparseTask, create_dense, create_task, data_config_of
+
+DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def sparse_tiny(**config):
+    return sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.7, **config))
+
+
+def test_processes_share_out_the_same_global_batches():
+    alone = list(EpochBatches(26, 8, seed=3))
+    parts = [list(EpochBatches(26, 4, seed=3, rank=r, num_processes=2)) for r in range(2)]
+    assert alone == [first + second for first, second in zip(*parts, strict=True)]
+    assert len(alone) == 3
+    assert len({key for batch in alone for key in batch}) == 24
+
+
+def test_epochs_differ_and_can_be_entered_anywhere():
+    batches = EpochBatches(24, 4, seed=0)
+    first = list(batches)
+    batches.start(1)
+    second = list(batches)
+    assert [i for b in first for _, i in b] != [i for b in second for _, i in b]
+    batches.start(1, 4)
+    assert list(batches) == second[4:]
+    assert len(batches) == 2
+
+
+def test_seeded_restores_what_it_borrowed():
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    with seeded(5, 6):
+        inside = random.random(), np.random.rand(), torch.rand(1).item()
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    with seeded(5, 6):
+        assert (random.random(), np.random.rand(), torch.rand(1).item()) == inside
+    assert mix_seed(5, 6) != mix_seed(6, 5)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
+    recipe = AugmentRecipe(rand_augment="rand-m9-mstd0.5-inc1", random_erase=1.0)
+    recipe_of = tiny_recipe(write_images(tmp_path / "set"))
+    transform = training_transform(recipe, DATA_CONFIG)
+    from vitrim.train.data import open_dataset
+
+    dataset = open_dataset(recipe_of.data.train, transform)
+    samples = SeededSamples(dataset, seed=0)
+    image = samples[(2, 5)][0]
+    samples[(0, 1)]
+    torch.rand(3)
+    assert torch.equal(image, samples[(2, 5)][0])
+    assert not torch.equal(image, samples[(3, 5)][0])
+    assert not torch.equal(image, SeededSamples(dataset, seed=1)[(2, 5)][0])
+
+
+def test_curriculum_raises_the_clutter():
+    dataset = ClutteredDigits("train", 4, image_size=48)
+    samples = SeededSamples(dataset, seed=0, curriculum_epochs=4)
+    clutter = []
+    for epoch in (0, 1, 4, 9):
+        samples[(epoch, 0)]
+        clutter.append(dataset.clutter)
+        assert dataset.epoch == epoch
+    assert clutter == [0.0, 0.25, 1.0, 1.0]
+
+
+def test_parameter_groups_cover_every_parameter_once():
+    sparse = sparse_tiny()
+    groups = parameter_groups(sparse, OptimRecipe(weight_decay=0.1))
+    assert {group["role"] for group in groups} == {"backbone", "method"}
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(sparse.parameters()))
+    names = {id(p): name for name, p in sparse.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            free = parameter.ndim == 1 or name.endswith(("cls_token", "pos_embed"))
+            assert group["weight_decay"] == (0.0 if free else 0.1), name
+            assert name.startswith(group["role"])
+
+
+def test_embeddings_can_be_left_out_as_the_authors_do():
+    sparse = sparse_tiny()
+    before = sparse.backbone.pos_embed.clone()
+    optimizer = create_optimizer(sparse, OptimRecipe(train_embeddings=False, weight_decay=0.5))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    sparse.train().losses(images(2))["total"].backward()
+    optimizer.step()
+    assert torch.equal(sparse.backbone.pos_embed, before)
+    assert sparse.backbone.cls_token.grad is None
+
+
+def test_schedule_warms_up_step_by_step_then_follows_the_cosine():
+    recipe = OptimRecipe(lr=1e-3, lr_batch=512, warmup_epochs=1, min_lr=1e-5)
+    schedule = Schedule(recipe, steps_per_epoch=10, epochs=5, global_batch=256)
+    assert schedule.lr(0) == 0
+    assert schedule.lr(5) == pytest.approx(0.5 * 5e-4)
+    assert schedule.lr(10) == pytest.approx(5e-4)
+    assert schedule.lr(30) == pytest.approx(1e-5 + (5e-4 - 1e-5) * 0.5)
+    assert schedule.lr(50) == pytest.approx(1e-5)
+    quarter = (1 + math.cos(math.pi / 4)) / 2
+    assert schedule.lr(20) == pytest.approx(1e-5 + (5e-4 - 1e-5) * quarter)
+
+
+def test_frozen_backbone_does_not_move_nor_decay():
+    sparse = sparse_tiny().train()
+    recipe = OptimRecipe(lr=0.01, weight_decay=0.5, backbone_lr_scale=0.1, freeze_backbone_epochs=1)
+    optimizer = create_optimizer(sparse, recipe)
+    schedule = Schedule(recipe, steps_per_epoch=2, epochs=3, global_batch=2)
+    start = deepcopy(sparse.state_dict())
+    for step in range(3):
+        lr = schedule.apply(optimizer, step)
+        rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {"method": lr, "backbone": 0.0 if step < 2 else pytest.approx(0.1 * lr)}
+        sparse.losses(images(2), torch.tensor([1, 2]))["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = sparse.state_dict()
+        moved = {name.split(".")[0] for name in now if not torch.equal(now[name], start[name])}
+        assert moved == ({"method"} if step < 2 else {"method", "backbone"})
+
+
+def test_moving_average_follows_its_formula():
+    model = torch.nn.BatchNorm1d(2)
+    average = MovingAverage(model, decay=0.9)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    model(torch.randn(4, 2))
+    average.update(model)
+    torch.testing.assert_close(average.model.weight, torch.full((2,), 0.9 * 1 + 0.1 * 3))
+    assert average.model.num_batches_tracked == 1
+    assert not average.model.training
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_mixing_keeps_every_image_and_sums_to_one(size):
+    mixer = Mixer(AugmentRecipe(mixup=0.8, cutmix=1.0, label_smoothing=0.1), num_classes=10)
+    batch, labels = images(size), torch.arange(size)
+    with seeded(0):
+        mixed, target = mixer(batch, labels)
+    with seeded(0):
+        again, _ = mixer(batch, labels)
+    assert torch.equal(mixed, again)
+    assert mixed.shape == batch.shape
+    assert target.shape == (size, 10)
+    torch.testing.assert_close(target.sum(1), torch.ones(size))
+    assert not torch.equal(mixed[0], batch[0])
+    assert torch.equal(batch, images(size))  # the caller's images are left alone
+    if size == 5:
+        assert torch.equal(mixed[4], batch[4])
+        assert target[4, 4] == pytest.approx(0.91)
+
+
+def test_smoothing_without_mixing():
+    mixer = Mixer(AugmentRecipe(label_smoothing=0.2), num_classes=4)
+    _, target = mixer(images(1), torch.tensor([2]))
+    torch.testing.assert_close(target, torch.tensor([[0.05, 0.05, 0.85, 0.05]]))
+    _, plain = Mixer(AugmentRecipe(), 4)(images(1), torch.tensor([2]))
+    assert plain.tolist() == [2]
+
+
+def test_teacher_stays_frozen_and_out_of_the_state():
+    recipe = tiny_recipe("unused")
+    task = create_task(recipe)
+    assert isinstance(task, SparseTask)
+    assert task.teacher is not None
+    task.train()
+    assert task.model.training
+    assert not task.teacher.training
+    terms = task(images(2), torch.tensor([0, 1]), seed=1)
+    assert {"ratio", "classification", "distill", "token", "total"} == terms.keys()
+    terms["total"].backward()
+    assert all(p.grad is None for p in task.teacher.parameters())
+    assert not any("teacher" in name for name in task.model.state_dict())
+    before = deepcopy(task.teacher.state_dict())
+    with torch.no_grad():
+        task.model.backbone.head.weight.add_(1)
+    assert torch.equal(task.teacher.head.weight, before["head.weight"])
+
+
+def test_noise_is_a_function_of_the_seed():
+    task = create_task(tiny_recipe("unused")).train()
+    batch = images(2)
+    with torch.no_grad():
+        first, again, other = (task(batch, seed=seed)["ratio"].item() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_new_parameters_are_a_function_of_the_seed():
+    one, same, other = (
+        create_task(tiny_recipe("unused", run__seed=seed)).model.state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    for name in ("backbone.pos_embed", "method.predictors.0.classify.0.weight"):
+        assert not torch.equal(one[name], other[name])
+
+
+def test_bad_models_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean .*'vit_tiny_patch16_224'"):
+        create_dense(ModelRecipe(name="vit_tiny_patch16_225"), 0)
+    with pytest.raises(ConfigError, match="timm cannot create"):
+        create_dense(ModelRecipe(name="vit_tiny_patch16_224", kwargs={"no_such": 1}), 0)
+    with pytest.raises(CheckpointError, match="no weights 'package:nothing' are shipped"):
+        create_dense(
+            ModelRecipe(name="vit_tiny_patch16_224", kwargs=TINY, weights="package:nothing"), 0
+        )
+    pickle = tmp_path / "weights.safetensors"
+    torch.save({"head.weight": torch.zeros(1)}, pickle)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        create_dense(ModelRecipe(name="vit_tiny_patch16_224", kwargs=TINY, weights=str(pickle)), 0)
+
+
+def test_a_run_may_start_from_a_checkpoint(tmp_path):
+    start = create_task(tiny_recipe("unused")).model
+    start.save_pretrained(tmp_path / "start")
+    changes = {"model__checkpoint": str(tmp_path / "start"), "method__keep_ratio": 0.5}
+    task = create_task(tiny_recipe("unused", model__name=None, model__kwargs={}, **changes))
+    assert task.model.config.keep_ratio == 0.5
+    weights = task.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in start.state_dict().items())
+    assert torch.equal(task.teacher.pos_embed, start.backbone.pos_embed)
+
+
+def test_images_are_prepared_for_the_size_that_the_model_was_built_for():
+    recipe = tiny_recipe("folder", data__crop_pct=0.8)
+    config = data_config_of(create_task(recipe), recipe)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 0.8)
+    recipe = tiny_recipe("digits/train")
+    config = data_config_of(create_task(recipe), recipe)
+    assert (config["std"], config["crop_pct"]) == ((0.25, 0.25, 0.25), 1.0)
+
+
+def test_labels_outside_the_head_are_refused(tmp_path):
+    root = write_images(tmp_path / "set", classes=3)
+    with pytest.raises(InputError, match="the data have 3 classes"):
+        TrainLoader(tiny_recipe(root), DATA_CONFIG, num_classes=2)
+
+
+def test_training_stops_past_the_stated_share_of_unreadable_images(tmp_path):
+    root = write_images(tmp_path / "set", per_class=8)
+    for number in range(3):
+        (root / "class_0" / f"{number}.png").write_bytes(b"damaged")
+    allowed = TrainLoader(tiny_recipe(root, data__max_unreadable=0.2), DATA_CONFIG, 2)
+    assert sum(len(batch) for batch, _ in allowed.epoch(0)) == 13
+    assert len(allowed.unreadable) == 3
+    strict = TrainLoader(tiny_recipe(root, data__max_unreadable=0.125), DATA_CONFIG, 2)
+    with pytest.raises(TrainingError, match="3 of 16 images cannot be read") as caught:
+        list(strict.epoch(0))
+    assert all(f"class_0/{number}.png" in str(caught.value) for number in range(3))
+
+
+def test_state_is_written_whole_and_two_are_kept(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        trainer_state.save_state(tmp_path, step, {"step": step})
+    names = [path.name for path in sorted((tmp_path / "state").iterdir())]
+    assert names == ["step_000000002.pt", "step_000000003.pt"]
+
+    def dies_halfway(state, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dies_halfway)
+        with pytest.raises(OSError, match="no space"):
+            trainer_state.save_state(tmp_path, 4, {"step": 4})
+    assert [path.name for path in sorted((tmp_path / "state").iterdir())] == names
+    assert trainer_state.load_state(tmp_path) == {"step": 3}
+    newest = tmp_path / "state" / names[1]
+    newest.write_bytes(newest.read_bytes()[:50])
+    assert trainer_state.load_state(tmp_path) == {"step": 2}
+    (tmp_path / "state" / names[0]).write_bytes(b"")
+    with pytest.raises(TrainingError, match="no trainer state"):
+        trainer_state.load_state(tmp_path)
+
+
+def test_a_state_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("pwned").touch, ())
+
+    (tmp_path / "state").mkdir()
+    torch.save({"step": Evil()}, tmp_path / "state" / "step_000000001.pt")
+    with pytest.raises(TrainingError, match="no trainer state"):
+        trainer_state.load_state(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_crash_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    write_atomic(tmp_path / "file", b"old")
+
+    def crash(_descriptor):
+        raise OSError("crash")
+
+    monkeypatch.setattr("os.fsync", crash)
+    with pytest.raises(OSError, match="crash"):
+        write_atomic(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_log_is_cut_back_to_the_saved_step(tmp_path):
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    (tmp_path / "log.jsonl").write_text("".join(lines) + '{"step": 6, "to')
+    log = JsonLines(tmp_path, 3)
+    log.write({"step": 4, "new": 1})
+    log.close()
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "new": 1}]
+
+
+def test_one_image_in_other_modes_is_read(tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    Image.new("L", (40, 32)).save(tmp_path / "set" / "a" / "grey.png")
+    Image.new("RGBA", (32, 40)).save(tmp_path / "set" / "a" / "alpha.png")
+    recipe = tiny_recipe(tmp_path / "set", data__batch_size=2)
+    (batch,) = TrainLoader(recipe, DATA_CONFIG, 1).epoch(0)
+    assert batch[0].shape == (2, 3, 32, 32)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, DynamicViTConfig, sparsify
 from vitrim.attention import masked_softmax
+from vitrim.methods.base import DenseOutput
 from vitrim.sampling import hard_keep, top_k
 
 X = images(3)
@@ -78,7 +79,7 @@ def test_masked_training_agrees_with_gathering():
     sparse = sparse_vit(sampling="argmax", threshold=0.5)
     for image in X:
         output = sparse.method.train_forward(sparse.family, image[None])
-        kept = output.keeps[-1][0] > 0.5
+        kept = output.decisions[-1].keep_BN[0] > 0.5
         trace = sparse.trace(image[None])
         assert torch.equal(trace.stages[-1].kept[0], kept.nonzero().flatten())
         torch.testing.assert_close(output.logits, trace.logits, atol=1e-5, rtol=0)
@@ -293,3 +294,74 @@ def test_config_is_frozen():
     config = DynamicViTConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.keep_ratio = 0.5
+
+
+def teach(sparse, x):
+    family, blocks = sparse.family, sparse.method.saliency_blocks
+    tokens, saliency = family.saliency(x, blocks)
+    return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+
+
+def test_saliency_is_the_first_order_change_of_the_log_odds():
+    sparse = sparse_vit(tiny_vit().double(), score_weight=1.0)
+    family, x = sparse.family, X.double()
+    tokens, (first, second) = family.saliency(x, (1, 2))
+    assert first.shape == second.shape == (3, 16)
+    assert not tokens.x.requires_grad
+    torch.testing.assert_close(tokens.x, family.dense(x).x.detach())
+
+    def log_odds(scale_BN):
+        tokens = family.run_block(0, family.stem(x))
+        scale = torch.cat([scale_BN.new_ones(3, 1), scale_BN], 1)
+        tokens = tokens.with_x(tokens.x * scale.unsqueeze(-1))
+        for block in range(1, family.depth):
+            tokens = family.run_block(block, tokens)
+        probability = family.head(tokens).softmax(-1).gather(1, best)
+        return (probability / (1 - probability)).log().sum()
+
+    best = family.head(tokens).argmax(1, keepdim=True)
+    slope = torch.autograd.functional.jacobian(log_odds, torch.ones(3, 16, dtype=torch.double))
+    torch.testing.assert_close(first.double(), slope.abs(), rtol=1e-5, atol=1e-7)
+
+
+def test_top_k_training_is_inference():
+    """The kept tokens and the logits of a top-k training forward are those of inference."""
+    sparse = sparse_vit(sampling="top_k")
+    output = sparse.method.train_forward(sparse.family, X)
+    trace = sparse.trace(X)
+    torch.testing.assert_close(output.logits, trace.logits)
+    for decision, stage in zip(output.decisions, trace.stages, strict=True):
+        kept = [row.nonzero().flatten() for row in decision.keep_BN > 0.5]
+        assert all(map(torch.equal, kept, stage.kept))
+
+
+@pytest.mark.parametrize("sampling", ["gumbel", "top_k"])
+def test_score_loss_teaches_the_predictors_what_matters(sampling):
+    options = {"sampling": sampling, "score_weight": 1.0, "keep_ratio": (0.5, 0.25)}
+    sparse = sparse_vit(**options).train()
+    teacher = teach(sparse, X)
+    optimizer = torch.optim.Adam(sparse.method.parameters(), lr=5e-3)
+    generator, history = seeded(0), []
+    for _ in range(60):
+        parts = sparse.losses(X, None, teacher, generator)
+        optimizer.zero_grad()
+        parts["score"].backward()
+        optimizer.step()
+        history.append(parts["score"].item())
+    assert history[-1] < 0.5 * history[0]
+    trace = sparse.eval().trace(X)
+    salient = teacher.saliency[0].topk(8).indices.sort(1).values
+    hits = sum(torch.isin(a, b).sum().item() for a, b in zip(trace.stages[0].kept, salient))
+    assert hits >= 22  # of 24; a random choice has 12
+
+
+def test_token_loss_compares_each_kept_token_with_its_own_teacher():
+    sparse = sparse_vit(sampling="top_k", keep_ratio=0.5)
+    output = sparse.method.train_forward(sparse.family, X)
+    features = torch.zeros(3, 16, 32)
+    index = output.tokens.index_BN.unsqueeze(-1).expand_as(output.patch_features)
+    features = features.scatter(1, index, output.patch_features.detach())
+    teacher = DenseOutput(output.logits.detach(), features)
+    parts = sparse.method.losses(output, None, teacher)
+    assert parts["token"].item() == 0
+    assert parts["distill"].item() == pytest.approx(0, abs=1e-6)

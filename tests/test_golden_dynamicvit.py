@@ -67,8 +67,8 @@ def test_training():
     expected = torch.tensor(outputs["logits"])
     torch.testing.assert_close(output.logits, expected, atol=tolerance["logits_atol"], rtol=0)
     assert_feature(output.patch_features, outputs["tokens"], tolerance)
-    for keep_BN, kept in zip(output.keeps, outputs["kept_indices"], strict=True):
-        assert [row.nonzero().flatten().tolist() for row in keep_BN > 0.5] == kept
+    for decision, kept in zip(output.decisions, outputs["kept_indices"], strict=True):
+        assert [row.nonzero().flatten().tolist() for row in decision.keep_BN > 0.5] == kept
     loss = outputs["loss"]
     pairs = {
         "total": loss["total"],

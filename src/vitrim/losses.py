@@ -31,6 +31,19 @@ def kept_token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) ->
     return (error_BN * kept).sum() / kept.sum().clamp(min=1)
 
 
+def selection_loss(log_probs_BK2: Tensor, best_BK: Tensor, weight_BK: Tensor) -> Tensor:
+    """Negative log-likelihood that the tokens of ``best_BK`` are kept and the others dropped.
+
+    Args:
+        log_probs_BK2: log-probabilities of (keep, drop).
+        best_BK: 1 for a token that should be kept, 0 for one that should go.
+        weight_BK: share of each token in the mean.
+    """
+    keep, drop = log_probs_BK2.float().unbind(-1)
+    nll_BK = -(best_BK * keep + (1 - best_BK) * drop)
+    return (nll_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1)
+
+
 def ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
     """Squared distance of each image's kept share from the target, mean over images."""
     return (_full(keep_BN).mean(1) - keep_ratio).square().mean()

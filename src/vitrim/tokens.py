@@ -51,6 +51,14 @@ class Tokens:
         ones = self.keep_BN.new_ones(self.keep_BN.shape[0], self.num_prefix)
         return torch.cat([ones, self.keep_BN], dim=1)
 
+    def keep_on_grid(self, num_patches: int) -> Tensor:
+        """(B, num_patches): the keep mask on the original grid, 0 where a patch was removed."""
+        keep = self.keep_BN
+        if keep is None:
+            keep = self.x.new_ones(self.index_BN.shape)
+        grid = keep.new_zeros(keep.shape[0], num_patches)
+        return grid.scatter(1, self.index_BN, keep)
+
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with new features."""
         return replace(self, x=x)

@@ -55,18 +55,36 @@ class DenseOutput:
     """(B, classes)"""
     patch_features: Tensor
     """(B, N, C): patch tokens after the final norm."""
+    saliency: tuple[Tensor, ...] = ()
+    """Per block of ``Method.saliency_blocks`` (B, N): how much each patch token entering it
+    matters to the prediction; see ``ViT.saliency``."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a stage decided in a training forward, about the K patch tokens that reached it."""
+
+    log_probs: Tensor
+    """(B, K, 2): log-probabilities of keep and drop."""
+    before: Tokens
+    """The tokens that the stage saw; under a mask, some were dropped already."""
+    keep_BN: Tensor
+    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
+    gradients."""
 
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """A training forward: all tokens in memory, the decisions as masks."""
+    """A differentiable training forward."""
 
     logits: Tensor
     """(B, classes)"""
     patch_features: Tensor
-    """(B, N, C): patch tokens after the final norm, dropped ones included."""
-    keeps: tuple[Tensor, ...]
-    """Per stage (B, N): 1 for a patch that is still kept, with straight-through gradients."""
+    """(B, K, C): patch tokens that reached the end, after the final norm."""
+    tokens: Tokens
+    """The tokens after the last block; says where the features belong, and which are masked."""
+    decisions: tuple[Decision, ...]
+    """One per stage."""
 
 
 class Method(nn.Module, ABC):
@@ -79,6 +97,11 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type]
     config: Any
     stages: tuple[int, ...]
+
+    @property
+    def saliency_blocks(self) -> tuple[int, ...]:
+        """Blocks at which :meth:`losses` wants the teacher's saliency."""
+        return ()
 
     @abstractmethod
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:

@@ -37,6 +37,7 @@ from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
+    Decision,
     DenseOutput,
     Method,
     Recorder,
@@ -59,8 +60,10 @@ class DynamicViTConfig:
     threshold: float | None = None
     """Keep the tokens whose keep probability is above this, a count that depends on the image,
     instead of a fixed count. Between 0 and 1; None (the paper) keeps fixed counts."""
-    sampling: Literal["gumbel", "argmax"] = "gumbel"
-    """Training draws with Gumbel noise (the paper), or takes the likelier class."""
+    sampling: Literal["gumbel", "argmax", "top_k"] = "gumbel"
+    """How training decides: a draw with Gumbel noise (the paper); the likelier class; or, ours,
+    exactly as inference does, gathering the best. Then only ``score_weight`` teaches the
+    predictors."""
     temperature: float = 1.0
     """Of the relaxed draw. Paper: 1, not annealed."""
     classification_weight: float = 1.0
@@ -71,6 +74,9 @@ class DynamicViTConfig:
     """Weight of KL(teacher || student) on the logits. Paper: 0.5."""
     token_weight: float = 0.5
     """Weight of the squared error on kept tokens after the final norm. Paper: 0.5."""
+    score_weight: float = 0.0
+    """Ours: weight of a loss that teaches the predictors to keep the tokens that matter most to the
+    dense teacher's prediction (``ViT.saliency``). For adapting on few images; the paper has none."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -89,7 +95,7 @@ class DynamicViTConfig:
             f"threshold is {threshold}; expected a probability in [0, 1), or None",
         )
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        for name in ("classification", "ratio", "distill", "token"):
+        for name in ("classification", "ratio", "distill", "token", "score"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
@@ -169,9 +175,14 @@ class DynamicViT(Method):
             predictor.reset_parameters(generator)
         self.predictors = nn.ModuleList(predictors)
 
+    @property
+    def saliency_blocks(self) -> tuple[int, ...]:
+        return self.stages if self.config.score_weight else ()
+
     def counts(self, num_patches: int) -> tuple[int, ...] | None:
-        if self.config.threshold is not None:
-            return None
+        return None if self.config.threshold is not None else self._fixed_counts(num_patches)
+
+    def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
         ratios = self.config.ratios(len(self.stages))
         return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
 
@@ -212,41 +223,76 @@ class DynamicViT(Method):
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> TrainingOutput:
         tokens = family.stem(images)
-        keep_BN = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches)
-        keeps: list[Tensor] = []
+        num_patches = tokens.num_patches
+        counts = self._fixed_counts(num_patches)
+        decisions: list[Decision] = []
         for block in range(family.depth):
             if block in self.stages:
-                log_probs = self.predictors[len(keeps)](tokens.patches_BNC, keep_BN)
-                keep_BN = keep_BN * sampling.hard_keep(
-                    log_probs,
-                    noise=self.config.sampling == "gumbel",
-                    temperature=self.config.temperature,
-                    generator=generator,
-                )
-                keeps.append(keep_BN)
-                tokens = tokens.with_keep(keep_BN)
+                stage = len(decisions)
+                log_probs = self.predictors[stage](tokens.patches_BNC, tokens.keep_BN)
+                before, tokens = tokens, self._draw(tokens, log_probs, counts[stage], generator)
+                decisions.append(Decision(log_probs, before, tokens.keep_on_grid(num_patches)))
             tokens = family.run_block(block, tokens)
-        return TrainingOutput(family.head(tokens), family.patch_features(tokens), tuple(keeps))
+        features = family.patch_features(tokens)
+        return TrainingOutput(family.head(tokens), features, tokens, tuple(decisions))
+
+    def _draw(
+        self, tokens: Tokens, log_probs: Tensor, count: int, generator: torch.Generator | None
+    ) -> Tokens:
+        """The tokens that go on in training: under a mask, or gathered as at inference."""
+        if self.config.sampling == "top_k":
+            return tokens.gather(sampling.top_k(log_probs[..., 0], count))
+        keep_BN = sampling.hard_keep(
+            log_probs,
+            noise=self.config.sampling == "gumbel",
+            temperature=self.config.temperature,
+            generator=generator,
+        )
+        return tokens.with_keep(keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN)
 
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, keeps = self.config, output.keeps
-        ratios = config.ratios(len(keeps))
+        config, weights = self.config, {"ratio": self.config.ratio_weight}
+        ratios = config.ratios(len(self.stages))
+        keeps = [decision.keep_BN for decision in output.decisions]
         terms = [losses.ratio_loss(keep, ratio) for keep, ratio in zip(keeps, ratios, strict=True)]
         parts = {"ratio": torch.stack(terms).mean()}
-        total = config.ratio_weight * parts["ratio"]
         if target is not None:
             parts["classification"] = losses.classification_loss(output.logits, target)
-            total = total + config.classification_weight * parts["classification"]
+            weights["classification"] = config.classification_weight
         if teacher is not None:
             parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            parts["token"] = losses.kept_token_mse(
-                output.patch_features, teacher.patch_features, keeps[-1]
-            )
-            total = total + config.distill_weight * parts["distill"]
-            total = total + config.token_weight * parts["token"]
+            weights["distill"] = config.distill_weight
+            parts["token"] = self._token_loss(output, teacher)
+            weights["token"] = config.token_weight
+            if config.score_weight:
+                parts["score"] = self._score_loss(output, teacher)
+                weights["score"] = config.score_weight
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return parts | {"total": total}
+
+    def _token_loss(self, output: TrainingOutput, teacher: DenseOutput) -> Tensor:
+        tokens, features = output.tokens, output.patch_features
+        index = tokens.index_BN.unsqueeze(-1).expand_as(features)
+        keep_BK = tokens.keep_BN
+        if keep_BK is None:
+            keep_BK = features.new_ones(features.shape[:2])
+        return losses.kept_token_mse(features, teacher.patch_features.gather(1, index), keep_BK)
+
+    def _score_loss(self, output: TrainingOutput, teacher: DenseOutput) -> Tensor:
+        """How far the predictors are from keeping the most salient of the tokens they see."""
+        counts = self._fixed_counts(teacher.patch_features.shape[1])
+        terms = []
+        for stage, decision in enumerate(output.decisions):
+            before = decision.before
+            alive = torch.ones_like(before.index_BN) if before.keep_BN is None else before.keep_BN
+            saliency = teacher.saliency[stage].gather(1, before.index_BN)
+            saliency = saliency.masked_fill(alive < 0.5, -1)  # what is gone is never among the best
+            best = sampling.top_k(saliency, counts[stage])
+            labels = torch.zeros_like(saliency).scatter(1, best, 1.0)
+            terms.append(losses.selection_loss(decision.log_probs, labels, alive.detach()))
+        return torch.stack(terms).mean()
 
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
         total: Any = family.stem_macs(num_patches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 
@@ -190,7 +191,7 @@ def test_ticks_enclose_and_are_round(values):
     assert found[0] <= min(values) + 1e-9
     assert found[-1] >= max(values) - 1e-9
     assert 2 <= len(found) <= 8
-    steps = {round(b - a, 9) for a, b in zip(found, found[1:], strict=False)}
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(found)}
     assert len(steps) == 1
     digits = f"{steps.pop():.6e}".partition("e")[0].rstrip("0").rstrip(".")
     assert digits in {"1", "2", "2.5", "5"}

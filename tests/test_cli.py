@@ -1,0 +1,440 @@
+"""The command line: what it prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import vitrim.cli
+from tests.conftest import golden, golden_weights, tiny_vit
+from vitrim.checkpoint import save
+from vitrim.cli import main
+from vitrim.methods.dynamicvit import DynamicViTConfig
+
+QUICK = ["--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A checkpoint, a data folder with ten classes and a damaged image, dense weights."""
+    folder = tmp_path_factory.mktemp("made")
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6))
+    save(sparse, folder / "checkpoint", metrics={"val_top1": 12.5}, origin="a test")
+    adaptive = vitrim.sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5))
+    save(adaptive, folder / "adaptive")
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        inside = folder / "data" / f"class{label}"
+        inside.mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(inside / f"{number}.png")
+    (folder / "data" / "class3" / "broken.png").write_bytes(b"no image at all")
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output, error stream."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def fails(capsys, folder: Path, *arguments) -> str:
+    """The one message of a command that must fail and write nothing below ``folder``."""
+    before = sorted(folder.rglob("*"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    messages = [line for line in err.splitlines() if line.startswith("vitrim: error: ")]
+    assert len(messages) == 1, err
+    assert sorted(folder.rglob("*")) == before
+    return err
+
+
+# eval
+
+
+def test_eval_prints_and_writes(capsys, made, tmp_path):
+    report = tmp_path / "eval.json"
+    code, out, err = run(
+        capsys, "eval", made / "checkpoint", "--data", made / "data", "--json", report, *QUICK
+    )
+    assert code == 0, err
+    assert "dense" in out
+    assert "dynamicvit 0.6" in out
+    assert "before block 1" in out
+    assert "broken.png" in err
+    written = json.loads(report.read_text())
+    (result,) = written["results"]
+    assert result["images"] == 20
+    assert result["num_unreadable"] == 1
+    assert result["unreadable"] == [str(made / "data" / "class3" / "broken.png")]
+    assert result["paired"].keys() >= {"won", "lost", "low", "high"}
+    assert result["macs"]["mean"] < result["dense_macs"]
+
+
+def test_eval_at_other_ratios_and_with_another_dense_model(capsys, made, tmp_path):
+    weights, report = tmp_path / "dense.safetensors", tmp_path / "eval.json"
+    dense = tiny_vit()
+    torch.nn.init.zeros_(dense.head.weight)
+    with torch.no_grad():
+        dense.head.bias.copy_(torch.arange(10.0).flip(0))  # always class 0
+    safetensors.torch.save_file(dense.state_dict(), weights)
+    code, out, err = run(
+        capsys,
+        *("eval", made / "checkpoint", "--data", made / "data", "--weights", weights),
+        *("--keep-ratio", "0.9,0.3", "--limit", "10", "--json", report, *QUICK),
+    )
+    assert code == 0, err
+    assert "dynamicvit 0.3" in out
+    first, second = json.loads(report.read_text())["results"]
+    assert first["macs"]["mean"] > second["macs"]["mean"]
+    assert first["images"] + first["num_unreadable"] == 10
+    assert first["dense"] == second["dense"]
+    assert first["dense"]["top1"] == pytest.approx(10, abs=2)
+
+
+def test_eval_takes_single_images_where_counts_vary(capsys, made):
+    arguments = ("--data", made / "data", "--limit", "4", *QUICK)
+    code, out, err = run(capsys, "eval", made / "adaptive", *arguments)
+    assert code == 0, err
+    assert "batches of one image" in err
+    assert "adaptive" in out
+
+
+def test_eval_of_a_dense_model_on_the_embedded_data(capsys, tmp_path):
+    from vitrim.train.shipped import DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS
+
+    torch.manual_seed(0)
+    weights, report = tmp_path / "digits.safetensors", tmp_path / "eval.json"
+    model = tiny_vit(DIGITS_ARCHITECTURE, **DIGITS_ARGUMENTS)
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(half, weights)
+    code, out, err = run(
+        capsys,
+        *("eval", "digits_vit", "--weights", weights, "--data", "digits", "--limit", "20"),
+        *("--dtype", "bf16", "--json", report, *QUICK),
+    )
+    assert code == 0, err
+    assert "Accuracy on 20 images" in out
+    (result,) = json.loads(report.read_text())["results"]
+    assert "sparse" not in result
+    assert result["dense_macs"] == pytest.approx(84.7e6, rel=0.01)
+
+
+# bench
+
+
+def test_bench_of_a_checkpoint(capsys, made, tmp_path):
+    report = tmp_path / "bench.json"
+    quick = ("--rounds", "2", "--seconds", "0", "--threads", "1", "--device", "cpu")
+    code, out, err = run(
+        capsys, "bench", made / "checkpoint", "--batch", "1,2", "--json", report, *quick
+    )
+    assert code == 0, err
+    assert "efficiency" in out
+    written = json.loads(report.read_text())
+    assert written["command"].startswith("vitrim ")
+    assert [row["name"] for row in written["rows"]] == ["dense", "dynamicvit 0.6"] * 4
+    assert {(row["dtype"], row["batch"]) for row in written["rows"]} == {
+        (dtype, batch) for dtype in ("fp32", "bf16") for batch in (1, 2)
+    }
+    assert all(row["hardware"]["threads"] == 1 for row in written["rows"])
+
+
+def test_bench_of_a_timm_name_with_random_predictors(capsys, tmp_path):
+    report = tmp_path / "bench.json"
+    quick = ("--rounds", "1", "--seconds", "0", "--dtype", "fp32", "--batch", "1")
+    code, _, err = run(
+        capsys,
+        *("bench", "vit_tiny_patch16_224", "--image-size", "64", "--method", "dynamicvit"),
+        *("--keep-ratio", "0.7,0.5", "--json", report, "--device", "cpu", *quick),
+    )
+    assert code == 0, err
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "dynamicvit 0.7", "dynamicvit 0.5"]
+    assert rows[0]["image_shape"] == [3, 64, 64]
+    assert rows[0]["macs"] > rows[1]["macs"] > rows[2]["macs"]
+
+
+# show
+
+
+def test_show_draws_images_and_a_page(capsys, made, tmp_path):
+    single = made / "data" / "class1" / "0.png"
+    output = tmp_path / "shown"
+    code, out, err = run(
+        capsys,
+        *("show", made / "checkpoint", single, made / "data" / "class3", "-o", output),
+        *("--device", "cpu"),
+    )
+    assert code == 0, err
+    assert "3 images drawn" in out
+    assert "broken.png" in err
+    assert "1 unreadable" in err
+    pictures = sorted(path.name for path in output.iterdir())
+    assert pictures == ["001_0.png", "002_0.png", "003_1.png", "page.html"]
+    with Image.open(output / "001_0.png") as strip:
+        assert strip.width > 4 * strip.height / 2
+    page = (output / "page.html").read_text()
+    assert page.count("data:image/png;base64") == 12
+
+
+def test_show_takes_the_embedded_data_and_adaptive_models(capsys, made, tmp_path):
+    sparse = vitrim.sparsify(tiny_vit(img_size=64, patch_size=16), DynamicViTConfig(threshold=0.4))
+    save(sparse, tmp_path / "checkpoint")
+    output = tmp_path / "shown"
+    arguments = ("digits", "-o", output, "--limit", "2", "--device", "cpu")
+    code, _, err = run(capsys, "show", tmp_path / "checkpoint", *arguments)
+    assert code == 0, err
+    assert len(list(output.glob("*.png"))) == 2
+
+
+# list, info, convert, train
+
+
+def test_list_methods_and_recipes(capsys):
+    code, out, _ = run(capsys, "list", "methods")
+    assert code == 0
+    assert "dynamicvit" in out
+    assert "keep_ratio" in out
+    code, out, _ = run(capsys, "list", "recipes")
+    assert code == 0
+    assert "digits-dynamicvit" in out
+
+
+def test_list_models_holds_only_what_is_served(capsys):
+    code, out, _ = run(capsys, "list", "models", "vit_little_patch16_reg*")
+    assert code == 0
+    assert "vit_little_patch16_reg4_gap_256" in out
+    code, out, _ = run(capsys, "list", "models", "vit_base_patch16_rpn_224")
+    assert code == 0
+    assert out == ""
+
+
+def test_info(capsys, made):
+    code, out, err = run(capsys, "info", made / "checkpoint")
+    assert code == 0, err
+    for expected in ("vit_tiny_patch16_224", "dynamicvit", "0.6", "a test", "12.5", "of dense"):
+        assert expected in out
+    code, out, _ = run(capsys, "info", made / "adaptive")
+    assert code == 0
+    assert "depends on the image" in out
+
+
+def test_convert(capsys, tmp_path):
+    case = golden("dynamicvit_deit-s_r0.7_eval")
+    torch.save({"model": golden_weights(case)}, tmp_path / "authors.pth")
+    output = tmp_path / "converted"
+    code, out, err = run(
+        capsys,
+        *("convert", tmp_path / "authors.pth", "--from", "dynamicvit", "--keep-ratio", "0.5"),
+        *("--stages", ",".join(map(str, case["config"]["stages"])), "-o", output)
+        if "stages" in case.get("config", {})
+        else ("-o", output),
+    )
+    assert code == 0, err
+    assert str(output) in out
+    assert vitrim.from_pretrained(output).config.keep_ratio == 0.5
+
+
+def test_train_by_a_recipe_with_changes(capsys, made, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        """
+        name = "tiny"
+        [model]
+        name = "vit_tiny_patch16_224"
+        [model.kwargs]
+        img_size = 32
+        patch_size = 8
+        embed_dim = 32
+        depth = 4
+        num_heads = 2
+        num_classes = 10
+        [method]
+        name = "dynamicvit"
+        [data]
+        train = "nowhere"
+        batch_size = 8
+        workers = 0
+        max_unreadable = 0.5
+        [augment]
+        none = true
+        [run]
+        epochs = 1
+        """
+    )
+    output = tmp_path / "run"
+    code, out, err = run(
+        capsys,
+        *("train", recipe, "-o", output, "--data", made / "data"),
+        *("--set", "method.keep_ratio=0.55", "--set", "run.tensorboard=false"),
+    )
+    assert code == 0, err
+    assert str(output) in out.replace("\n", "")
+    assert vitrim.from_pretrained(output / "checkpoint").config.keep_ratio == 0.55
+
+
+# failures
+
+
+def test_wrong_checkpoints_are_named(capsys, made, tmp_path):
+    def refused(name: str) -> str:
+        return fails(capsys, tmp_path, "eval", tmp_path / name, "--data", made / "data")
+
+    (tmp_path / "empty").mkdir()
+    assert "no vitrim checkpoint" in refused("empty")
+    assert "neither a checkpoint folder" in refused("absent")
+    for name in ("truncated", "pickle", "other", "ratio", "stages", "key"):
+        (tmp_path / name).mkdir()
+        for path in (made / "checkpoint").iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    whole = (made / "checkpoint" / "model.safetensors").read_bytes()
+    (tmp_path / "truncated" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in refused("truncated")
+    (tmp_path / "pickle" / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    assert "pickle" in refused("pickle")
+    (tmp_path / "file.pth").write_bytes(pickle.dumps({"a": 1}))
+    assert "vitrim convert" in refused("file.pth")
+    other = vitrim.sparsify(tiny_vit(depth=3), DynamicViTConfig(stages=(1, 2)))
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "other" / "model.safetensors")
+    assert "does not fit" in refused("other")
+    changes = {
+        "ratio": ({"keep_ratio": 1.5}, "(0, 1]"),
+        "stages": ({"stages": [1, 2, 9]}, "outside"),
+        "key": ({"keep_ration": 0.5}, "did you mean 'keep_ratio'"),
+    }
+    for name, (change, message) in changes.items():
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text())
+        config["method"]["config"] |= change
+        path.write_text(json.dumps(config))
+        assert message in refused(name)
+
+
+def test_wrong_data_are_named(capsys, made, tmp_path):
+    def refused(*arguments) -> str:
+        return fails(capsys, tmp_path, "eval", made / "checkpoint", *arguments, *QUICK)
+
+    (tmp_path / "nothing").mkdir()
+    assert "nothing to read" in refused("--data", tmp_path / "nothing")
+    assert "does not exist" in refused("--data", tmp_path / "absent")
+    (tmp_path / "hole" / "cat").mkdir(parents=True)
+    (tmp_path / "hole" / "dog").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "hole" / "cat" / "a.png")
+    assert "dog" in refused("--data", tmp_path / "hole")
+    Image.new("RGB", (40, 40)).save(tmp_path / "hole" / "dog" / "a.png")
+    report = ("--json", tmp_path / "eval.json")
+    assert "2 classes" in refused("--data", tmp_path / "hole", *report)
+    for label in range(10):
+        (tmp_path / "broken" / str(label)).mkdir(parents=True)
+        (tmp_path / "broken" / str(label) / "x.png").write_bytes(b"?")
+    assert "not one image" in refused("--data", tmp_path / "broken", *report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "deit_tny", "--data", "x"], "did you mean deit_tiny_patch16_224"),
+        (["eval", "CKPT", "--data", "DATA", "--keep-ratio", "1.5"], "(0, 1]"),
+        (["eval", "CKPT", "--data", "DATA", "--keep-ratio", "half"], "expected numbers"),
+        (["eval", "CKPT", "--data", "DATA", "--dtype", "bf61"], "did you mean 'bf16'"),
+        (["eval", "CKPT", "--data", "DATA", "--device", "gpu"], "--device"),
+        (["eval", "CKPT", "--data", "DATA", "--json", "TMP/a/b.json"], "does not exist"),
+        (["eval", "CKPT", "--data", "DATA", "--weights", "TMP/none"], "does not exist"),
+        (["bench", "vit_tiny_patch16_224", "--method", "dynamcvit"], "did you mean 'dynamicvit'"),
+        (["bench", "vit_tiny_patch16_224", "--keep-ratio", "0.5"], "--method"),
+        (["bench", "CKPT", "--method", "dynamicvit"], "has a method"),
+        (["bench", "CKPT", "--image-size", "64"], "fixed"),
+        (["bench", "CKPT", "--batch", "0"], "at least 1"),
+        (["bench", "CKPT", "--dtype", "fp23"], "did you mean 'fp32'"),
+        (["show", "CKPT", "TMP/none.png", "-o", "TMP/out"], "does not exist"),
+        (["show", "CKPT", "DATA/class3/broken.png", "-o", "TMP/out"], "not one image"),
+        (["show", "CKPT", "DATA", "-o", "TMP/out", "--keep-ratio", "0"], "(0, 1]"),
+        (["info", "TMP"], "no vitrim checkpoint"),
+        (["train", "digits-dynamicvt", "-o", "TMP/out"], "did you mean 'digits-dynamicvit'"),
+        (["train", "digits-dynamicvit", "-o", "TMP/out", "--set", "method.name=dynamcvit"], "mean"),
+        (["train", "digits-dynamicvit", "-o", "TMP/out", "--set", "method.kep=1"], "unknown key"),
+        (["train", "digits-dynamicvit", "-o", "TMP/out", "--set", "x"], "no override"),
+        (["convert", "TMP/none.pth", "--from", "dynamicvit", "-o", "TMP/out"], "does not exist"),
+        (["convert", "EVIL", "--from", "dynamicvit", "-o", "TMP/out"], "refuses to run"),
+        (["list", "models", "resnet*"], "no vision transformer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_wrong_input_gives_one_clear_message(capsys, made, tmp_path, arguments, message):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code was run",))
+
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(pickle.dumps({"model": Evil()}))
+    places = {
+        "CKPT": str(made / "checkpoint"),
+        "DATA": str(made / "data"),
+        "TMP": str(tmp_path),
+        "EVIL": str(evil),
+    }
+    words = []
+    for word in arguments:
+        head, slash, tail = word.partition("/")
+        words.append(places.get(head, head) + slash + tail)
+    quick = QUICK if "eval" in words and "--device" not in words else []
+    assert message in fails(capsys, tmp_path, *words, *quick)
+
+
+def test_debug_shows_where_an_error_was_raised(capsys, tmp_path):
+    with pytest.raises(vitrim.CheckpointError):
+        main(["info", str(tmp_path), "--debug"])
+    with pytest.raises(vitrim.CheckpointError):
+        main(["--debug", "info", str(tmp_path)])
+
+
+def test_debug_traceback_and_exit_code_of_the_process(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "vitrim.cli", "info", str(tmp_path)]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert plain.returncode == 2
+    assert plain.stderr.startswith("vitrim: error: ")
+    assert len(plain.stderr.splitlines()) == 1
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "CheckpointError" in debug.stderr
+
+
+def test_usage_errors_exit_with_2(capsys):
+    code, _, err = run(capsys, "eval")
+    assert code == 2
+    assert "Missing" in err
+    assert run(capsys, "--help")[0] == 0
+
+
+def test_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert f"vitrim {vitrim.__version__}" in out
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_missing_packages_say_how_to_install(capsys, monkeypatch, package):
+    for name in list(sys.modules):
+        if name == package or name.startswith(("vitrim.cli.", f"{package}.")):
+            monkeypatch.delitem(sys.modules, name)
+            if name.startswith("vitrim.cli."):
+                monkeypatch.delattr(vitrim.cli, name.rpartition(".")[2], raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = run(capsys, "info", "x")
+    assert code == 2
+    assert "pip install 'vitrim[cli]'" in err

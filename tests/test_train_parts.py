@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from tests.conftest import images, tiny_vit
 from tests.training import TINY, tiny_recipe, write_images
@@ -344,3 +345,37 @@ def test_one_image_in_other_modes_is_read(tmp_path):
     recipe = tiny_recipe(tmp_path / "set", data__batch_size=2)
     (batch,) = TrainLoader(recipe, DATA_CONFIG, 1).epoch(0)
     assert batch[0].shape == (2, 3, 32, 32)
+
+
+class Stream(IterableDataset):
+    """Stands in for a streaming reader: its order is a function of the epoch."""
+
+    def __init__(self):
+        self.transform = None
+        self.epoch = 0
+
+    def __len__(self):
+        return 12
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(self.epoch))
+        for index in order.tolist():
+            image = Image.new("RGB", (40, 40), (20 * index, 0, 255 - 20 * index))
+            yield self.transform(image), index % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streams_are_seeded_and_can_be_entered_anywhere(monkeypatch, workers):
+    monkeypatch.setattr("vitrim.train.data.create_dataset", lambda *_, **__: Stream())
+    changes = {"data__batch_size": 3, "data__workers": workers, "augment__none": False}
+    recipe = tiny_recipe("wds/shards", augment__color_jitter=0.4, **changes)
+    loader = TrainLoader(recipe, DATA_CONFIG, 2)
+    assert loader.batches_per_epoch == 4
+    whole = list(loader.epoch(1))
+    rest = list(loader.epoch(1, 2))
+    assert [labels.tolist() for _, labels in rest] == [y.tolist() for _, y in whole[2:]]
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(rest, whole[2:], strict=True))
+    assert not torch.equal(next(loader.epoch(2))[0], whole[0][0])

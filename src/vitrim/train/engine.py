@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.errors import ConfigError, InputError, MissingExtraError, TrainingError
+from vitrim.errors import InputError, TrainingError
 from vitrim.model import SparseModel
+from vitrim.train.devices import accelerator_of
 from vitrim.train.loader import TrainLoader, validation_loader
 from vitrim.train.logs import Logs, Record
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer
@@ -69,26 +70,8 @@ def train(
     """
     folder = Path(output)
     check_folder(folder, recipe)
-    accelerator = _create_accelerator(recipe.run.precision)
-    try:
-        trainer = _Trainer(recipe, folder, accelerator, resume=resume)
-        return trainer.run(on_progress)
-    finally:
-        # Accelerate keeps the precision for the life of the process unless it is told to forget.
-        type(accelerator.state)._reset_state()
-
-
-def _create_accelerator(precision: str) -> Any:
-    try:
-        from accelerate import Accelerator  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError("training", "accelerate", "train") from error
-    try:
-        # Told nothing, Accelerate lets every process of a CPU launch train alone.
-        cpu = not torch.accelerator.is_available()
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"run.precision = {precision!r} does not run here: {error}") from error
+    with accelerator_of(recipe.run.precision) as accelerator:
+        return _Trainer(recipe, folder, accelerator, resume=resume).run(on_progress)
 
 
 class _Trainer:

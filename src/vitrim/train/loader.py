@@ -22,6 +22,7 @@ from vitrim.train.samples import (
     SeededStream,
     Transform,
     collate,
+    mix_seed,
     seeded,
 )
 
@@ -137,7 +138,14 @@ class TrainLoader:
         }
         if self._streams:
             self._stream = SeededStream(dataset, self.seed, rank)
-            self._loader = DataLoader(self._stream, data.batch_size, drop_last=True, **common)
+            # Readers shuffle by the worker's seed and keep their state: each epoch gets new workers.
+            self._generator = torch.Generator()
+            common["num_workers"] = max(1, data.workers)
+            if hasattr(dataset, "set_loader_cfg"):
+                dataset.set_loader_cfg(common["num_workers"])
+            self._loader = DataLoader(
+                self._stream, data.batch_size, drop_last=True, generator=self._generator, **common
+            )
             return
         self._batches = EpochBatches(
             self.num_samples,
@@ -161,6 +169,7 @@ class TrainLoader:
         """
         if self._streams:
             self._stream.set_epoch(epoch)
+            self._generator.manual_seed(mix_seed(self.seed, 8, epoch, self.rank))
         else:
             self._batches.start(epoch, first)
         for number, batch in enumerate(self._loader, 0 if self._streams else first):

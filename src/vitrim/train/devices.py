@@ -1,0 +1,39 @@
+"""The devices and the precision of a run, by Accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vitrim.errors import ConfigError, MissingExtraError
+
+
+@contextmanager
+def accelerator_of(precision: str) -> Iterator[Any]:
+    """An ``accelerate.Accelerator`` for this process, alone or as one of several.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        MissingExtraError: Accelerate is not installed.
+        ConfigError: the precision does not run on this device.
+    """
+    try:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError("training", "accelerate", "train") from error
+    # Told nothing, Accelerate lets every process of a launch without GPUs train alone.
+    cpu = not torch.accelerator.is_available()
+    try:
+        accelerator = Accelerator(mixed_precision=precision.replace("fp32", "no"), cpu=cpu)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"run.precision = {precision!r} does not run here: {error}") from error
+    try:
+        yield accelerator
+    finally:
+        # It keeps the precision for the life of the process unless it is told to forget.
+        type(accelerator.state)._reset_state()

@@ -138,7 +138,7 @@ class TrainLoader:
         }
         if self._streams:
             self._stream = SeededStream(dataset, self.seed, rank)
-            # Readers shuffle by the worker's seed and keep their state: each epoch gets new workers.
+            # Readers shuffle by the worker's seed and keep state, so each epoch gets new workers.
             self._generator = torch.Generator()
             common["num_workers"] = max(1, data.workers)
             if hasattr(dataset, "set_loader_cfg"):

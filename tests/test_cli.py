@@ -73,7 +73,7 @@ def test_eval_prints_and_writes(capsys, made, tmp_path):
     assert code == 0, err
     assert "dense" in out
     assert "dynamicvit 0.6" in out
-    assert "before block 1" in out
+    assert "block 1" in out
     assert "broken.png" in err
     written = json.loads(report.read_text())
     (result,) = written["results"]
@@ -371,6 +371,8 @@ def test_wrong_data_are_named(capsys, made, tmp_path):
         (["convert", "TMP/none.pth", "--from", "dynamicvit", "-o", "TMP/out"], "does not exist"),
         (["convert", "EVIL", "--from", "dynamicvit", "-o", "TMP/out"], "refuses to run"),
         (["list", "models", "resnet*"], "no vision transformer"),
+        (["demo", "-o", "EVIL"], "is a file"),
+        (["show", "CKPT", "DATA", "-o", "EVIL"], "is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

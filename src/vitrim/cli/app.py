@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from vitrim.config import to_plain
 from vitrim.errors import ConfigError, InputError, UnsupportedBackboneError
 from vitrim.families import family_of
 from vitrim.methods import METHODS
+from vitrim.model import SparseModel
 
 app = typer.Typer(
     name="vitrim",
@@ -141,21 +143,17 @@ def info_command(
     cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per image"
     if macs is not None:
         cost += f", {100 * macs / dense_macs:.0f}% of dense"
-    rows, columns = sparse.family.grid()
-    counts = sparse.method.counts(rows * columns)
     added = sum(parameter.numel() for parameter in sparse.method.parameters())
     backbone = config["backbone"]
     arguments = ", ".join(f"{key}={value!r}" for key, value in backbone["kwargs"].items())
     settings = to_plain(sparse.config)
     facts = {
         "backbone": f"{backbone['name']}({arguments})",
-        "images": " x ".join(str(side) for side in config["data"].get("input_size", ())),
+        "images": " x ".join(str(side) for side in config["data"]["input_size"]),
         "parameters": f"{sum(p.numel() for p in sparse.parameters()):,}, of the method {added:,}",
         "dense": f"{tables.giga(dense_macs)} GMACs per image",
         "sparse": cost,
-        "patches kept": "depends on the image"
-        if counts is None
-        else f"{counts} of {rows * columns}",
+        "patches kept": _patches_kept(sparse, config["data"]["input_size"]),
         "method": sparse.method.name,
         **{f"  {name}": value for name, value in settings.items()},
         "origin": config.get("origin") or "not recorded",
@@ -163,6 +161,14 @@ def info_command(
         "written with": ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()),
     }
     common.out().print(tables.fact_table(str(model), facts), markup=False)
+
+
+def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
+    if sparse.macs() is None:
+        return "a number that depends on the image"
+    trace = sparse.trace(torch.zeros(1, *image_shape))
+    stages = [f"{int(stage.counts[0])} before block {stage.block}" for stage in trace.stages]
+    return f"{', '.join(stages)}; of {trace.grid[0] * trace.grid[1]}"
 
 
 @app.command("train")

@@ -45,19 +45,18 @@ def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Tab
     table = plain_table(
         f"Accuracy on {first.images:,} images",
         "model",
-        "top-1 %",
-        "top-5 %",
-        "difference, points (95%)",
-        "won",
-        "lost",
-        "agree %",
-        "GMACs",
-        "of dense",
+        "top-1\n%",
+        "top-5\n%",
+        "difference,\npoints (95%)",
+        "won /\nlost",
+        "agree\n%",
+        "GMACs\nper image",
+        "of\ndense",
     )
     if first.dense is not None:
         macs = giga(first.dense_macs)
         accuracy = (f"{first.dense.top1:.2f}", f"{first.dense.top5:.2f}")
-        table.add_row("dense", *accuracy, "", "", "", "", macs, "100%")
+        table.add_row("dense", *accuracy, "", "", "", macs, "100%")
     for name, result in results.items():
         if isinstance(result, DenseEvaluation):
             continue
@@ -66,9 +65,8 @@ def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Tab
             name,
             f"{result.sparse.top1:.2f}",
             f"{result.sparse.top5:.2f}",
-            f"{pair.difference:+.2f} ({pair.low:+.2f} to {pair.high:+.2f})" if pair else "",
-            str(pair.won) if pair else "",
-            str(pair.lost) if pair else "",
+            f"{pair.difference:+.2f}\n{pair.low:+.2f} to {pair.high:+.2f}" if pair else "",
+            f"{pair.won} / {pair.lost}" if pair else "",
             f"{pair.agreement:.1f}" if pair else "",
             _spread(result.macs, giga),
             f"{100 * result.macs.mean / result.dense_macs:.0f}%",
@@ -82,7 +80,7 @@ def stage_table(results: Mapping[str, Evaluation]) -> Table:
     table = plain_table(
         f"Patches kept, of {first.num_patches}",
         "model",
-        *(f"before block {stage.block}" for stage in first.stages),
+        *(f"before\nblock {stage.block}" for stage in first.stages),
     )
     for name, result in results.items():
         kept = [
@@ -97,9 +95,9 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
     """Times, speed-ups and efficiencies with their quartiles."""
     hardware = rows[0].hardware
     table = plain_table(
-        f"{hardware.get('gpu', hardware['cpu'])}, {hardware['threads']} threads, "
+        f"{hardware.get('gpu', hardware['cpu'])}, {hardware['threads']} thread(s), "
         f"torch {hardware['torch']}{', compiled' if rows[0].compiled else ''}, "
-        f"{rows[0].rounds} rounds: median (quartiles)",
+        f"{rows[0].rounds} rounds: median, quartiles",
         "model",
         "dtype",
         "batch",
@@ -135,9 +133,9 @@ def _spread(spread: Spread, show: Any) -> str:
     """The mean, and the rest where the images differ."""
     if spread.min == spread.max:
         return str(show(spread.mean))
-    return f"{show(spread.mean)} ±{show(spread.std)} ({show(spread.min)} to {show(spread.max)})"
+    return f"{show(spread.mean)} ±{show(spread.std)}\n{show(spread.min)} to {show(spread.max)}"
 
 
 def _quartiles(values: Quartiles, digits: int) -> str:
     digits = max(0, digits)
-    return f"{values.median:.{digits}f} ({values.low:.{digits}f} to {values.high:.{digits}f})"
+    return f"{values.median:.{digits}f}\n{values.low:.{digits}f} to {values.high:.{digits}f}"

@@ -24,7 +24,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 24px 16px 48px; color: var(--
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 1.15rem; margin: 36px 0 8px; }
 p { margin: 0 0 12px; } .soft, figcaption, footer { color: var(--soft); font-size: .875rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 10px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }

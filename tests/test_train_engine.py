@@ -11,7 +11,7 @@ import torch
 
 import vitrim
 from tests.training import TINY, curve, quiet, run_script, tiny_recipe, write_images
-from vitrim import InputError, TrainingError
+from vitrim import InputError, TrainingError, VitrimError
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
 from vitrim.train.state import load_state
@@ -247,6 +247,37 @@ def test_a_run_whose_time_is_up_stops_cleanly_and_goes_on(folder, tmp_path):
 def test_too_few_images_for_one_step(folder, tmp_path):
     with pytest.raises(InputError, match="16 training images do not fill one step of 32"):
         train(tiny_recipe(folder, data__batch_size=32), tmp_path / "run", on_progress=quiet)
+
+
+@pytest.mark.parametrize(
+    ("table__key", "value", "message"),
+    [
+        ("data__train", "absent", "does not exist"),
+        ("data__val", "absent", "does not exist"),
+        ("model__weights", "absent.safetensors", "does not exist"),
+        ("model__name", "no_such_model", "unknown to timm"),
+        ("method__stages", [2, 9], "stage 9 is outside the backbone"),
+    ],
+)
+def test_a_recipe_that_cannot_run_leaves_nothing_behind(
+    folder, tmp_path, table__key, value, message
+):
+    changes = {"data__train": str(folder), table__key: value}
+    with pytest.raises(VitrimError, match=message):
+        train(tiny_recipe("", **changes), tmp_path / "run", on_progress=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_run_saved_nothing_can_be_used_again(folder, tmp_path):
+    def stop(_record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_recipe(folder), tmp_path / "run", on_progress=stop)
+    changed = tiny_recipe(folder, optim__lr=1e-4)
+    train(changed, tmp_path / "run", on_progress=quiet)
+    train(changed, tmp_path / "whole", on_progress=quiet)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
 def test_tensorboard_and_plain_lines(folder, tmp_path, capsys):

@@ -80,9 +80,6 @@ class _Trainer:
     def __init__(self, recipe: Recipe, folder: Path, accelerator: Any, *, resume: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         state = load_state(folder) if resume else None
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            claim_folder(folder, recipe, fresh=state is None)
         task = create_task(recipe)
         self.dense_or_sparse: Any = task.model
         self.data_config = data_config_of(task, recipe)
@@ -98,6 +95,10 @@ class _Trainer:
         self.step, self.best, self.metrics = 0, -math.inf, dict[str, Any]()
         if state is not None:
             self._restore(state)
+        # Only now, so that a recipe that cannot run leaves nothing behind.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            claim_folder(folder, recipe, fresh=state is None)
 
     def _open_data(self) -> None:
         recipe, accelerator, model = self.recipe, self.accelerator, self.dense_or_sparse

@@ -28,7 +28,7 @@ _FREE = {
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds another recipe's run.
+    """Refuse a folder that holds another recipe's run, unless that run never saved anything.
 
     Raises:
         TrainingError: it does; the message names what differs.
@@ -37,6 +37,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     if not path.is_file():
         if (folder / STATE_FOLDER).exists() or (folder / LOG_FILE).exists():
             raise TrainingError(f"{folder} holds a run without {RECIPE_FILE}; use another folder")
+        return
+    if not _states(folder):
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -234,6 +234,22 @@ def test_a_folder_holds_one_recipe(folder, tmp_path):
     assert curve(tmp_path / "run") == before[3:]
 
 
+def test_worker_processes_change_nothing(folder, tmp_path):
+    """Five batches and two to a step: each epoch leaves one that the workers had read ahead."""
+    for workers in (0, 2):
+        recipe = tiny_recipe(
+            folder,
+            data__workers=workers,
+            data__batch_size=3,
+            augment__none=False,
+            optim__accumulate=2,
+            run__epochs=3,
+        )
+        train(recipe, tmp_path / str(workers), on_progress=quiet)
+    assert curve(tmp_path / "2") == curve(tmp_path / "0")
+    assert len(curve(tmp_path / "0")) == 6
+
+
 def test_a_run_whose_time_is_up_stops_cleanly_and_goes_on(folder, tmp_path):
     recipe = tiny_recipe(folder, run__max_seconds=1e-6)
     result = train(recipe, tmp_path / "run", on_progress=quiet)

@@ -20,7 +20,7 @@ from vitrim.errors import TrainingError
 from vitrim.train import state as trainer_state
 from vitrim.train.digits import ClutteredDigits
 from vitrim.train.loader import Mixer, TrainLoader, training_transform
-from vitrim.train.logs import JsonLines, read_log
+from vitrim.train.logs import JsonLines, RichBar, read_log
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer, parameter_groups
 from vitrim.train.recipe import AugmentRecipe, ModelRecipe, OptimRecipe
 from vitrim.train.samples import EpochBatches, SeededSamples, mix_seed, seeded
@@ -336,6 +336,16 @@ def test_log_is_cut_back_to_the_saved_step(tmp_path):
     log.write({"step": 4, "new": 1})
     log.close()
     assert read_log(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "new": 1}]
+
+
+def test_the_bar_shows_the_numbers(capsys):
+    bar = RichBar(total_steps=10, step=2)
+    bar.write({"step": 5, "total": 1.23456, "time": 3.0})
+    bar.close()
+    shown = capsys.readouterr()
+    assert "5/10" in shown.err
+    assert "total 1.235" in shown.err
+    assert shown.out == ""
 
 
 def test_one_image_in_other_modes_is_read(tmp_path):

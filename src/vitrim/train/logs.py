@@ -109,6 +109,7 @@ class RichBar:
     """A progress bar for a terminal."""
 
     def __init__(self, total_steps: int, step: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
@@ -116,6 +117,7 @@ class RichBar:
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
+            console=Console(stderr=True),
         )
         self._task = self._progress.add_task("", total=total_steps, completed=step)
         self._progress.start()

@@ -15,10 +15,16 @@ from vitrim.tools.evaluate import DenseEvaluation, Evaluation, Spread
 def plain_table(title: str, *columns: str) -> Table:
     """An empty table in the house's look: the first column is text, the others are numbers."""
     table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+        first = place == 0
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     return table
 
 
@@ -48,9 +54,9 @@ def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Tab
         "top-1\n%",
         "top-5\n%",
         "difference,\npoints (95%)",
-        "won /\nlost",
+        "won/\nlost",
         "agree\n%",
-        "GMACs\nper image",
+        "GMACs",
         "of\ndense",
     )
     if first.dense is not None:
@@ -65,8 +71,8 @@ def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Tab
             name,
             f"{result.sparse.top1:.2f}",
             f"{result.sparse.top5:.2f}",
-            f"{pair.difference:+.2f}\n{pair.low:+.2f} to {pair.high:+.2f}" if pair else "",
-            f"{pair.won} / {pair.lost}" if pair else "",
+            f"{pair.difference:+.2f}\n{pair.low:+.2f}..{pair.high:+.2f}" if pair else "",
+            f"{pair.won}/{pair.lost}" if pair else "",
             f"{pair.agreement:.1f}" if pair else "",
             _spread(result.macs, giga),
             f"{100 * result.macs.mean / result.dense_macs:.0f}%",
@@ -101,7 +107,7 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
         "model",
         "dtype",
         "batch",
-        "ms per batch",
+        "ms per\nbatch",
         "images/s",
         "GMACs",
         "speed-up",
@@ -133,9 +139,9 @@ def _spread(spread: Spread, show: Any) -> str:
     """The mean, and the rest where the images differ."""
     if spread.min == spread.max:
         return str(show(spread.mean))
-    return f"{show(spread.mean)} ±{show(spread.std)}\n{show(spread.min)} to {show(spread.max)}"
+    return f"{show(spread.mean)} ±{show(spread.std)}\n{show(spread.min)}..{show(spread.max)}"
 
 
 def _quartiles(values: Quartiles, digits: int) -> str:
     digits = max(0, digits)
-    return f"{values.median:.{digits}f}\n{values.low:.{digits}f} to {values.high:.{digits}f}"
+    return f"{values.median:.{digits}f}\n{values.low:.{digits}f}..{values.high:.{digits}f}"

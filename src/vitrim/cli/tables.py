@@ -20,7 +20,7 @@ def plain_table(title: str, *columns: str) -> Table:
         title_justify="left",
         title_style="bold",
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     for place, column in enumerate(columns):
         first = place == 0

@@ -76,6 +76,7 @@ def test_eval_prints_and_writes(capsys, made, tmp_path):
     assert "block 1" in out
     assert "broken.png" in err
     written = json.loads(report.read_text())
+    assert written["hardware"].keys() >= {"cpu", "torch", "timm", "date"}
     (result,) = written["results"]
     assert result["images"] == 20
     assert result["num_unreadable"] == 1
@@ -297,7 +298,7 @@ def test_wrong_checkpoints_are_named(capsys, made, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no vitrim checkpoint" in refused("empty")
     assert "neither a checkpoint folder" in refused("absent")
-    for name in ("truncated", "pickle", "other", "ratio", "stages", "key"):
+    for name in ("truncated", "pickle", "other", "ratio", "stages", "key", "size"):
         (tmp_path / name).mkdir()
         for path in (made / "checkpoint").iterdir():
             (tmp_path / name / path.name).write_bytes(path.read_bytes())
@@ -316,6 +317,11 @@ def test_wrong_checkpoints_are_named(capsys, made, tmp_path):
         "stages": ({"stages": [1, 2, 9]}, "outside"),
         "key": ({"keep_ration": 0.5}, "did you mean 'keep_ratio'"),
     }
+    path = tmp_path / "size" / "config.json"
+    config = json.loads(path.read_text())
+    del config["data"]["input_size"]
+    path.write_text(json.dumps(config))
+    assert "no input_size" in refused("size")
     for name, (change, message) in changes.items():
         path = tmp_path / name / "config.json"
         config = json.loads(path.read_text())

@@ -138,7 +138,7 @@ def info_command(
 ) -> None:
     """What a checkpoint holds: backbone, method, cost, origin and metrics."""
     sparse = common.require_sparse(common.load_model(model), model)
-    config = checkpoint.read_config(model)
+    config, image_shape = checkpoint.read_config(model), common.data_config_of(sparse)["input_size"]
     dense_macs, macs = sparse.dense_macs(), sparse.macs()
     cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per image"
     if macs is not None:
@@ -149,11 +149,11 @@ def info_command(
     settings = to_plain(sparse.config)
     facts = {
         "backbone": f"{backbone['name']}({arguments})",
-        "images": " x ".join(str(side) for side in config["data"]["input_size"]),
+        "images": " x ".join(str(side) for side in image_shape),
         "parameters": f"{sum(p.numel() for p in sparse.parameters()):,}, of the method {added:,}",
         "dense": f"{tables.giga(dense_macs)} GMACs per image",
         "sparse": cost,
-        "patches kept": _patches_kept(sparse, config["data"]["input_size"]),
+        "patches kept": _patches_kept(sparse, image_shape),
         "method": sparse.method.name,
         **{f"  {name}": value for name, value in settings.items()},
         "origin": config.get("origin") or "not recorded",

@@ -154,11 +154,18 @@ def require_sparse(model: nn.Module, source: str) -> SparseModel:
 
 
 def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
-    """How images are prepared for ``model``; the embedded data have a preparation of their own."""
+    """How images are prepared for ``model``; the embedded data have a preparation of their own.
+
+    Raises:
+        CheckpointError: the checkpoint's record of it is damaged.
+    """
     from vitrim.train.data import digits_data_config
 
     stored = getattr(model, "data_config", None)
     config = stored or checkpoint.describe_data(backbone_of(model))
+    missing = [key for key in ("input_size", "mean", "std") if key not in config]
+    if missing:
+        raise CheckpointError(f"the checkpoint's data config is damaged: no {', '.join(missing)}")
     if is_digits(source) and not stored:
         return digits_data_config(config["input_size"][-1])
     return dict(config)

@@ -14,7 +14,7 @@ from vitrim.config import closest, from_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, sparsify
-from vitrim.tools.benchmark import DTYPES, benchmark
+from vitrim.tools.benchmark import DTYPES, benchmark, hardware
 from vitrim.tools.evaluate import DenseEvaluation, Evaluation, evaluate, evaluate_dense
 
 ModelArgument = Annotated[
@@ -111,7 +111,7 @@ def eval_command(
         name = _setting(subject)
         results[name] = measure(name)
     _print_evaluations(results)
-    content = {"model": model, "data": data, "dtype": dtype, "device": str(where)}
+    content = {"model": model, "data": data, "dtype": dtype, "hardware": hardware(where)}
     found = [{"name": name, **result.to_dict()} for name, result in results.items()]
     common.write_json(json, content | {"results": found})
 

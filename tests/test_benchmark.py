@@ -84,6 +84,13 @@ def test_a_turn_lasts_as_long_as_asked():
     assert sparse.speedup.median == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize(("limit", "rounds"), [(1000.0, 9), (19.0, 6), (0.0, 3)])
+def test_rounds_end_when_the_time_is_up(limit, rounds):
+    # Warming up takes 8 seconds, a round 2.
+    rows = timed_rows([1.0], [1.0], rounds=9, max_seconds=limit)
+    assert {row.rounds for row in rows} == {rounds}
+
+
 def test_row_per_dtype_batch_and_candidate():
     rows = timed_rows([1.0], [1.0], batches=(1, 3), dtypes=("fp32", "bf16"))
     found = [(row.dtype, row.batch, row.name) for row in rows]

@@ -11,6 +11,7 @@ multiplication saved was time saved.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import platform
 import statistics
@@ -33,6 +34,7 @@ from vitrim.tools.evaluate import counted_macs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WARM_UP_CALLS = 3
+_FEWEST_ROUNDS = 3
 
 Clock = Callable[[], float]
 Progress = Callable[[str], None]
@@ -95,6 +97,7 @@ def benchmark(
     dtypes: Sequence[str] = ("fp32", "bf16"),
     rounds: int = 15,
     min_seconds: float = 0.3,
+    max_seconds: float = math.inf,
     compile: bool = False,
     threads: int | None = None,
     device: str | torch.device = "cpu",
@@ -112,6 +115,8 @@ def benchmark(
         dtypes: ``"fp32"`` and ``"bf16"`` (weights and images cast).
         rounds: how often each candidate has its turn.
         min_seconds: a turn lasts at least about this long, and at least one call.
+        max_seconds: after this long at one dtype and batch the rounds end early, but three at
+            least are measured; a row says how many there were.
         compile: run through ``torch.compile``.
         threads: torch's CPU threads while measuring; None leaves them. Restored afterwards.
         device: ``"cpu"`` or a CUDA device.
@@ -146,7 +151,7 @@ def benchmark(
                         name: torch.compile(model, dynamic=False) if compile else model
                         for name, model in models.items()
                     }
-                    timing = _measure(runners, images, rounds, min_seconds, clock)
+                    timing = _measure(runners, images, rounds, min_seconds, max_seconds, clock)
                 shared = {
                     "batch": batch,
                     "dtype": dtype,
@@ -200,10 +205,11 @@ def _measure(
     images: Tensor,
     rounds: int,
     min_seconds: float,
+    max_seconds: float,
     clock: Clock,
 ) -> dict[str, _Timing]:
     """Seconds per call of each runner in each round."""
-    calls = {}
+    calls, deadline = {}, clock() + max_seconds
     for name, run in runners.items():
         _seconds_per_call(run, images, 1, clock)  # the first call compiles and allocates
         seconds = _seconds_per_call(run, images, _WARM_UP_CALLS, clock)
@@ -211,6 +217,8 @@ def _measure(
     names = list(runners)
     seconds_of: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
+        if turn >= _FEWEST_ROUNDS and clock() > deadline:
+            break
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             seconds = _seconds_per_call(runners[name], images, calls[name], clock)

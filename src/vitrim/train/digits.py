@@ -105,12 +105,13 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng((self.seed, _SPLIT_KEYS[self.split], self.epoch, index))
-        image = self._background(rng)
+        ground = self._background(rng)
+        image = ground.copy()
         for _ in range(round(self.clutter * rng.integers(2, 6))):
             self._paste_fragment(image, rng)
         for _ in range(round(self.clutter * rng.integers(1, 4))):
             self._draw_stroke(image, rng)
-        return self._paste_digit(image, rng)
+        return self._paste_digit(image, ground, rng)
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
         photo = self._photos[rng.integers(len(self._photos))]
@@ -131,8 +132,8 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         side = max(ink.width * 2 // 5, 6)
         left, top = rng.integers(0, ink.width - side + 1, size=2)
         piece = ink.crop((left, top, left + side, top + side))
-        spot = tuple(int(v) for v in rng.integers(-2, self.image_size - side + 3, size=2))
-        image.paste(_ink_colour(rng), spot, piece)
+        x, y = (int(v) for v in rng.integers(-2, self.image_size - side + 3, size=2))
+        image.paste(_ink_colour(rng), (x, y), piece)
 
     def _draw_stroke(self, image: Image.Image, rng: np.random.Generator) -> None:
         start = rng.uniform(0, self.image_size, size=2)
@@ -142,10 +143,14 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         width = int(rng.integers(1, 4))
         ImageDraw.Draw(image).line(line, fill=_ink_colour(rng), width=width)
 
-    def _paste_digit(self, image: Image.Image, rng: np.random.Generator) -> DigitSample:
+    def _paste_digit(
+        self, image: Image.Image, ground: Image.Image, rng: np.random.Generator
+    ) -> DigitSample:
         index = int(rng.integers(len(self._digits)))
         ink = self._ink(index, rng)
         left, top = (int(v) for v in rng.integers(0, self.image_size - ink.width + 1, size=2))
+        # Clutter surrounds the digit and never lies under it: every label can be read.
+        image.paste(ground.crop((left, top, left + ink.width, top + ink.height)), (left, top))
         image.paste(_ink_colour(rng), (left, top), ink)
         mask = np.zeros((self.image_size, self.image_size), dtype=bool)
         mask[top : top + ink.height, left : left + ink.width] = np.asarray(ink) > 96
@@ -154,8 +159,8 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         return DigitSample(image, int(self._labels[index]), box, mask)
 
     def _ink(self, index: int, rng: np.random.Generator) -> Image.Image:
-        """Digit ``index`` as an opacity map, scaled to 34 to 50 % of the picture's side."""
-        side = int(rng.uniform(0.34, 0.50) * self.image_size)
+        """Digit ``index`` as an opacity map, scaled to 40 to 55 % of the picture's side."""
+        side = int(rng.uniform(0.40, 0.55) * self.image_size)
         ink = self._digits[index].resize((side, side), Image.Resampling.BICUBIC)
         return ink.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
 

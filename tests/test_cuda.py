@@ -59,9 +59,11 @@ def test_training_step_under_autocast(dtype):
 
 
 def test_compiled():
-    sparse = sparsify(
-        backbone("vit"), DynamicViTConfig(keep_ratio=0.6), generator=seeded(0)
-    ).eval().cuda()
+    sparse = (
+        sparsify(backbone("vit"), DynamicViTConfig(keep_ratio=0.6), generator=seeded(0))
+        .eval()
+        .cuda()
+    )
     x = images(4).cuda()
     with torch.no_grad():
         compiled = torch.compile(sparse, fullgraph=True)

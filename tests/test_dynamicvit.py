@@ -351,7 +351,9 @@ def test_score_loss_teaches_the_predictors_what_matters(sampling):
     assert history[-1] < 0.5 * history[0]
     trace = sparse.eval().trace(X)
     salient = teacher.saliency[0].topk(8).indices.sort(1).values
-    hits = sum(torch.isin(a, b).sum().item() for a, b in zip(trace.stages[0].kept, salient))
+    hits = sum(
+        torch.isin(a, b).sum().item() for a, b in zip(trace.stages[0].kept, salient, strict=True)
+    )
     assert hits >= 22  # of 24; a random choice has 12
 
 

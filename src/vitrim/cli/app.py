@@ -191,7 +191,7 @@ def train_command(
 ) -> None:
     """Train by a recipe; an interrupted run goes on where it was.
 
-    On several devices: accelerate launch -m vitrim.cli train ...
+    On several devices: accelerate launch -m vitrim train ...
     """
     from vitrim.train.recipe import load_recipe
 

@@ -66,6 +66,12 @@ def eval_command(
         Path | None, typer.Option(help="Text file with all class folders in label order.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the resized image to keep; the model's, if not given."
+        ),
+    ] = None,
     workers: WorkersOption = 2,
     device: DeviceOption = None,
     json: JsonOption = None,
@@ -97,6 +103,8 @@ def eval_command(
             common.note("each image keeps a count of its own: using batches of one image")
             size = 1
         config = common.data_config_of(subject, source)
+        if crop_pct is not None:
+            config["crop_pct"] = crop_pct
         loader = eval_loader(source, config, size, workers, limit, **options)
         check_label_space(loader.dataset, common.num_classes_of(subject))
         with common.progress(f"evaluating {name}", _length(loader, limit)) as advance:

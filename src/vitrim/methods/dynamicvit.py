@@ -75,8 +75,8 @@ class DynamicViTConfig:
     token_weight: float = 0.5
     """Weight of the squared error on kept tokens after the final norm. Paper: 0.5."""
     score_weight: float = 0.0
-    """Ours: weight of a loss that teaches the predictors to keep the tokens that matter most to the
-    dense teacher's prediction (``ViT.saliency``). For adapting on few images; the paper has none."""
+    """Ours: weight of a loss that teaches the predictors to keep the tokens that matter most to
+    the dense teacher's prediction (``ViT.saliency``), for adapting on few images. Paper: none."""
     version: int = 1
 
     def __post_init__(self) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from vitrim import losses
 from vitrim.checkpoint import (
     WEIGHTS_FILE,
     create_backbone,
+    describe_data,
     load_strict,
     read_config,
     read_weights,
@@ -169,12 +169,7 @@ def data_config_of(task: Task, recipe: Recipe) -> dict[str, Any]:
     """How images are prepared: the model's own way, with what the recipe's data change."""
     model = task.model
     backbone = model.backbone if isinstance(model, SparseModel) else model
-    config: dict[str, Any] = resolve_model_data_config(backbone)
-    # timm tells the size of the pretrained weights, which img_size=... may have changed.
-    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    if built_for is not None:
-        config["input_size"] = (config["input_size"][0], *built_for)
-    config |= getattr(model, "data_config", None) or {}
+    config = describe_data(backbone) | (getattr(model, "data_config", None) or {})
     side = recipe.data.image_size
     if side is not None:
         config["input_size"] = (config["input_size"][0], side, side)

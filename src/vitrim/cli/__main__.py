@@ -1,6 +1,0 @@
-"""``python -m vitrim.cli``, which launchers of several processes need."""
-
-from vitrim.cli import main
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,8 @@ What differs from the authors' code: any image size, number of stages and ratio 
 masked softmax cannot be poisoned by dropped keys (see ``attention.masked_softmax``); the pooling
 of the predictor stays finite when an image keeps nothing; ``topk`` instead of a full sort; blocks
 before the first stage run plain attention in training (theirs is the same up to 1e-6); class 0 is
-"keep", as in their code (the text says 1). Ours: ``threshold``, a count that depends on the image.
+"keep", as in their code (the text says 1). Ours: ``threshold``, a count that depends on the image;
+``sampling="top_k"`` with ``score_weight``, which adapt a trained model on few unlabelled images.
 
 Published (top-1 at GMACs, r = 0.7): DeiT-S 79.3 at 2.9, DeiT-B 81.3 at 11.2, DeiT-256 76.5 at 1.3.
 We reproduce the costs (2.981, 11.476, 1.375; theirs is a hand count) and the forward, losses and

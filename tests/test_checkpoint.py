@@ -220,8 +220,12 @@ def test_official_mistakes(official, tmp_path):
         load_official(state, "dynamicvit", keepratio=0.7)
     with pytest.raises(CheckpointError, match="2 predictors, the config 3 stages"):
         load_official(state, "dynamicvit")
-    with pytest.raises(ConfigError, match="architecture 'deit_huge' is unknown"):
+    with pytest.raises(CheckpointError, match="'deit_huge' is unknown to timm"):
         load_official(state, "dynamicvit", architecture="deit_huge")
+    with pytest.raises(CheckpointError, match="timm cannot create 'resnet50'"):
+        load_official(state, "dynamicvit", architecture="resnet50")
+    with pytest.raises(CheckpointError, match=r"pos_embed has shape \(17,\)"):
+        load_official(state | {"pos_embed": torch.zeros(17)}, "dynamicvit")
     with pytest.raises(CheckpointError, match="no score_predictor"):
         load_official(tiny_state(), "dynamicvit")
     with pytest.raises(CheckpointError, match="no plain vision transformer"):

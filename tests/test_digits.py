@@ -13,7 +13,8 @@ from vitrim import ConfigError
 from vitrim.tools.evaluate import evaluate_dense
 from vitrim.train.data import digits_data_config, eval_loader
 from vitrim.train.digits import ClutteredDigits, _sources
-from vitrim.train.shipped import digits_backbone
+from vitrim.train.recipe import load_recipe
+from vitrim.train.shipped import DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS, digits_backbone
 
 SPLITS = ("train", "val", "test")
 
@@ -45,7 +46,7 @@ def test_splits_share_no_handwriting():
     assert all(set(_sources(split)[1]) == set(range(10)) for split in SPLITS)
 
 
-@pytest.mark.parametrize("size", [48, 64, 96])
+@pytest.mark.parametrize("size", [48, 64, 224])
 def test_box_and_mask_hold_the_digit(size):
     data = ClutteredDigits("train", 20, image_size=size)
     for index in range(20):
@@ -82,6 +83,12 @@ def test_bad_arguments(arguments):
         ClutteredDigits(**arguments)
     with pytest.raises(IndexError):
         ClutteredDigits("train", 3)[3]
+
+
+def test_recipes_are_for_the_shipped_model():
+    for name in ("digits-dense", "digits-dynamicvit"):
+        model = load_recipe(name).model
+        assert (model.name, model.kwargs) == (DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS)
 
 
 def test_shipped_model():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,8 @@ TARGET = torch.tensor([1, 2, 3])
 
 def sparse_vit(backbone=None, **options):
     options = {"stages": (1, 2), "keep_ratio": 0.6} | options
+    if options.get("sampling") == "top_k":
+        options.setdefault("score_weight", 1.0)
     model = backbone if backbone is not None else tiny_vit()
     return sparsify(model, DynamicViTConfig(**options), generator=seeded(0)).eval()
 
@@ -134,7 +137,10 @@ def test_ratio_changes_at_run_time():
     assert [stage.counts[0].item() for stage in sparse.trace(X).stages] == [4, 1]
     sparse.set_keep_ratio((0.9, 0.5))
     assert [stage.counts[0].item() for stage in sparse.trace(X).stages] == [14, 8]
-    for wrong in (0.0, 1.2, (0.9,), (0.5, 0.9)):
+    sparse.set_keep_ratio(np.float32(0.5))
+    assert sparse.config.keep_ratio == 0.5
+    sparse.set_keep_ratio([0.9, 0.5])
+    for wrong in (0.0, 1.2, (0.9,), (0.5, 0.9), "0.5"):
         with pytest.raises(ConfigError, match="keep_ratio"):
             sparse.set_keep_ratio(wrong)
     assert sparse.config.keep_ratio == (0.9, 0.5)
@@ -163,6 +169,10 @@ def test_any_number_of_stages(stages):
         ({"temperature": 0.0}, "temperature"),
         ({"ratio_weight": -1.0}, "ratio_weight is -1.0"),
         ({"version": 2}, "version is 2"),
+        ({"sampling": "gumbl"}, "sampling is 'gumbl'; use one of 'gumbel'"),
+        ({"sampling": "top_k"}, "set score_weight"),
+        ({"keep_ratio": "0.7"}, "keep_ratio is '0.7'"),
+        ({"stages": (1, 2.5)}, r"stages is \(1, 2.5\)"),
     ],
 )
 def test_bad_configs(options, message):
@@ -364,6 +374,26 @@ def test_token_loss_compares_each_kept_token_with_its_own_teacher():
     index = output.tokens.index_BN.unsqueeze(-1).expand_as(output.patch_features)
     features = features.scatter(1, index, output.patch_features.detach())
     teacher = DenseOutput(output.logits.detach(), features)
+    teacher = dataclasses.replace(teacher, saliency=(torch.rand(3, 16), torch.rand(3, 16)))
     parts = sparse.method.losses(output, None, teacher)
     assert parts["token"].item() == 0
     assert parts["distill"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_score_loss_without_a_teacher_says_so():
+    sparse = sparse_vit(score_weight=1.0).train()
+    with pytest.raises(ConfigError, match="needs a dense teacher's saliency"):
+        sparse.losses(X, TARGET)
+
+
+def test_trace_is_deterministic_in_training_mode_too():
+    sparse = sparse_vit(tiny_vit(drop_path_rate=0.5)).train()
+    trace = sparse.trace(X)
+    assert torch.equal(trace.logits, sparse.trace(X).logits)
+    assert all(module.training for module in sparse.modules())
+    assert torch.equal(trace.logits, sparse.eval()(X))
+
+
+def test_threshold_mode_has_no_ratio_to_set():
+    with pytest.raises(ConfigError, match=r"follow the threshold 0\.5"):
+        sparse_vit(threshold=0.5).set_keep_ratio(0.7)

@@ -36,8 +36,8 @@ VARIANTS = {
 }
 
 
-def backbone(variant: str):
-    options = dict(VARIANTS[variant])
+def backbone(variant: str, **changes):
+    options = VARIANTS[variant] | changes
     return tiny_vit(options.pop("name", "vit_tiny_patch16_224"), **options)
 
 
@@ -53,6 +53,18 @@ def test_nothing_dropped_is_timm(variant, batch):
     x = variant_images(model, batch)
     with torch.no_grad():
         assert torch.equal(family.head(family.dense(x)), model(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_image_size_is_timm(variant):
+    size = 35 if "patch_size" in VARIANTS[variant] else 48
+    model = backbone(variant, img_size=size)
+    sparse = sparsify(model, DynamicViTConfig(keep_ratio=0.6))
+    x = variant_images(model, 2)
+    assert x.shape[-1] == size
+    with torch.no_grad():
+        assert torch.equal(sparse.family.head(sparse.family.dense(x)), model(x))
+    assert sparse.trace(x).macs.tolist() == [sparse.macs()] * 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,6 +190,7 @@ def test_unknown_backbones_are_refused_by_name(name):
         ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
         ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
         ({"attn_layer": "diff"}, "DiffAttention"),
+        ({"name": "vit_tiny_r_s16_p8_224", "patch_size": 1}, "patch embedding HybridEmbed"),
     ],
 )
 def test_parts_that_cannot_be_run_are_refused_by_name(options, named):

@@ -103,7 +103,7 @@ def test_names_of_classes(trace):
 
 def test_strip_holds_every_panel(trace):
     row = visualize.panels(colourful(), trace, 0)
-    picture = np.asarray(visualize.strip(colourful(), trace, 0))
+    picture = np.asarray(visualize.lay_out(visualize.panels(colourful(), trace, 0)))
     assert picture.shape[0] > row[0].image.height
     for panel in row:
         corner = np.asarray(panel.image)

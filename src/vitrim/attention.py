@@ -26,9 +26,9 @@ def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Te
     The released code takes the maximum ``m_i`` over all keys. When a dropped key beats every kept
     one by more than about 14, the kept terms sink below ``eps`` there and the row drifts to a
     uniform mix that includes the dropped tokens. Here ``m_i`` is taken over the visible keys, which
-    is the same softmax without that failure; where no dropped key beats the kept ones the two are
-    equal. A dropped key's weight is capped at 1e6, which bounds the straight-through gradient of
-    ``keep_j`` where the released code's ``eps`` bounds it.
+    is the same softmax without that failure: the two are equal where no dropped key beats the kept
+    ones, and differ by about ``eps exp(lead)`` where one leads. A dropped key's weight is capped at
+    1e6, which bounds the straight-through gradient of ``keep_j`` as their ``eps`` does.
 
     Args:
         logits_BHNN: scaled attention logits.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def create_backbone(description: dict[str, Any]) -> nn.Module:
     """The (randomly initialised) backbone of :func:`describe_backbone`."""
     name, kwargs = description["name"], dict(description["kwargs"])
     if not timm.is_model(name):
-        raise CheckpointError(f"the checkpoint's backbone {name!r} is unknown to timm")
+        raise CheckpointError(f"the backbone {name!r} is unknown to timm")
     try:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -95,25 +96,43 @@ def save(
         "origin": origin or model.origin,
         "metrics": metrics or {},
     }
-    text = json.dumps(config, indent=2) + "\n"
+    try:
+        text = json.dumps(config, indent=2) + "\n"
+    except TypeError as error:
+        raise CheckpointError(
+            f"the backbone was made with an argument that no file can hold ({error}); create it "
+            "with plain values, such as names of layers instead of classes"
+        ) from error
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS_FILE, safetensors.torch.save(weights, {"format": "pt"}))
-    write_atomic(folder / CONFIG_FILE, text.encode())
+    write_together(
+        {
+            folder / WEIGHTS_FILE: safetensors.torch.save(weights, {"format": "pt"}),
+            folder / CONFIG_FILE: text.encode(),
+        }
+    )
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file through a temporary neighbour, so that a crash leaves the old one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: all are complete on disk before the first one takes its place."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -136,7 +155,19 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [key for key in ("backbone", "method", "data") if key not in config]
     if missing:
         raise CheckpointError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    if not _is_data_config(config["data"]):
+        raise CheckpointError(f"{path} is damaged: its data config is {config['data']!r}")
     return config
+
+
+def _is_data_config(data: Any) -> bool:
+    size = data.get("input_size") if isinstance(data, dict) else None
+    return (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(isinstance(side, int) and side > 0 for side in size)
+        and all(isinstance(data.get(key), list) for key in ("mean", "std"))
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -177,8 +208,12 @@ def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
     module.load_state_dict(weights)
 
 
-def from_pretrained(folder: str | os.PathLike[str]) -> SparseModel:
+def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
     """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        method_options: fields of the method's config to change, such as ``threshold=0.5``.
 
     Raises:
         CheckpointError: damaged, foreign, of another version, or of another architecture.
@@ -188,12 +223,15 @@ def from_pretrained(folder: str | os.PathLike[str]) -> SparseModel:
     weights = read_weights(Path(folder) / WEIGHTS_FILE)
     try:
         method = method_by_name(description["method"]["name"])
-        config: Any = from_plain(method.config_class, description["method"]["config"], "method")
+        fields = description["method"]["config"] | method_options
+        config: Any = from_plain(method.config_class, fields, "method")
         backbone = create_backbone(description["backbone"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/{CONFIG_FILE} is damaged: {error!r}") from error
     except ConfigError as error:
         raise ConfigError(f"{folder}/{CONFIG_FILE}: {error}") from error
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/{CONFIG_FILE} is damaged: {error!r}") from error
     model = SparseModel(backbone, config)
     load_strict(model, weights, f"{folder}/{WEIGHTS_FILE}")
     model.origin = description.get("origin")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,6 +44,21 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain_value(item) for item in value]
     return value
+
+
+def normalise(config: Any) -> None:
+    """Check and convert every field of a dataclass by its annotation; call it first on creation.
+
+    Lists become tuples and whole numbers floats, so ``keep_ratio=[0.9, 0.8]`` is as good as a
+    tuple.
+
+    Raises:
+        ConfigError: a value is not of its field's type.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _convert(getattr(config, field.name), hints[field.name], field.name)
+        object.__setattr__(config, field.name, value)
 
 
 def from_plain(cls: type[Config], data: Mapping[str, Any], where: str = "") -> Config:
@@ -88,8 +104,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, Mapping), f"{path} is {value!r}; a table was expected")
         return from_plain(hint, value, path)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (float, int) and not isinstance(value, bool):
+        number = numbers.Real if hint is float else numbers.Integral
+        if isinstance(value, number):
+            return hint(value)
     if hint is Any:
         return value
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import load_strict, read_weights
+from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.dynamicvit import DynamicViTConfig
@@ -40,7 +38,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a remark on pickle's protocol; errors say enough
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read as plain weights ({first_line}). It is damaged, or it holds "
@@ -130,6 +128,12 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
         raise CheckpointError(
             f"this is no plain vision transformer's state dict: missing {', '.join(missing)}"
         )
+    expected_ndim = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    for key, ndim in expected_ndim.items():
+        if weights[key].ndim != ndim or not weights[key].numel():
+            raise CheckpointError(
+                f"{key} has shape {tuple(weights[key].shape)}; expected {ndim} dimensions"
+            )
     dim = weights["cls_token"].shape[-1]
     patch = weights["patch_embed.proj.weight"].shape[-1]
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
@@ -149,13 +153,9 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
             defaults = {"patch_size": 16, "depth": 12, "num_heads": dim // 64, "mlp_ratio": 4.0}
             kwargs = {k: v for k, v in kwargs.items() if k in defaults and v != defaults[k]}
     else:
-        if not timm.is_model(architecture):
-            raise ConfigError(f"architecture {architecture!r} is unknown to timm")
         kwargs = {}
-    model: nn.Module = timm.create_model(
-        architecture, img_size=side * patch, num_classes=classes, **kwargs
-    )
-    return model
+    kwargs |= {"img_size": side * patch, "num_classes": classes}
+    return create_backbone({"name": architecture, "kwargs": kwargs})
 
 
 _CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {

@@ -63,7 +63,16 @@ class SparseModel(nn.Module):
         return self.method.infer(self.family, images)
 
     def trace(self, images: Tensor) -> Trace:
-        """Logits, and what each stage kept, by the inference forward without gradients."""
+        """Logits, and what each stage kept, by the inference forward without gradients.
+
+        Deterministic: a model in training mode is put into evaluation mode for it, and back.
+        """
+        if self.training:
+            self.eval()
+            try:
+                return self.trace(images)
+            finally:
+                self.train()
         with torch.no_grad():
             grid = self.family.grid((images.shape[-2], images.shape[-1]))
             num_patches = grid[0] * grid[1]

@@ -139,7 +139,8 @@ def info_command(
     """What a checkpoint holds: backbone, method, cost, origin and metrics."""
     sparse = common.require_sparse(common.load_model(model), model)
     config, image_shape = checkpoint.read_config(model), common.data_config_of(sparse)["input_size"]
-    dense_macs, macs = sparse.dense_macs(), sparse.macs()
+    size = (image_shape[1], image_shape[2])
+    dense_macs, macs = sparse.dense_macs(size), sparse.macs(size)
     cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per image"
     if macs is not None:
         cost += f", {100 * macs / dense_macs:.0f}% of dense"

@@ -20,6 +20,7 @@ from torch import nn
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError
 from vitrim.model import SparseModel
+from vitrim.tools.benchmark import checked_device
 
 Value = TypeVar("Value", int, float)
 
@@ -97,7 +98,7 @@ def _load_dense(
     from vitrim.train.shipped import DIGITS_NAME, digits_backbone
 
     if name == DIGITS_NAME:
-        return digits_backbone(weights).eval()
+        return digits_backbone(weights)
     if not timm.is_model(name):
         raise InputError(
             f"{name!r} is neither a checkpoint folder nor a timm model{_close_model(name)}; "
@@ -106,7 +107,10 @@ def _load_dense(
     if weights is None and pretrained:
         return _pretrained(name).eval()
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    model: nn.Module = timm.create_model(name, **size)
+    try:
+        model: nn.Module = timm.create_model(name, **size)
+    except (TypeError, AssertionError) as error:
+        raise InputError(f"timm cannot create {name!r} with {size}: {error}") from error
     if weights is not None:
         checkpoint.load_strict(model, checkpoint.read_weights(weights), str(weights))
     return model.eval()
@@ -159,7 +163,7 @@ def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
     Raises:
         CheckpointError: the checkpoint's record of it is damaged.
     """
-    from vitrim.train.data import digits_data_config
+    from vitrim.train.data import digits_data_config, is_digits
 
     stored = getattr(model, "data_config", None)
     config = stored or checkpoint.describe_data(backbone_of(model))
@@ -171,13 +175,10 @@ def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
     return dict(config)
 
 
-def is_digits(source: str) -> bool:
-    """Whether ``source`` names the embedded data."""
-    return source.partition("/")[0] == "digits" and not Path(source).exists()
-
-
 def data_source(source: str) -> str:
     """What the data readers call ``source``: the embedded set means its test split here."""
+    from vitrim.train.data import is_digits
+
     return "digits/test" if source == "digits" and is_digits(source) else source
 
 
@@ -217,13 +218,7 @@ def device_of(name: str | None) -> torch.device:
     """The device called ``name``; None takes CUDA where it is."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device is {name!r}; use cpu, cuda or cuda:1 and so on") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {name!r}, but torch finds no CUDA device here; use cpu")
-    return device
+    return checked_device(name)
 
 
 def check_writable(path: Path | None) -> None:

@@ -90,6 +90,11 @@ def eval_command(
     if keep_ratio and not isinstance(subject, SparseModel):
         raise ConfigError(f"--keep-ratio is given, but {model!r} is a dense model")
     reference = _reference(subject, weights, where)
+    if reference is True and isinstance(subject, SparseModel):
+        common.note(
+            "dense is the checkpoint's own backbone, as it was fine-tuned; to compare with the "
+            "model before that, give its --weights"
+        )
     source = common.data_source(data)
     options = {
         "num_classes": common.num_classes_of(subject),
@@ -119,7 +124,10 @@ def eval_command(
         name = _setting(subject)
         results[name] = measure(name)
     _print_evaluations(results)
-    content = {"model": model, "data": data, "dtype": dtype, "hardware": hardware(where)}
+    content: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
+    content["hardware"] = hardware(where)
+    if isinstance(subject, SparseModel):
+        content["dense_weights"] = "the checkpoint's own" if weights is None else str(weights)
     found = [{"name": name, **result.to_dict()} for name, result in results.items()]
     common.write_json(json, content | {"results": found})
 
@@ -207,7 +215,7 @@ def bench_command(
     if sparse is not None and sparse.macs() is None and batches != [1]:
         common.note("each image keeps a count of its own: measuring batches of one image")
         batches = [1]
-    shape = _image_shape(candidates["dense"])
+    shape = _image_shape(sparse or candidates["dense"])
     rows = benchmark(
         candidates,
         shape,
@@ -260,8 +268,8 @@ def _at_ratios(model: SparseModel, ratios: list[float]) -> dict[str, nn.Module]:
     return found
 
 
-def _image_shape(dense: nn.Module) -> tuple[int, int, int]:
-    channels, height, width = common.data_config_of(dense)["input_size"]
+def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+    channels, height, width = common.data_config_of(model)["input_size"]
     return channels, height, width
 
 

@@ -64,10 +64,10 @@ def read_images(model: SparseModel, sources: Sequence[str], limit: int) -> Found
 
 def _open(source: str, transform: Any, image_size: int) -> tuple[Any, Callable[[int], str]]:
     """A dataset of the source's images, and the name of each."""
-    from vitrim.train.data import open_dataset
+    from vitrim.train.data import is_digits, open_dataset
     from vitrim.train.samples import FolderReader, ReaderDataset
 
-    if common.is_digits(source):
+    if is_digits(source):
         name = common.data_source(source)
         digits = open_dataset(name, transform, image_size=image_size)
         return digits, lambda index: f"{name} {index}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class ViT:
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
         """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+        if type(model.patch_embed) is not PatchEmbed:
+            name = type(model.patch_embed).__name__
+            yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
         if model.global_pool not in _POOLS:
             yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
         if not isinstance(model.patch_drop, nn.Identity):
@@ -203,8 +206,7 @@ class ViT:
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""
-        convolutions = [m for m in self.backbone.patch_embed.modules() if isinstance(m, nn.Conv2d)]
-        return num_patches * sum(m.weight.numel() for m in convolutions)
+        return num_patches * int(self.backbone.patch_embed.proj.weight.numel())
 
     def block_macs(self, index: int, num_tokens: Any) -> Any:
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import losses, sampling
-from vitrim.config import require
+from vitrim.config import normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
@@ -81,6 +81,7 @@ class DynamicViTConfig:
     version: int = 1
 
     def __post_init__(self) -> None:
+        normalise(self)
         ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
         require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
         for ratio in ratios:
@@ -99,6 +100,10 @@ class DynamicViTConfig:
         for name in ("classification", "ratio", "distill", "token", "score"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        require(
+            self.sampling != "top_k" or self.score_weight > 0,
+            'sampling="top_k" teaches the predictors by the score loss alone; set score_weight',
+        )
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def ratios(self, num_stages: int) -> tuple[float, ...]:
@@ -255,6 +260,10 @@ class DynamicViT(Method):
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         config, weights = self.config, {"ratio": self.config.ratio_weight}
+        require(
+            not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
+            "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
+        )
         ratios = config.ratios(len(self.stages))
         keeps = [decision.keep_BN for decision in output.decisions]
         terms = [losses.ratio_loss(keep, ratio) for keep, ratio in zip(keeps, ratios, strict=True)]
@@ -313,9 +322,16 @@ class DynamicViT(Method):
         """Keep another share from now on: one number for the paper's rule, or one per stage.
 
         Each model is trained for one ratio and best used near it (the authors' advice).
+
+        Raises:
+            ConfigError: out of range, or the counts follow a threshold instead.
         """
-        ratio = float(keep_ratio) if isinstance(keep_ratio, int | float) else tuple(keep_ratio)
-        config = replace(self.config, keep_ratio=ratio, threshold=None)
+        require(
+            self.config.threshold is None,
+            f"the counts follow the threshold {self.config.threshold}, not a keep ratio; make the "
+            "model sparse with threshold=None to set ratios",
+        )
+        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
         config.ratios(len(self.stages))
         self.config = config
 

@@ -131,7 +131,7 @@ def benchmark(
         InputError: the device is not there, or a model does not take the images.
     """
     _check(candidates, batches, dtypes, rounds, threads)
-    device = _device(device)
+    device = checked_device(device)
     rows = []
     with _threads(threads):
         for dtype in dtypes:
@@ -286,12 +286,16 @@ def _check(
         raise ConfigError(f"no dtype is given; use one of {', '.join(DTYPES)}")
 
 
-def _device(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
+def checked_device(device: str | torch.device) -> torch.device:
+    """``device``, if it is one that vitrim measures on and that is there."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; use cpu, cuda or cuda:1 and so on") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {str(device)!r}; times are measured on cpu or cuda")
+        raise InputError(f"device is {str(device)!r}; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device is 'cuda', but torch finds no CUDA device here; use cpu")
+        raise InputError(f"device is {str(device)!r}, but torch finds no CUDA device; use cpu")
     return device
 
 

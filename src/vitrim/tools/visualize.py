@@ -109,19 +109,6 @@ def fade(image: Image.Image, keep: Tensor) -> Image.Image:
     return Image.blend(shown, lined, _LINE)
 
 
-def strip(
-    image: Image.Image,
-    trace: Trace,
-    i: int,
-    *,
-    class_names: Sequence[str] | None = None,
-    truth: int | None = None,
-    side: int = 320,
-) -> Image.Image:
-    """The :func:`panels` of one image side by side with their captions, as one picture."""
-    return lay_out(panels(image, trace, i, class_names=class_names, truth=truth, side=side))
-
-
 def lay_out(row: Sequence[Panel]) -> Image.Image:
     """Panels side by side with their titles and captions, as one picture."""
     width, height = row[0].image.size

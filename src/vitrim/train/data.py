@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ __all__ = [
     "digits_data_config",
     "eval_loader",
     "eval_transform",
+    "is_digits",
     "open_dataset",
 ]
 
@@ -96,7 +96,7 @@ def open_dataset(
     """
     name = os.fspath(source)
     prefix, _, rest = name.partition("/")
-    if prefix == "digits" and not Path(name).exists():
+    if is_digits(name):
         default_split = "train" if training else "val"
         return ClutteredDigits(
             rest or default_split,  # type: ignore[arg-type]  # the class checks it
@@ -123,6 +123,11 @@ def open_dataset(
             FolderReader([(image, UNLABELLED) for image in _all_images(path)]), transform, None
         )
     return _open_folder(path, transform, num_classes, class_map)
+
+
+def is_digits(source: str) -> bool:
+    """Whether ``source`` names the embedded set, and no folder of that name."""
+    return source.partition("/")[0] == "digits" and not Path(source).exists()
 
 
 def _open_reader(
@@ -317,10 +322,9 @@ class EvalLoader:
         self.dataset = dataset
         self.unreadable: list[Unreadable] = []
         self._streams = isinstance(dataset, IterableDataset)
-        self._max_batches: int | None = None
+        self._limit = limit if self._streams else None
         if self._streams:
             # Streaming readers share the data out among processes themselves.
-            self._max_batches = None if limit is None else -(-limit // batch_size)
             self._loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate)
             return
         total = len(dataset)
@@ -341,10 +345,16 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.unreadable = []
-        for batch in islice(self._loader, self._max_batches):
+        left = self._limit
+        for batch in self._loader:
             self.unreadable += batch.unreadable
-            if len(batch.labels):
-                yield batch.images, batch.labels
+            images, labels = batch.images[:left], batch.labels[:left]
+            if len(labels):
+                yield images, labels
+            if left is not None:
+                left -= len(labels)
+                if left <= 0:
+                    return
 
 
 def eval_loader(

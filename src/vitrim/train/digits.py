@@ -12,6 +12,7 @@ one. The splits share neither a handwritten digit nor a region of a photograph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,7 @@ STD = (0.25, 0.25, 0.25)
 
 # Share of the handwritten digits, and of each photograph's width, that a split may use.
 _SPLITS: dict[str, tuple[float, float]] = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1)}
+_MAX_CROP = 1.6  # of a photograph, relative to the picture's side
 _SPLIT_KEYS = {"train": 1, "val": 2, "test": 3}
 
 
@@ -86,7 +88,10 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         self.seed = seed
         self.epoch = 0
         self.transform = transform
-        self._digits, self._labels, self._photos = _sources(split)
+        self._digits, self._labels, regions = _sources(split)
+        # Narrow regions are enlarged so that the largest crop finds room.
+        side = max(320, math.ceil(_MAX_CROP * image_size) + 1)
+        self._photos = [_at_least(region, side) for region in regions]
 
     def __len__(self) -> int:
         return self.length
@@ -115,7 +120,7 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
         photo = self._photos[rng.integers(len(self._photos))]
-        side = int(rng.uniform(1.0, 1.6) * self.image_size)
+        side = int(rng.uniform(1.0, _MAX_CROP) * self.image_size)
         left = int(rng.integers(0, photo.width - side + 1))
         top = int(rng.integers(0, photo.height - side + 1))
         size = (self.image_size, self.image_size)
@@ -193,8 +198,7 @@ def _sources(split: Split) -> tuple[list[Image.Image], np.ndarray, list[Image.Im
         photo.crop((int(start * photo.width), 0, int(end * photo.width), photo.height))
         for photo in photos
     ]
-    # Narrow regions are enlarged so that a crop of any size finds room.
-    return digits, data.target[chosen], [_at_least(region, 320) for region in regions]
+    return digits, data.target[chosen], regions
 
 
 def _at_least(photo: Image.Image, side: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """The training loop, on Accelerate: one process or many, one readable loop.
 
-A step is a function of the recipe, the weights and its number alone: data order, augmentation,
-mixing, dropout and the method's noise are seeded by ``(seed, place)``. So a run that was killed and
-goes on from its last saved state writes the same log as one that never stopped.
+A step is a function of the recipe, the weights, its number and the number of processes: data order,
+augmentation, mixing, dropout and the method's noise are seeded by ``(seed, place)``. So a run that
+was killed and goes on from its last saved state writes the same log as one that never stopped.
 
 A run's folder holds ``recipe.json``, ``log.jsonl``, ``state/`` (the trainer's, to go on from) and
 the result: ``checkpoint/`` for a sparse model, ``backbone.safetensors`` with ``backbone.json`` for
@@ -112,6 +112,8 @@ class _Trainer:
         batch_size = recipe.data.batch_size
         if sparse:
             model.data_config = self.data_config
+            shape = (1, *self.data_config["input_size"])
+            model.family.check_images(torch.empty(shape, device="meta"))
             grid = model.family.grid(self.data_config["input_size"][1:])
             if model.method.counts(grid[0] * grid[1]) is None:
                 batch_size = 1  # counts that depend on the image
@@ -161,7 +163,7 @@ class _Trainer:
                         self._log_step(epoch, record)
                     epoch_ends = self.step % self.steps_per_epoch == 0
                     if last or (epoch_ends and (epoch + 1) % run.eval_every == 0):
-                        self._validate(epoch, last)
+                        self._validate(epoch)
                     if last or epoch_ends or self.step % run.checkpoint_steps == 0:
                         self._save()
         finally:
@@ -223,8 +225,9 @@ class _Trainer:
         terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         raise TrainingError(
             f"step {self.step + 1} has no finite loss or gradient ({terms}, gradient {norm:.4g}); "
-            f"the last saved state and result in {self.folder} are kept. Try a lower optim.lr, "
-            "optim.clip_grad = 1.0, or run.precision = 'fp32'"
+            f"the last saved state and result in {self.folder} are kept. In another folder, try a "
+            "lower optim.lr, optim.clip_grad = 1.0, or run.precision = 'fp32'; model.checkpoint "
+            "starts from that result"
         )
 
     def _log_step(self, epoch: int, record: Record) -> None:
@@ -235,14 +238,13 @@ class _Trainer:
             place = {"step": self.step, "epoch": epoch}
             self.logs.write(place | record | {"images_per_second": round(rate, 1)})
 
-    def _validate(self, epoch: int, last: bool) -> None:
-        """Measure, and write the result when it is the best so far, or the last unmeasured one."""
+    def _validate(self, epoch: int) -> None:
+        """Measure, and write the result if it is the best so far, or if nothing measures it."""
         metrics: dict[str, Any] = {"step": self.step, "epoch": epoch, "weights": "last"}
         if self.average is not None:
             metrics["weights"] = f"moving average, decay {self.average.decay}"
         if self.validation is None:
-            if last:
-                self._export(metrics)
+            self._export(metrics)
             return
         score, count = top1(self.accelerator, self._result, self.validation)
         if self.logs is not None:

@@ -12,7 +12,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vitrim.errors import InputError, TrainingError
+from vitrim.errors import ConfigError, InputError, TrainingError
 from vitrim.train.data import EvalLoader, check_label_space, eval_transform, open_dataset
 from vitrim.train.recipe import AugmentRecipe, DataRecipe, Recipe
 from vitrim.train.samples import (
@@ -33,20 +33,26 @@ def training_transform(recipe: AugmentRecipe, data_config: dict[str, Any]) -> Tr
     """From a PIL image to a normalised tensor, with the recipe's random changes."""
     if recipe.none:
         return eval_transform(data_config)
-    transform: Transform = create_transform(
-        data_config["input_size"],
-        is_training=True,
-        scale=(recipe.scale[0], recipe.scale[1]),
-        ratio=(recipe.ratio[0], recipe.ratio[1]),
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.rand_augment,
-        interpolation=recipe.interpolation,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        re_prob=recipe.random_erase,
-        re_mode="pixel",
-    )
+    try:
+        transform: Transform = create_transform(
+            data_config["input_size"],
+            is_training=True,
+            scale=(recipe.scale[0], recipe.scale[1]),
+            ratio=(recipe.ratio[0], recipe.ratio[1]),
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.rand_augment,
+            interpolation=recipe.interpolation,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            re_prob=recipe.random_erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"timm has no augmentation augment.rand_augment = {recipe.rand_augment!r} ({error}); "
+            "an example is 'rand-m9-mstd0.5-inc1'"
+        ) from error
     return transform
 
 

@@ -6,6 +6,7 @@ and changes single values by their dotted names.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -61,12 +62,12 @@ class MethodRecipe:
         if self.name is not None:
             self.build()
 
-    def build(self, **defaults: Any) -> Any:
-        """The method's config object; ``defaults`` are fields that the recipe may override."""
+    def build(self) -> Any:
+        """The method's config object."""
         if self.name is None:
             raise ConfigError("method.name is not set, so there is no method config to build")
         config_class: Any = method_by_name(self.name).config_class
-        return from_plain(config_class, defaults | self.config, "method")
+        return from_plain(config_class, self.config, "method")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,9 @@ class DataRecipe:
         _require_at_least("data", self, 1, "batch_size", "length", "val_length")
         _require_at_least("data", self, 0, "workers", "curriculum_epochs")
         _require_share("data", self, "max_unreadable")
+        size, crop = self.image_size, self.crop_pct
+        require(size is None or size > 0, f"data.image_size is {size}; expected pixels")
+        require(crop is None or 0 < crop <= 1, f"data.crop_pct is {crop}; expected (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +127,8 @@ class AugmentRecipe:
     """Smallest and largest width / height of that crop."""
     hflip: float = 0.5
     """Probability of a mirror image."""
-    interpolation: str = "bicubic"
-    """Of the random resized crop: ``bilinear``, ``bicubic`` or ``random``."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    """Of the random resized crop."""
     rand_augment: str | None = None
     """timm's name of an automatic augmentation, such as ``rand-m9-mstd0.5-inc1``."""
     color_jitter: float = 0.0
@@ -142,8 +146,9 @@ class AugmentRecipe:
     def __post_init__(self) -> None:
         for name in ("scale", "ratio"):
             low_high = getattr(self, name)
-            good = len(low_high) == 2 and 0 < low_high[0] <= low_high[1]
+            good = len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < math.inf
             require(good, f"augment.{name} is {low_high}; expected two numbers, the smaller first")
+        require(self.scale[1] <= 1, f"augment.scale is {self.scale}; shares end at 1")
         _require_share("augment", self, "hflip", "random_erase", "label_smoothing")
         _require_at_least("augment", self, 0, "color_jitter", "mixup", "cutmix")
 
@@ -244,6 +249,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         dense = self.method.name is None and self.model.checkpoint is None
+        fields = ", ".join(self.method.config)
+        require(not (dense and fields), f"method.name is not set, but its fields are: {fields}")
+        score_weight = self.method.config.get("score_weight", 0)
+        require(
+            self.model.teacher or not score_weight,
+            "method.score_weight needs a teacher; set model.teacher = true",
+        )
         require(
             self.data.labels or (self.model.teacher and not dense),
             "data.labels is false, so a teacher must say what to learn: use a method, with "
@@ -353,7 +365,8 @@ def _value(text: str) -> Any:
 def _require_at_least(table: str, config: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value >= least, f"{table}.{name} is {value}; expected {least} or more")
+        good = least <= value < math.inf
+        require(good, f"{table}.{name} is {value}; expected {least} or more")
 
 
 def _require_share(table: str, config: Any, *names: str) -> None:

@@ -9,7 +9,6 @@ It was made by these two commands; the second keeps half precision:
 from __future__ import annotations
 
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from vitrim.checkpoint import load_strict, read_weights, write_atomic
 from vitrim.errors import CheckpointError
+from vitrim.train.task import package_file
 
 DIGITS_NAME = "digits_vit"
 """What the command line calls the model."""
@@ -40,7 +40,7 @@ def digits_backbone(weights: Path | None = None) -> nn.Module:
         weights: another safetensors file of the same architecture; None takes the shipped one.
     """
     if weights is None:
-        weights = shipped_file()
+        weights = package_file(DIGITS_NAME)
         if not weights.is_file():
             raise CheckpointError(
                 f"the package lacks {weights.name}; its installation is damaged, install it again"
@@ -51,16 +51,11 @@ def digits_backbone(weights: Path | None = None) -> nn.Module:
     return model.eval()
 
 
-def shipped_file() -> Path:
-    """Where the package keeps the weights."""
-    return Path(str(resources.files("vitrim") / "assets" / f"{DIGITS_NAME}.safetensors"))
-
-
 def ship(run: Path) -> Path:
     """Put the result of a ``digits-dense`` run into the package, in half precision."""
     weights = read_weights(run / "backbone.safetensors")
     half = {name: tensor.half() for name, tensor in weights.items()}
-    target = shipped_file()
+    target = package_file(DIGITS_NAME)
     target.parent.mkdir(exist_ok=True)
     write_atomic(target, safetensors.torch.save(half, {"format": "pt"}))
     return target

@@ -12,21 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import losses
-from vitrim.checkpoint import (
-    WEIGHTS_FILE,
-    create_backbone,
-    describe_data,
-    load_strict,
-    read_config,
-    read_weights,
-)
-from vitrim.config import closest, from_plain
+from vitrim.checkpoint import describe_data, from_pretrained, load_strict, read_weights
+from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
-from vitrim.methods import method_by_name
 from vitrim.methods.base import DenseOutput
 from vitrim.model import SparseModel
-from vitrim.train.data import digits_data_config
+from vitrim.train.data import digits_data_config, is_digits
 from vitrim.train.recipe import ModelRecipe, Recipe
 from vitrim.train.samples import mix_seed, seeded
 
@@ -136,28 +128,29 @@ def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
     return model
 
 
+def package_file(name: str) -> Path:
+    """Where the package keeps the weights called ``name``."""
+    return Path(str(resources.files("vitrim") / "assets" / f"{name}.safetensors"))
+
+
 def weights_path(weights: str) -> Path:
     """The file that ``weights`` means: a path, or ``package:NAME`` for one shipped with vitrim."""
     prefix, _, name = weights.partition("package:")
     if prefix or not name:
         return Path(weights)
-    path = Path(str(resources.files("vitrim") / "assets" / f"{name}.safetensors"))
+    path = package_file(name)
     if not path.is_file():
         raise CheckpointError(f"no weights {weights!r} are shipped with this vitrim ({path})")
     return path
 
 
 def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
-    description = read_config(folder)
-    name, method = description["method"]["name"], recipe.method
-    if method.name not in (None, name):
-        raise ConfigError(f"{folder} was made by {name!r}; method.name is {method.name!r}")
-    fields = description["method"]["config"] | method.config
-    config: Any = from_plain(method_by_name(name).config_class, fields, "method")
-    sparse = SparseModel(create_backbone(description["backbone"]), config)
-    load_strict(sparse, read_weights(Path(folder) / WEIGHTS_FILE), f"{folder}/{WEIGHTS_FILE}")
-    sparse.origin = description.get("origin")
-    sparse.data_config = description["data"]
+    method = recipe.method
+    sparse = from_pretrained(folder, **method.config)
+    if method.name not in (None, sparse.method.name):
+        raise ConfigError(
+            f"{folder} was made by {sparse.method.name!r}; method.name is {method.name!r}"
+        )
     if not recipe.model.teacher:
         return SparseTask(sparse)
     named = recipe.model.name is not None
@@ -173,7 +166,7 @@ def data_config_of(task: Task, recipe: Recipe) -> dict[str, Any]:
     side = recipe.data.image_size
     if side is not None:
         config["input_size"] = (config["input_size"][0], side, side)
-    if recipe.data.train.partition("/")[0] == "digits":
+    if is_digits(recipe.data.train):
         config |= digits_data_config(config["input_size"][-1])
     if recipe.data.crop_pct is not None:
         config["crop_pct"] = recipe.data.crop_pct

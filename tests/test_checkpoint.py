@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -241,3 +242,42 @@ def test_official_mistakes(official, tmp_path):
 
 def tiny_state():
     return timm.create_model("deit_tiny_patch16_224", img_size=64, depth=4).state_dict()
+
+
+def test_damaged_files_never_leak_other_errors(official, tmp_path):
+    """Bytes flipped anywhere in an authors' file give our error, or tensors."""
+    path = tmp_path / "official.pth"
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 8)}}, path)
+    whole = path.read_bytes()
+    generator = seeded(0)
+    for _ in range(150):
+        place, value = torch.randint(0, 2**31, (2,), generator=generator).tolist()
+        damaged = bytearray(whole)
+        damaged[place % len(whole)] = value % 256
+        path.write_bytes(damaged)
+        try:
+            read_file(path)
+        except CheckpointError:
+            continue
+
+
+def test_a_backbone_of_unwritable_arguments_is_refused(tmp_path):
+    model = tiny_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3))
+    with pytest.raises(CheckpointError, match="an argument that no file can hold"):
+        sparsify(model, DynamicViTConfig(stages=(1,))).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_config_must_be_one(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"data": {"input_size": 3, "mean": 1}}))
+    with pytest.raises(CheckpointError, match="data config"):
+        from_pretrained(folder)
+
+
+def test_loading_may_change_the_method(folder):
+    loaded = from_pretrained(folder, threshold=0.5)
+    assert loaded.config.threshold == 0.5
+    with pytest.raises(ConfigError, match="thresold"):
+        from_pretrained(folder, thresold=0.5)

@@ -411,7 +411,7 @@ def test_debug_shows_where_an_error_was_raised(capsys, tmp_path):
 
 
 def test_debug_traceback_and_exit_code_of_the_process(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "vitrim.cli", "info", str(tmp_path)]
+    command = [sys.executable, "-W", "error", "-m", "vitrim", "info", str(tmp_path)]
     plain = subprocess.run(command, capture_output=True, text=True, check=False)
     assert plain.returncode == 2
     assert plain.stderr.startswith("vitrim: error: ")

@@ -106,3 +106,24 @@ def test_bad_files(tmp_path):
     broken.write_text('name = "x"\n[model]\nname = "y"\n[data]\nval = "z"\n[run]\nepochs = 1\n')
     with pytest.raises(ConfigError, match=r"the recipe has no data.train"):
         load_recipe(broken)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.keep_ratio=0.7"], r"method\.name is not set, but its fields are: keep_ratio"),
+        (["augment.scale=[0.5, 3]"], "shares end at 1"),
+        (["augment.interpolation=foo"], "use one of 'bilinear'"),
+        (["optim.lr=inf"], r"optim\.lr is inf"),
+        (["data.image_size=-5"], r"data\.image_size is -5"),
+        (["data.crop_pct=-1.0"], r"data\.crop_pct is -1"),
+    ],
+)
+def test_values_that_would_fail_later_fail_at_once(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("digits-dense", overrides)
+
+
+def test_a_score_loss_needs_a_teacher():
+    with pytest.raises(ConfigError, match="needs a teacher"):
+        load_recipe("dynamicvit-adapt", ["model.teacher=false", "data.labels=true"])

@@ -193,6 +193,10 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     state = load_state(tmp_path / "run")
     assert state["step"] == 4
     assert all(value.isfinite().all() for value in state["model"].values())
+    kept = vitrim.from_pretrained(tmp_path / "run" / "checkpoint")  # nothing validates this run
+    assert all(
+        torch.equal(kept.state_dict()[name], state["model"][name]) for name in state["model"]
+    )
     train(recipe, tmp_path / "run", on_progress=quiet)
     train(recipe, tmp_path / "whole", on_progress=quiet)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")

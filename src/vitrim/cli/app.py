@@ -161,7 +161,8 @@ def info_command(
         "metrics": json.dumps(config.get("metrics") or {}, indent=1),
         "written with": ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()),
     }
-    common.out().print(tables.fact_table(str(model), facts), markup=False)
+    common.out().print(model, style="bold", markup=False, soft_wrap=True)
+    common.out().print(tables.fact_table(facts), markup=False)
 
 
 def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
@@ -202,7 +203,8 @@ def train_command(
 
     result = train(chosen, output, resume=not no_resume)
     facts = {name: value for name, value in result.metrics.items() if not isinstance(value, dict)}
-    common.out().print(tables.fact_table(f"trained: {result.folder}", facts))
+    common.out().print(f"trained: {result.folder}", style="bold", markup=False, soft_wrap=True)
+    common.out().print(tables.fact_table(facts), markup=False)
 
 
 def _data_overrides(data: str | None) -> list[str]:

@@ -28,16 +28,9 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def fact_table(title: str, facts: Mapping[str, Any]) -> Table:
+def fact_table(facts: Mapping[str, Any]) -> Table:
     """Names and values."""
-    table = Table(
-        title=title,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        show_header=False,
-        pad_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in facts.items():

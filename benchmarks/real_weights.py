@@ -71,6 +71,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "results": rows,
     }
+    RESULTS.parent.mkdir(exist_ok=True)
     write_atomic(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -235,10 +235,7 @@ class DynamicViT(Method):
         for block in range(family.depth):
             if block in self.stages:
                 stage = len(decisions)
-                patches_BNC = tokens.patches_BNC
-                if self.config.sampling == "top_k":  # the score loss is the predictors' alone
-                    patches_BNC = patches_BNC.detach()
-                log_probs = self.predictors[stage](patches_BNC, tokens.keep_BN)
+                log_probs = self.predictors[stage](tokens.patches_BNC, tokens.keep_BN)
                 before, tokens = tokens, self._draw(tokens, log_probs, counts[stage], generator)
                 decisions.append(Decision(log_probs, before, tokens.keep_on_grid(num_patches)))
             tokens = family.run_block(block, tokens)

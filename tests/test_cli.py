@@ -146,7 +146,7 @@ def test_bench_of_a_checkpoint(capsys, made, tmp_path):
     assert code == 0, err
     assert "efficiency" in out
     written = json.loads(report.read_text())
-    assert written["command"].startswith("vitrim ")
+    assert written["command"].split()[0] == "vitrim"
     assert [row["name"] for row in written["rows"]] == ["dense", "dynamicvit 0.6"] * 4
     assert {(row["dtype"], row["batch"]) for row in written["rows"]} == {
         (dtype, batch) for dtype in ("fp32", "bf16") for batch in (1, 2)
@@ -321,7 +321,7 @@ def test_wrong_checkpoints_are_named(capsys, made, tmp_path):
     config = json.loads(path.read_text())
     del config["data"]["input_size"]
     path.write_text(json.dumps(config))
-    assert "no input_size" in refused("size")
+    assert "its data config is" in refused("size")
     for name, (change, message) in changes.items():
         path = tmp_path / name / "config.json"
         config = json.loads(path.read_text())
@@ -357,7 +357,7 @@ def test_wrong_data_are_named(capsys, made, tmp_path):
         (["eval", "CKPT", "--data", "DATA", "--keep-ratio", "1.5"], "(0, 1]"),
         (["eval", "CKPT", "--data", "DATA", "--keep-ratio", "half"], "expected numbers"),
         (["eval", "CKPT", "--data", "DATA", "--dtype", "bf61"], "did you mean 'bf16'"),
-        (["eval", "CKPT", "--data", "DATA", "--device", "gpu"], "--device"),
+        (["eval", "CKPT", "--data", "DATA", "--device", "gpu"], "device is 'gpu'"),
         (["eval", "CKPT", "--data", "DATA", "--json", "TMP/a/b.json"], "does not exist"),
         (["eval", "CKPT", "--data", "DATA", "--weights", "TMP/none"], "does not exist"),
         (["bench", "vit_tiny_patch16_224", "--method", "dynamcvit"], "did you mean 'dynamicvit'"),

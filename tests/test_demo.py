@@ -67,11 +67,11 @@ def test_folder_holds_report_results_and_checkpoint(finished):
     ]
     sparse = vitrim.from_pretrained(folder / "checkpoint")
     results = json.loads((folder / "results.json").read_text())
-    assert sparse.config.keep_ratio == results["trained_keep_ratio"] == 0.7
+    assert sparse.config.keep_ratio == results["trained_keep_ratio"] == 0.6
     assert results["evaluation"]["images"] == 120
     assert results["evaluation"]["macs"]["mean"] == sparse.macs()
-    assert {entry["keep_ratio"] for entry in results["sweep"]} == {0.7, *demo.RATIOS}
-    assert len(results["benchmark"]) == len(demo.BATCHES) * (1 + len({0.7, *demo.RATIOS}))
+    assert {entry["keep_ratio"] for entry in results["sweep"]} == {0.6, *demo.RATIOS}
+    assert len(results["benchmark"]) == len(demo.BATCHES) * (1 + len({0.6, *demo.RATIOS}))
     described = json.loads((folder / "checkpoint" / "config.json").read_text())
     assert described["metrics"]["test"] == results["evaluation"]
 
@@ -109,7 +109,7 @@ def test_summary_has_six_lines_with_what_was_measured(finished):
     assert f"{found['dense']['top1']:.2f}% top-1" in lines[1]
     assert f"{found['sparse']['top1']:.2f}% top-1" in lines[2]
     assert f"{found['paired']['difference']:+.2f} points" in lines[3]
-    own = next(row for row in results["benchmark"] if row["name"] == "0.7")
+    own = next(row for row in results["benchmark"] if row["name"] == "0.6")
     assert own["batch"] == demo.BATCHES[0]
     assert f"{own['speedup']['median']:.2f}x" in lines[4]
 
@@ -121,7 +121,7 @@ def test_report_is_whole_and_self_contained(finished):
     assert len(found.pictures) == 6 * 4
     assert all(address.startswith("data:image/png;base64,") for address in found.pictures)
     assert page.count("<svg") == 2
-    assert page.count("<circle") == 2 * (1 + len({0.7, *demo.RATIOS}))
+    assert page.count("<circle") == 2 * (1 + len({0.6, *demo.RATIOS}))
     assert 'name="viewport"' in page
     assert not re.search(r"https?://", page)
 

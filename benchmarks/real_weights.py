@@ -63,7 +63,7 @@ def main() -> None:
         *("--weights", str(deit), "--keep-ratio", options.ratios),
     )
     content = {
-        "command": "python benchmarks/real_weights.py ASSETS",
+        "command": "python benchmarks/real_weights.py ASSETS " + " ".join(sys.argv[2:]),
         "data": "1,300 ILSVRC2012 validation images (an easy-leaning subset); adapted on 1,000 "
         "other images without labels",
         "adapt_seconds": round(log[-1]["time"]),

@@ -28,6 +28,7 @@ def accelerator_of(precision: str) -> Iterator[Any]:
         raise MissingExtraError("training", "accelerate", "train") from error
     # Told nothing, Accelerate lets every process of a launch without GPUs train alone.
     cpu = not torch.accelerator.is_available()
+    joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         accelerator = Accelerator(mixed_precision=precision.replace("fp32", "no"), cpu=cpu)
     except (ValueError, RuntimeError) as error:
@@ -35,5 +36,8 @@ def accelerator_of(precision: str) -> Iterator[Any]:
     try:
         yield accelerator
     finally:
+        if accelerator.num_processes > 1 and not joined_before:
+            # A process that ends while gloo's threads still run is aborted.
+            torch.distributed.destroy_process_group()
         # It keeps the precision for the life of the process unless it is told to forget.
         type(accelerator.state)._reset_state()

@@ -124,8 +124,11 @@ def test_threshold_mode_counts_depend_on_the_image():
         assert trace.macs.item() == sparse.method.macs(
             sparse.family, 16, [stage.counts.item() for stage in trace.stages]
         )
-    with pytest.raises(ConfigError, match="batch of 3 images"):
-        sparse(X)
+    batch = sparse.trace(images(8, seed=4))
+    for image, alone in enumerate(traces):
+        torch.testing.assert_close(batch.logits[image], alone.logits[0], atol=1e-5, rtol=0)
+        for together, single in zip(batch.stages, alone.stages, strict=True):
+            assert torch.equal(together.kept[image], single.kept[0])
 
 
 def test_ratio_changes_at_run_time():
@@ -307,7 +310,7 @@ def test_config_is_frozen():
 
 
 def teach(sparse, x):
-    family, blocks = sparse.family, sparse.method.saliency_blocks
+    family, blocks = sparse.family, sparse.method.stages
     tokens, saliency = family.saliency(x, blocks)
     return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
 

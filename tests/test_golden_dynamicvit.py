@@ -10,6 +10,7 @@ from vitrim import load_official
 from vitrim.attention import masked_softmax
 from vitrim.methods.base import DenseOutput
 from vitrim.methods.dynamicvit import Predictor
+from vitrim.tokens import Tokens
 
 
 def assert_feature(found, expected, tolerance):
@@ -109,7 +110,8 @@ def test_predictor():
         }
     )
     keep_BN = torch.tensor(case["inputs"]["policy"])[..., 0]
-    found = predictor(torch.tensor(case["inputs"]["x"]), keep_BN)
+    tokens = Tokens.of(torch.tensor(case["inputs"]["x"]), num_prefix=0)
+    found = predictor(tokens.with_keep(keep_BN))
     torch.testing.assert_close(found, torch.tensor(case["outputs"]["log_probs"]), **tolerance(case))
 
 

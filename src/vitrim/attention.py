@@ -1,20 +1,158 @@
-"""Attention under a keep mask, for training.
+"""Attention with its inner values at hand: for scores, for keep masks, between two sets of tokens.
 
-Inference never comes here: tokens are gathered and timm's own fused attention runs. In training
-all tokens stay in memory, so that gradients reach the decisions, and a dropped token is hidden as
-a key (DynamicViT, section 3.3, eqs 10 and 11).
+A block that nobody asks anything of runs timm's own fused attention and never comes here. Where a
+method scores tokens, the same projections and the same fused kernel run, and the few attention rows
+that the score needs are computed beside it. Only training under a mask computes the whole map: all
+tokens stay in memory, so that gradients reach the decisions, and a dropped token is hidden as a key
+(DynamicViT, section 3.3, eqs 10 and 11).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
 EPS = 1e-6
 _MAX_EXPONENT = -math.log(EPS)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecord:
+    """What went on in one attention layer; for padded sequences and for masked ones too."""
+
+    q_BHQD: Tensor
+    """Queries, after their norm, not yet scaled."""
+    k_BHND: Tensor
+    v_BHND: Tensor
+    context_BHQD: Tensor
+    """The weighted values: each head's context, before the output projection."""
+    scale: float
+    num_prefix: int
+    """Prefix tokens at the head of the sequence."""
+    has_class: bool
+    """Whether token 0 is a class token."""
+    visible_BN: Tensor | None = None
+    """True for a token that is there: neither padding nor dropped; None: all are."""
+    weights_BHQN: Tensor | None = None
+    """The whole attention map, where it was computed."""
+
+    def weights(self, num_queries: int | None = None) -> Tensor:
+        """(B, H, num_queries, N): attention of the first queries, or of all of them."""
+        if self.weights_BHQN is not None:
+            return self.weights_BHQN[:, :, :num_queries]
+        logits = (self.q_BHQD[:, :, :num_queries] * self.scale) @ self.k_BHND.transpose(-2, -1)
+        if self.visible_BN is not None:
+            logits = logits.masked_fill(~self.visible_BN[:, None, None, :], -math.inf)
+        return logits.softmax(-1)
+
+    def class_attention(self) -> Tensor:
+        """(B, H, N): what the class token pays to each patch token, per head."""
+        return self.weights(1)[:, :, 0, self.num_prefix :]
+
+    def received_attention(self) -> Tensor:
+        """(B, H, N): what each patch token receives, per head, as the mean over all tokens."""
+        weights = self.weights()[..., self.num_prefix :]
+        if self.visible_BN is None:
+            return weights.mean(-2)
+        visible = self.visible_BN.to(weights.dtype)[:, None, :, None]
+        return (weights * visible).sum(-2) / visible.sum(-2)
+
+    def patch_attention(self) -> Tensor:
+        """(B, H, N): class attention, or received attention where there is no class token."""
+        return self.class_attention() if self.has_class else self.received_attention()
+
+
+Score = Callable[[AttentionRecord], Tensor]
+"""A score (B, N) of the patch tokens, from the attention among all tokens."""
+
+
+def project(attention: Attention, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, D) by timm's projection and norms."""
+    num_images, num_tokens, _ = x_BNC.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(x_BNC).reshape(num_images, num_tokens, 3, heads, attention.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def merge(attention: Attention, x_BNC: Tensor, context_BHND: Tensor) -> Tensor:
+    """The layer's output (B, N, C) from the heads' contexts; ``x_BNC`` feeds the gate, if any."""
+    num_images, _, num_tokens, _ = context_BHND.shape
+    out = context_BHND.transpose(1, 2).reshape(num_images, num_tokens, attention.attn_dim)
+    out = attention.norm(out)
+    if attention.gate is not None:
+        out = out * attention.gate(x_BNC).sigmoid()
+    projected: Tensor = attention.proj_drop(attention.proj(out))
+    return projected
+
+
+def recorded_attention(
+    attention: Attention,
+    x_BNC: Tensor,
+    num_prefix: int,
+    has_class: bool,
+    keep_BN: Tensor | None = None,
+) -> tuple[Tensor, AttentionRecord]:
+    """Timm's attention layer, and its inner values.
+
+    Args:
+        attention: a ``timm.layers.Attention``; its own projections and norms are used.
+        x_BNC: all tokens, normalised for attention.
+        num_prefix: prefix tokens at the head of the sequence.
+        has_class: whether token 0 is a class token.
+        keep_BN: one entry per token, prefix tokens included: then :func:`masked_softmax` takes the
+            softmax's place; None runs the fused kernel.
+    """
+    q, k, v = project(attention, x_BNC)
+    weights = visible = None
+    if keep_BN is None:
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    else:
+        weights = masked_softmax(q * attention.scale @ k.transpose(-2, -1), keep_BN)
+        context = attention.attn_drop(weights) @ v
+        visible = keep_BN.detach() > 0.5
+    record = AttentionRecord(
+        q, k, v, context, attention.scale, num_prefix, has_class, visible, weights
+    )
+    return merge(attention, x_BNC, context), record
+
+
+def masked_attention(attention: Attention, x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+    """Timm's attention layer with :func:`masked_softmax` in place of the softmax."""
+    return recorded_attention(attention, x_BNC, 0, False, keep_BN)[0]
+
+
+def cross_attention(
+    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor
+) -> tuple[Tensor, AttentionRecord]:
+    """A self-attention layer used between two sequences: the same projections, split by rows.
+
+    Args:
+        attention: a ``timm.layers.Attention``.
+        query_BSC: what asks, normalised for attention.
+        memory_BNC: what is looked at, likewise; it gives keys and values.
+
+    Returns:
+        the layer's output (B, S, C), and its inner values.
+    """
+    width, bias = attention.attn_dim, attention.qkv.bias
+    q = F.linear(query_BSC, attention.qkv.weight[:width], None if bias is None else bias[:width])
+    kv = F.linear(memory_BNC, attention.qkv.weight[width:], None if bias is None else bias[width:])
+    heads = (attention.num_heads, attention.head_dim)
+    q = q.reshape(*q.shape[:2], *heads).transpose(1, 2)
+    k, v = kv.reshape(*kv.shape[:2], 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    record = AttentionRecord(q, k, v, context, attention.scale, 0, False)
+    return merge(attention, query_BSC, context), record
 
 
 def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Tensor:
@@ -45,25 +183,3 @@ def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Te
     weights = (logits - peak).clamp(max=_MAX_EXPONENT).exp() * visible
     out = (weights + eps / num_tokens) / (weights.sum(-1, keepdim=True) + eps)
     return out.to(logits_BHNN.dtype)
-
-
-def masked_attention(attention: Attention, x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-    """Timm's attention layer with :func:`masked_softmax` in place of the softmax.
-
-    Args:
-        attention: a ``timm.layers.Attention``; its own projections and norms are used.
-        x_BNC: all tokens, normalised for attention.
-        keep_BN: one entry per token, prefix tokens included.
-    """
-    num_images, num_tokens, _ = x_BNC.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x_BNC).reshape(num_images, num_tokens, 3, heads, attention.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    weights = masked_softmax(q * attention.scale @ k.transpose(-2, -1), keep_BN)
-    out = attention.attn_drop(weights) @ v
-    out = attention.norm(out.transpose(1, 2).reshape(num_images, num_tokens, attention.attn_dim))
-    if attention.gate is not None:
-        out = out * attention.gate(x_BNC).sigmoid()
-    projected: Tensor = attention.proj_drop(attention.proj(out))
-    return projected

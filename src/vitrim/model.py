@@ -109,6 +109,14 @@ class SparseModel(nn.Module):
         """
         self.method.set_keep_ratio(keep_ratio)
 
+    def set_density(self, density: float | None) -> None:
+        """Change the density at run time; None is the dense model, bit for bit.
+
+        Raises:
+            ConfigError: the density is out of range, or the method has none.
+        """
+        self.method.set_density(density)
+
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
         num_patches = self._num_patches(image_size)

@@ -37,3 +37,12 @@ def hard_keep(
 def top_k(score_BN: Tensor, count: int) -> Tensor:
     """(B, count) positions of the best scores, in no order that a caller may rely on."""
     return torch.topk(score_BN, count, dim=1, sorted=False).indices
+
+
+def at_least_best(keep_BN: Tensor, score_BN: Tensor) -> Tensor:
+    """``keep_BN`` (bool), with the best token added for images that keep none.
+
+    For heads that pool patches: an empty pool has no mean.
+    """
+    best = F.one_hot(score_BN.argmax(1), keep_BN.shape[1]).bool()
+    return keep_BN | (best & ~keep_BN.any(1, keepdim=True))

@@ -41,8 +41,24 @@ class Tokens:
         return self.x.shape[1] - self.num_prefix
 
     @property
-    def patches_BNC(self) -> Tensor:
+    def num_images(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def counts_B(self) -> Tensor:
+        """(B,): patch tokens of each image; under a mask the kept ones, with its gradients."""
+        if self.keep_BN is not None:
+            return self.keep_BN.sum(1)
+        return torch.full((self.num_images,), self.num_patches, device=self.x.device)
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, C)"""
         return self.x[:, self.num_prefix :]
+
+    @property
+    def prefix_BPC(self) -> Tensor:
+        return self.x[:, : self.num_prefix]
 
     @property
     def keep_all(self) -> Tensor:
@@ -56,8 +72,27 @@ class Tokens:
         keep = self.keep_BN
         if keep is None:
             keep = self.x.new_ones(self.index_BN.shape)
-        grid = keep.new_zeros(keep.shape[0], num_patches)
-        return grid.scatter(1, self.index_BN, keep)
+        return self.on_grid(keep, num_patches, 0.0)
+
+    def sum_per_image(self, values: Tensor) -> Tensor:
+        """(B, ...): sum over each image's patch tokens of ``values`` (B, N, ...)."""
+        if self.keep_BN is not None:
+            shape = (*self.keep_BN.shape, *[1] * (values.ndim - 2))
+            values = values * self.keep_BN.view(shape).to(values.dtype)
+        return values.sum(1)
+
+    def spread(self, per_image: Tensor) -> Tensor:
+        """(B, N, ...): each image's value of ``per_image`` (B, ...) for all its patch tokens."""
+        return per_image.unsqueeze(1).expand(-1, self.num_patches, *per_image.shape[1:])
+
+    def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
+        """(B, num_patches): ``values`` (B, N) on the original grid, ``fill`` elsewhere."""
+        grid = values.new_full((self.num_images, num_patches), fill)
+        return grid.scatter(1, self.index_BN, values)
+
+    def places(self) -> list[Tensor]:
+        """Per image: the original places of its patch tokens, sorted."""
+        return [places.sort().values for places in self.index_BN]
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with new features."""

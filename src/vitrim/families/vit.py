@@ -19,9 +19,16 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.attention import masked_attention
+from vitrim.attention import (
+    AttentionRecord,
+    Score,
+    cross_attention,
+    masked_attention,
+    recorded_attention,
+)
 from vitrim.errors import InputError
 from vitrim.macs import linear_macs, transformer_block_macs
+from vitrim.packing import AnyTokens, PackedTokens, packed_attention
 from vitrim.tokens import Tokens
 
 _POOLS = ("token", "avg", "map")
@@ -81,6 +88,11 @@ class ViT:
         return int(self.backbone.num_prefix_tokens)
 
     @property
+    def has_class(self) -> bool:
+        """Whether token 0 is a class token (registers alone are none)."""
+        return getattr(self.backbone, "cls_token", None) is not None
+
+    @property
     def pools_patches(self) -> bool:
         """Whether the head pools patch tokens, and so needs at least one."""
         return bool(self.backbone.global_pool != "token")
@@ -127,9 +139,11 @@ class ViT:
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
         return Tokens.of(x, self.num_prefix)
 
-    def run_block(self, index: int, tokens: Tokens) -> Tokens:
-        """Block ``index``: timm's own (fused) forward, or masked attention under a keep mask."""
+    def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
+        """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
         block = self.backbone.blocks[index]
+        if isinstance(tokens, PackedTokens):
+            return self.mlp_half(index, self.attention_half(index, tokens)[0])
         if self.backbone.grad_checkpointing and torch.is_grad_enabled():
             run = _masked_block if tokens.keep_BN is not None else _plain_block
             keep = tokens.keep_all if tokens.keep_BN is not None else None
@@ -138,12 +152,68 @@ class ViT:
             return tokens.with_x(block(tokens.x))
         return tokens.with_x(_masked_block(block, tokens.x, tokens.keep_all))
 
-    def head(self, tokens: Tokens) -> Tensor:
-        """Logits (B, classes): final norm, pooling (of what is kept) and classifier."""
+    def attention_half(
+        self, index: int, tokens: AnyTokens, score: Score | None = None
+    ) -> tuple[AnyTokens, Tensor | None]:
+        """The first half of block ``index``: attention with its norm and residual.
+
+        Args:
+            index: of the block.
+            tokens: what enters it.
+            score: asks for a score of the patch tokens, read off this attention.
+
+        Returns:
+            the tokens between the halves, and the score, (B, N) or, packed, (patch rows,).
+        """
+        block = self.backbone.blocks[index]
+        x = block.norm1(tokens.x)
+        if isinstance(tokens, PackedTokens):
+            out, scores = packed_attention(block.attn, x, tokens.layout, score, self.has_class)
+        else:
+            keep = None if tokens.keep_BN is None else tokens.keep_all
+            out, record = recorded_attention(block.attn, x, tokens.num_prefix, self.has_class, keep)
+            scores = None if score is None else score(record)
+        return tokens.with_x(tokens.x + block.drop_path1(block.ls1(out))), scores
+
+    def mlp_half(self, index: int, tokens: AnyTokens) -> AnyTokens:
+        """The second half of block ``index``: the MLP with its norm and residual."""
+        block = self.backbone.blocks[index]
+        x = tokens.x
+        return tokens.with_x(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+    def cross_block(
+        self, index: int, query_BSC: Tensor, residual_BSC: Tensor, memory_BNC: Tensor
+    ) -> tuple[Tensor, AttentionRecord]:
+        """Block ``index`` between two sequences: its norms, projections and MLP, none new.
+
+        Args:
+            index: of the block.
+            query_BSC: tokens that ask.
+            residual_BSC: what the attention's output is added to.
+            memory_BNC: tokens that give keys and values; not changed.
+
+        Returns:
+            (B, S, C), and what its attention did.
+        """
+        block = self.backbone.blocks[index]
+        out, record = cross_attention(block.attn, block.norm1(query_BSC), block.norm1(memory_BNC))
+        x = residual_BSC + block.drop_path1(block.ls1(out))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), record
+
+    def head(self, tokens: AnyTokens) -> Tensor:
+        """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
+
+        Package tokens behind the model's own prefix are pooled like patches.
+        """
         model = self.backbone
+        if isinstance(tokens, PackedTokens):
+            if model.global_pool == "token":
+                logits: Tensor = model.forward_head(model.norm(tokens.prefix_BPC))
+                return logits
+            tokens = tokens.padded()
         x = model.norm(tokens.x)
         if tokens.keep_BN is None or model.global_pool == "token":
-            logits: Tensor = model.forward_head(x)
+            logits = model.forward_head(x)
             return logits
         pooled = self._masked_pool(x, tokens)
         logits = model.head(model.head_drop(model.fc_norm(pooled)))
@@ -165,13 +235,19 @@ class ViT:
         """(B, N, C): the patch tokens after the final norm, wherever the model keeps that norm."""
         model = self.backbone
         features: Tensor = model.fc_norm(model.norm(tokens.x))
-        return features[:, self.num_prefix :]
+        return features[:, tokens.num_prefix :]
 
     def dense(self, images: Tensor) -> Tokens:
         """All tokens after the last block, nothing dropped."""
         tokens = self.stem(images)
-        for index in range(self.depth):
-            tokens = self.run_block(index, tokens)
+        return self.run_blocks(range(self.depth), tokens)
+
+    def run_blocks(self, indices: Sequence[int], tokens: Tokens) -> Tokens:
+        """Several blocks, one after the other, on tokens that are not packed."""
+        for index in indices:
+            out = self.run_block(index, tokens)
+            assert isinstance(out, Tokens)
+            tokens = out
         return tokens
 
     def saliency(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tokens, tuple[Tensor, ...]]:
@@ -192,7 +268,7 @@ class ViT:
                     if not inputs:  # nothing below the first of them needs a gradient
                         tokens = tokens.with_x(tokens.x.detach().requires_grad_())
                     inputs.append(tokens.x)
-                tokens = self.run_block(index, tokens)
+                tokens = self.run_blocks((index,), tokens)
             log_probs = self.head(tokens).float().log_softmax(-1)
             best = log_probs.topk(1).values
             rest = log_probs.scatter(1, log_probs.argmax(1, keepdim=True), -torch.inf)

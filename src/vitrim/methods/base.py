@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
-from vitrim.tokens import Tokens
+from vitrim.packing import AnyTokens
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,12 @@ class Recorder:
     num_patches: int
     stages: list[StageTrace] = field(default_factory=list)
 
-    def add(self, block: int, before: Tokens, score_BN: Tensor, after: Tokens) -> None:
-        """Record that ``before`` was scored and ``after`` goes on."""
-        scores = score_BN.new_full((score_BN.shape[0], self.num_patches), torch.nan)
-        scores.scatter_(1, before.index_BN, score_BN)
-        kept = [places.sort().values for places in after.index_BN]
-        counts = torch.tensor([len(places) for places in kept], device=score_BN.device)
-        self.stages.append(StageTrace(block, scores, kept, counts))
+    def add(self, block: int, before: AnyTokens, scores: Tensor, after: AnyTokens) -> None:
+        """Record that ``before`` was scored, one score per patch token, and ``after`` goes on."""
+        grid = before.on_grid(scores.detach().float(), self.num_patches, torch.nan)
+        kept = after.places()
+        counts = torch.tensor([len(places) for places in kept], device=scores.device)
+        self.stages.append(StageTrace(block, grid, kept, counts))
 
 
 @dataclass(frozen=True)
@@ -56,35 +55,32 @@ class DenseOutput:
     patch_features: Tensor
     """(B, N, C): patch tokens after the final norm."""
     saliency: tuple[Tensor, ...] = ()
-    """Per block of ``Method.saliency_blocks`` (B, N): how much each patch token entering it
-    matters to the prediction; see ``ViT.saliency``."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a stage decided in a training forward, about the K patch tokens that reached it."""
-
-    log_probs: Tensor
-    """(B, K, 2): log-probabilities of keep and drop."""
-    before: Tokens
-    """The tokens that the stage saw; under a mask, some were dropped already."""
-    keep_BN: Tensor
-    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
-    gradients."""
+    """Per block that the method asked for (B, N): how much each patch token entering it matters to
+    the prediction; see ``ViT.saliency``."""
+    patch_attention: Tensor | None = None
+    """(B, N): what the class token pays to each patch token in the last block, mean over heads
+    (received attention where there is no class token); where the method asked for it."""
 
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """A differentiable training forward."""
+    """A differentiable training forward; methods add what their losses need."""
 
     logits: Tensor
     """(B, classes)"""
-    patch_features: Tensor
-    """(B, K, C): patch tokens that reached the end, after the final norm."""
-    tokens: Tokens
-    """The tokens after the last block; says where the features belong, and which are masked."""
-    decisions: tuple[Decision, ...]
-    """One per stage."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The one number that moves a method's cost, from cheapest to dearest."""
+
+    name: str
+    """Field of the config that it turns."""
+    value: float
+    cheapest: float
+    dearest: float
+    logarithmic: bool = False
+    """Whether equal factors, not equal steps, make equal differences."""
 
 
 class Method(nn.Module, ABC):
@@ -98,11 +94,6 @@ class Method(nn.Module, ABC):
     config: Any
     stages: tuple[int, ...]
 
-    @property
-    def saliency_blocks(self) -> tuple[int, ...]:
-        """Blocks at which :meth:`losses` wants the teacher's saliency."""
-        return ()
-
     @abstractmethod
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Logits (B, classes), computing only what is kept; deterministic."""
@@ -113,9 +104,15 @@ class Method(nn.Module, ABC):
     ) -> TrainingOutput:
         """The differentiable forward, with the method's noise."""
 
+    @torch.no_grad()
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        """What :meth:`losses` wants to know from the dense teacher that ``family`` runs."""
+        tokens = family.dense(images)
+        return DenseOutput(family.head(tokens), family.patch_features(tokens))
+
     @abstractmethod
     def losses(
-        self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+        self, output: Any, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         """Raw loss terms by name, and ``"total"``, their weighted sum.
 
@@ -130,9 +127,33 @@ class Method(nn.Module, ABC):
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
         """MACs of one image, given the kept count after each stage (numbers or tensors)."""
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Told before each training epoch, counted from 0; methods with a schedule listen."""
+
+    @property
+    def dial(self) -> Dial:
+        """The number that calibration and :meth:`turn` move.
+
+        Raises:
+            ConfigError: the method's cost cannot be changed once it is set up.
+        """
+        raise ConfigError(f"the cost of {self.name} is fixed when the model is made sparse")
+
+    def turn(self, value: float) -> None:
+        """Set the :attr:`dial`."""
+        raise ConfigError(f"the cost of {self.name} is fixed when the model is made sparse")
+
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """Change the keep ratio at run time, where the method has one."""
-        raise ConfigError(f"{self.name} has no keep ratio to set")
+        raise ConfigError(
+            f"{self.name} has no keep ratio; its cost is changed by vitrim.calibrate or set_budget"
+        )
+
+    def set_density(self, density: float | None) -> None:
+        """Change the density at run time, where the method has one; None is the dense model."""
+        raise ConfigError(
+            f"{self.name} has no density; its cost is changed by vitrim.calibrate or set_budget"
+        )
 
 
 def check_stages(stages: Sequence[int], depth: int | None = None) -> None:

@@ -27,24 +27,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from vitrim import losses, sampling
 from vitrim.config import normalise, require
-from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
-    Decision,
     DenseOutput,
+    Dial,
     Method,
     Recorder,
     TrainingOutput,
     check_stages,
 )
+from vitrim.packing import AnyTokens, select
 from vitrim.tokens import Tokens
 
 
@@ -137,16 +137,13 @@ class Predictor(nn.Module):
             nn.LogSoftmax(dim=-1),
         )
 
-    def forward(self, patches_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
-        """(B, N, 2) log-probabilities; ``keep_BN`` says which tokens enter the mean."""
-        local, pooled = self.embed(patches_BNC).chunk(2, dim=-1)
-        if keep_BN is None:
-            pooled = pooled.mean(1, keepdim=True)
-        else:
-            keep = keep_BN.unsqueeze(-1)
-            # A kept count is at least 1 or exactly 0: the bound only turns 0 / 0 into 0.
-            pooled = (pooled * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=0.5)
-        out: Tensor = self.classify(torch.cat([local, pooled.expand_as(local)], dim=-1))
+    def forward(self, tokens: AnyTokens) -> Tensor:
+        """Log-probabilities (..., 2) of the patch tokens; under a mask the kept ones are pooled."""
+        local, pooled = self.embed(tokens.patches).chunk(2, dim=-1)
+        # A kept count is at least 1 or exactly 0: the bound only turns 0 / 0 into 0.
+        counts = tokens.counts_B.clamp(min=0.5).unsqueeze(-1)
+        pooled = tokens.spread(tokens.sum_per_image(pooled) / counts)
+        out: Tensor = self.classify(torch.cat([local, pooled.to(local.dtype)], dim=-1))
         return out
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -155,6 +152,31 @@ class Predictor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a stage decided in a training forward, about the K patch tokens that reached it."""
+
+    log_probs: Tensor
+    """(B, K, 2): log-probabilities of keep and drop."""
+    before: Tokens
+    """The tokens that the stage saw; under a mask, some were dropped already."""
+    keep_BN: Tensor
+    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
+    gradients."""
+
+
+@dataclass(frozen=True)
+class DynamicViTOutput(TrainingOutput):
+    """A training forward and its decisions."""
+
+    patch_features: Tensor
+    """(B, K, C): patch tokens that reached the end, after the final norm."""
+    tokens: Tokens
+    """The tokens after the last block; says where the features belong, and which are masked."""
+    decisions: tuple[Decision, ...]
+    """One per stage."""
 
 
 class DynamicViT(Method):
@@ -181,10 +203,6 @@ class DynamicViT(Method):
             predictor.reset_parameters(generator)
         self.predictors = nn.ModuleList(predictors)
 
-    @property
-    def saliency_blocks(self) -> tuple[int, ...]:
-        return self.stages if self.config.score_weight else ()
-
     def counts(self, num_patches: int) -> tuple[int, ...] | None:
         return None if self.config.threshold is not None else self._fixed_counts(num_patches)
 
@@ -193,41 +211,47 @@ class DynamicViT(Method):
         return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
-        tokens = family.stem(images)
-        counts = self.counts(tokens.num_patches)
+        stem = family.stem(images)
+        num_patches, tokens = stem.num_patches, cast(AnyTokens, stem)
         for block in range(family.depth):
             if block in self.stages:
-                stage = self.stages.index(block)
-                if counts is None or counts[stage] < tokens.num_patches or recorder:
-                    log_probs = self.predictors[stage](tokens.patches_BNC)
-                    count = None if counts is None else counts[stage]
-                    kept = self._select(family, tokens, log_probs[..., 0], count)
-                    if recorder:
-                        recorder.add(block, tokens, log_probs[..., 0].exp(), kept)
-                    tokens = kept
+                tokens = self._drop(family, tokens, self.stages.index(block), num_patches, recorder)
             tokens = family.run_block(block, tokens)
         return family.head(tokens)
 
-    def _select(self, family: ViT, tokens: Tokens, score_BN: Tensor, count: int | None) -> Tokens:
-        """The tokens that go on: the best ``count``, or those above the threshold."""
-        if count is not None:
-            if count == tokens.num_patches:
+    def _drop(
+        self,
+        family: ViT,
+        tokens: AnyTokens,
+        stage: int,
+        num_patches: int,
+        recorder: Recorder | None,
+    ) -> AnyTokens:
+        """The tokens that go on: the best of a fixed number, or those above the threshold."""
+        counts = self.counts(num_patches)
+        if counts is None:
+            assert self.config.threshold is not None
+            score = self.predictors[stage](tokens)[..., 0].exp()
+            score_BN = tokens.on_grid(score, num_patches, -1.0)
+            keep_BN = score_BN > self.config.threshold
+            if family.pools_patches:
+                keep_BN = sampling.at_least_best(keep_BN, score_BN)
+            kept = select(tokens, keep_BN)
+        else:
+            assert isinstance(tokens, Tokens)
+            if counts[stage] == tokens.num_patches and not recorder:
                 return tokens
-            return tokens.gather(sampling.top_k(score_BN, count))
-        if score_BN.shape[0] != 1:
-            raise ConfigError(
-                f"threshold mode got a batch of {score_BN.shape[0]} images, whose counts differ; "
-                "pass one image at a time (batches are not supported yet), or set threshold=None"
-            )
-        assert self.config.threshold is not None
-        position = (score_BN[0].exp() > self.config.threshold).nonzero().T
-        if position.numel() == 0 and family.pools_patches and score_BN.numel():
-            position = score_BN.argmax(1, keepdim=True)  # an empty pool would be NaN
-        return tokens.gather(position)
+            score = self.predictors[stage](tokens)[..., 0].exp()
+            kept = tokens
+            if counts[stage] < tokens.num_patches:
+                kept = tokens.gather(sampling.top_k(score, counts[stage]))
+        if recorder:
+            recorder.add(self.stages[stage], tokens, score, kept)
+        return kept
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
-    ) -> TrainingOutput:
+    ) -> DynamicViTOutput:
         tokens = family.stem(images)
         num_patches = tokens.num_patches
         counts = self._fixed_counts(num_patches)
@@ -235,12 +259,12 @@ class DynamicViT(Method):
         for block in range(family.depth):
             if block in self.stages:
                 stage = len(decisions)
-                log_probs = self.predictors[stage](tokens.patches_BNC, tokens.keep_BN)
+                log_probs = self.predictors[stage](tokens)
                 before, tokens = tokens, self._draw(tokens, log_probs, counts[stage], generator)
                 decisions.append(Decision(log_probs, before, tokens.keep_on_grid(num_patches)))
-            tokens = family.run_block(block, tokens)
+            tokens = family.run_blocks((block,), tokens)
         features = family.patch_features(tokens)
-        return TrainingOutput(family.head(tokens), features, tokens, tuple(decisions))
+        return DynamicViTOutput(family.head(tokens), features, tokens, tuple(decisions))
 
     def _draw(
         self, tokens: Tokens, log_probs: Tensor, count: int, generator: torch.Generator | None
@@ -256,8 +280,15 @@ class DynamicViT(Method):
         )
         return tokens.with_keep(keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN)
 
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        if not self.config.score_weight:
+            return super().teach(family, images)
+        tokens, saliency = family.saliency(images, self.stages)
+        with torch.no_grad():
+            return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+
     def losses(
-        self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+        self, output: DynamicViTOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         config, weights = self.config, {"ratio": self.config.ratio_weight}
         require(
@@ -282,7 +313,7 @@ class DynamicViT(Method):
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return parts | {"total": total}
 
-    def _token_loss(self, output: TrainingOutput, teacher: DenseOutput) -> Tensor:
+    def _token_loss(self, output: DynamicViTOutput, teacher: DenseOutput) -> Tensor:
         tokens, features = output.tokens, output.patch_features
         index = tokens.index_BN.unsqueeze(-1).expand_as(features)
         keep_BK = tokens.keep_BN
@@ -290,7 +321,7 @@ class DynamicViT(Method):
             keep_BK = features.new_ones(features.shape[:2])
         return losses.kept_token_mse(features, teacher.patch_features.gather(1, index), keep_BK)
 
-    def _score_loss(self, output: TrainingOutput, teacher: DenseOutput) -> Tensor:
+    def _score_loss(self, output: DynamicViTOutput, teacher: DenseOutput) -> Tensor:
         """How far the predictors are from keeping the most salient of the tokens they see."""
         counts = self._fixed_counts(teacher.patch_features.shape[1])
         terms = []
@@ -317,6 +348,21 @@ class DynamicViT(Method):
                 patches = counts[stage]
             total = total + family.block_macs(block, patches + family.num_prefix)
         return total + family.head_macs(patches + family.num_prefix)
+
+    @property
+    def dial(self) -> Dial:
+        """The keep ratio of the paper's rule, or the threshold where counts follow one."""
+        if self.config.threshold is not None:
+            return Dial("threshold", self.config.threshold, cheapest=1 - 1e-6, dearest=0.0)
+        ratio = self.config.keep_ratio
+        first = ratio[0] if isinstance(ratio, tuple) else ratio
+        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
+
+    def turn(self, value: float) -> None:
+        if self.config.threshold is not None:
+            self.config = replace(self.config, threshold=value)
+        else:
+            self.set_keep_ratio(value)
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """Keep another share from now on: one number for the paper's rule, or one per stage.

@@ -60,17 +60,10 @@ class SparseTask(nn.Module):
         generator = torch.Generator(images.device).manual_seed(seed)
         return self.model.losses(images, target, self._teach(images), generator)
 
-    @torch.no_grad()
     def _teach(self, images: Tensor) -> DenseOutput | None:
         if self.teacher is None:
             return None
-        family, blocks = self._teacher_family, self.model.method.saliency_blocks
-        saliency: tuple[Tensor, ...] = ()
-        if blocks:
-            tokens, saliency = family.saliency(images, blocks)
-        else:
-            tokens = family.dense(images)
-        return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+        return self.model.method.teach(self._teacher_family, images)
 
 
 class DenseTask(nn.Module):

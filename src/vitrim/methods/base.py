@@ -131,6 +131,11 @@ class Method(nn.Module, ABC):
         """Told before each training epoch, counted from 0; methods with a schedule listen."""
 
     @property
+    def score_name(self) -> str | None:
+        """What tokens are scored by, where that is read off the attention, in words; else None."""
+        return None
+
+    @property
     def dial(self) -> Dial:
         """The number that calibration and :meth:`turn` move.
 

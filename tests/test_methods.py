@@ -1,0 +1,204 @@
+"""The contract of every method: one suite over all of them.
+
+A new method adds its configs to ``CASES``; what is particular to it is tested in a file of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitrim
+from tests.conftest import images, seeded, tiny_vit
+from vitrim import DynamicViTConfig, from_pretrained, sparsify
+from vitrim.methods import METHODS
+
+X = images(3)
+TARGET = torch.tensor([1, 2, 3])
+
+CASES = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
+    "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
+}
+"""Name: a config for a backbone of 4 blocks and 16 patches."""
+
+KEEPS_ALL = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=1.0),
+    "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.0),
+}
+"""The same for configs that keep everything, and so must equal the dense model."""
+
+BACKBONES = {
+    "class token": {},
+    "average pool": {"class_token": False, "global_pool": "avg"},
+    "attention pool": {"class_token": False, "global_pool": "map"},
+    "registers": {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
+    "class and registers": {"reg_tokens": 2},
+    "scale and norm": {"init_values": 0.5, "qk_norm": True},
+}
+
+each_case = pytest.mark.parametrize("case", CASES)
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+def sparse_model(case: str, backbone: str = "class token", **kwargs):
+    """The case's method on the backbone, with method parameters that decide something."""
+    sparse = sparsify(
+        tiny_vit(**BACKBONES[backbone] | kwargs), CASES[case], generator=seeded(3)
+    ).eval()
+    return sparse
+
+
+def is_fixed(case: str) -> bool:
+    return sparse_model(case).macs() is not None
+
+
+def test_every_method_is_under_contract():
+    assert {type(config) for config in CASES.values()} == {
+        method.config_class for method in METHODS.values()
+    }
+
+
+@each_case
+@each_backbone
+def test_logits_are_finite_deterministic_and_of_their_shape(case, backbone):
+    sparse = sparse_model(case, backbone)
+    for batch in (1, 3):
+        logits = sparse(X[:batch])
+        assert logits.shape == (batch, 10)
+        assert logits.isfinite().all()
+        assert torch.equal(logits, sparse(X[:batch]))
+        trace = sparse.trace(X[:batch])
+        torch.testing.assert_close(trace.logits, logits, atol=1e-6, rtol=0)
+        assert trace.macs.shape == (batch,)
+        assert all(stage.counts.shape == (batch,) for stage in trace.stages)
+
+
+@each_case
+@each_backbone
+def test_images_do_not_see_each_other(case, backbone):
+    sparse, x = sparse_model(case, backbone), images(6, seed=8)
+    together = sparse(x)
+    alone = torch.cat([sparse(image[None]) for image in x])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+    torch.testing.assert_close(sparse(x.flip(0)).flip(0), together, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", KEEPS_ALL)
+@each_backbone
+def test_keeping_everything_is_the_dense_model(case, backbone):
+    model = tiny_vit(**BACKBONES[backbone])
+    dense = model(X)
+    sparse = sparsify(model, KEEPS_ALL[case], generator=seeded(3)).eval()
+    torch.testing.assert_close(sparse(X), dense, atol=1e-5, rtol=0)
+    assert sparse.unwrap() is model
+    assert torch.equal(model(X), dense)
+
+
+@each_case
+@each_backbone
+def test_macs_are_what_torch_counts(case, backbone):
+    sparse = sparse_model(case, backbone)
+    for image in X:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            sparse(image[None])
+        counted = counter.get_total_flops() / 2
+        assert sparse.trace(image[None]).macs.item() == pytest.approx(counted, rel=1e-3)
+    if sparse.macs() is not None:
+        assert sparse.macs() == sparse.trace(X).macs[0].item()
+
+
+@each_case
+def test_saved_and_loaded_it_is_the_same(case, tmp_path):
+    sparse = sparse_model(case)
+    sparse.save_pretrained(tmp_path / "checkpoint")
+    loaded = from_pretrained(tmp_path / "checkpoint").eval()
+    assert loaded.config == sparse.config
+    assert torch.equal(loaded(X), sparse(X))
+
+
+@each_case
+@each_backbone
+def test_gradients_reach_what_the_method_learns(case, backbone):
+    sparse = sparse_model(case, backbone).train()
+    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit(**BACKBONES[backbone])), X)
+    parts = sparse.losses(X, TARGET, teacher, seeded(0))
+    parts["total"].backward()
+    assert all(value.isfinite() for value in parts.values())
+    for name, parameter in sparse.method.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@each_case
+def test_the_loss_falls(case):
+    sparse = sparse_model(case).train()
+    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit()), X)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(12):
+        total = sparse.losses(X, TARGET, teacher, seeded(0))["total"]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert min(totals[-3:]) < totals[0]
+
+
+@each_case
+def test_training_follows_its_generator(case):
+    sparse = sparse_model(case).train()
+    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit()), X)
+    one, same = (sparse.losses(X, TARGET, teacher, seeded(1))["total"] for _ in range(2))
+    assert torch.equal(one, same)
+
+
+@each_case
+def test_other_image_sizes(case):
+    sparse = sparse_model(case, dynamic_img_size=True)
+    logits = sparse(images(2, size=48))
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+
+
+@each_case
+def test_half_precision(case):
+    sparse = sparse_model(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse(X).isfinite().all()
+    assert sparse.to(torch.bfloat16)(X.bfloat16()).isfinite().all()
+
+
+@each_case
+def test_dial_moves_the_cost(case):
+    sparse = sparse_model(case)
+    try:
+        dial = sparse.method.dial
+    except vitrim.ConfigError as error:
+        assert sparse.method.name in str(error)  # noqa: PT017 - a method without a dial says so
+        return
+    costs = []
+    for value in (dial.cheapest, dial.value, dial.dearest):
+        sparse.method.turn(value)
+        assert sparse.method.dial.value == pytest.approx(value)
+        costs.append(sparse.trace(X).macs.mean().item())
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
+
+
+@each_case
+def test_compiles(case):
+    """With fixed counts the whole forward is one graph."""
+    sparse = sparse_model(case)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=is_fixed(case))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), sparse(X), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_fixed(case)])
+def test_exports(case):
+    sparse = sparse_model(case)
+    program = torch.export.export(sparse, (X,))
+    torch.testing.assert_close(program.module()(X), sparse(X), atol=1e-5, rtol=0)

@@ -91,6 +91,35 @@ def test_rounds_end_when_the_time_is_up(limit, rounds):
     assert {row.rounds for row in rows} == {rounds}
 
 
+def test_given_images_are_taken_in_turn_by_all():
+    """Adaptive models are timed on real images: every candidate on the same batches."""
+    seen = {"one": [], "two": []}
+
+    class Watching(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.layer = name, nn.Linear(3, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen[self.name].append(images[:, 0, 0, 0].tolist())
+            return self.layer(images[..., 0, 0])
+
+        def __deepcopy__(self, memo: object) -> Watching:
+            return self
+
+    pool = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    models = {name: Watching(name) for name in seen}
+    options = {"batches": (2,), "dtypes": ("fp32",), "rounds": 2, "min_seconds": 0.0}
+    rows = benchmark(models, (3, 4, 4), images=pool, **options)
+    assert {row.calls_per_round for row in rows} == {2}
+    for batches in seen.values():
+        assert batches[-4:] == [[0.0, 1.0], [2.0, 3.0]] * 2
+    with pytest.raises(InputError, match="do not make one batch of 8"):
+        benchmark(models, (3, 4, 4), images=pool, **options | {"batches": (8,)})
+    with pytest.raises(InputError, match=r"shape \(5, 3, 4, 4\)"):
+        benchmark(models, (3, 8, 8), images=pool, **options)
+
+
 def test_row_per_dtype_batch_and_candidate():
     rows = timed_rows([1.0], [1.0], batches=(1, 3), dtypes=("fp32", "bf16"))
     found = [(row.dtype, row.batch, row.name) for row in rows]

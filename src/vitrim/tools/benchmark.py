@@ -35,6 +35,7 @@ from vitrim.tools.evaluate import counted_macs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WARM_UP_CALLS = 3
 _FEWEST_ROUNDS = 3
+_MOST_BATCHES = 8
 
 Clock = Callable[[], float]
 Progress = Callable[[str], None]
@@ -101,10 +102,14 @@ def benchmark(
     compile: bool = False,
     threads: int | None = None,
     device: str | torch.device = "cpu",
+    images: Tensor | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Time the candidates against the first of them, on random images.
+    """Time the candidates against the first of them, on random or given images.
+
+    A model whose token counts depend on the image needs real ones: on noise it keeps other numbers
+    of tokens than on photographs.
 
     Copies are timed: the models given keep their weights, precision, device and mode.
 
@@ -120,6 +125,9 @@ def benchmark(
         compile: run through ``torch.compile``.
         threads: torch's CPU threads while measuring; None leaves them. Restored afterwards.
         device: ``"cpu"`` or a CUDA device.
+        images: (any number, channels, height, width), prepared for the models: each call takes the
+            next ``batch`` of them, up to eight different batches, every candidate the same ones in
+            each round. None takes one batch of noise.
         clock: seconds; monotonic.
         progress: told what is measured next.
 
@@ -142,16 +150,16 @@ def benchmark(
             for batch in batches:
                 if progress is not None:
                     progress(f"{dtype}, batch {batch}")
-                images = _random_images((batch, *image_shape), device, DTYPES[dtype])
+                inputs = _inputs(images, batch, image_shape, device, DTYPES[dtype])
                 with torch.inference_mode():
-                    macs = {name: macs_per_image(model, images) for name, model in models.items()}
+                    macs = {name: _mean_macs(model, inputs) for name, model in models.items()}
                     # A stale compilation for another batch size would make shapes dynamic.
                     torch.compiler.reset()
                     runners = {
                         name: torch.compile(model, dynamic=False) if compile else model
                         for name, model in models.items()
                     }
-                    timing = _measure(runners, images, rounds, min_seconds, max_seconds, clock)
+                    timing = _measure(runners, inputs, rounds, min_seconds, max_seconds, clock)
                 shared = {
                     "batch": batch,
                     "dtype": dtype,
@@ -169,6 +177,10 @@ def macs_per_image(model: nn.Module, images: Tensor) -> float:
         macs = model.macs((images.shape[-2], images.shape[-1]))
         return float(model.trace(images).macs.mean()) if macs is None else macs
     return counted_macs(model, images[:1])
+
+
+def _mean_macs(model: nn.Module, batches: Sequence[Tensor]) -> float:
+    return statistics.fmean(macs_per_image(model, batch) for batch in batches)
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -202,7 +214,7 @@ class _Timing:
 
 def _measure(
     runners: Mapping[str, Callable[[Tensor], Any]],
-    images: Tensor,
+    batches: Sequence[Tensor],
     rounds: int,
     min_seconds: float,
     max_seconds: float,
@@ -211,9 +223,10 @@ def _measure(
     """Seconds per call of each runner in each round."""
     calls, deadline = {}, clock() + max_seconds
     for name, run in runners.items():
-        _seconds_per_call(run, images, 1, clock)  # the first call compiles and allocates
-        seconds = _seconds_per_call(run, images, _WARM_UP_CALLS, clock)
-        calls[name] = max(1, round(min_seconds / max(seconds, 1e-9)))
+        _seconds_per_call(run, batches, 1, clock)  # the first call compiles and allocates
+        seconds = _seconds_per_call(run, batches, _WARM_UP_CALLS, clock)
+        passes = round(min_seconds / max(seconds, 1e-9) / len(batches))
+        calls[name] = max(1, passes) * len(batches)
     names = list(runners)
     seconds_of: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -221,19 +234,20 @@ def _measure(
             break
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            seconds = _seconds_per_call(runners[name], images, calls[name], clock)
+            seconds = _seconds_per_call(runners[name], batches, calls[name], clock)
             seconds_of[name].append(seconds)
     return {name: _Timing(seconds_of[name], calls[name]) for name in names}
 
 
 def _seconds_per_call(
-    run: Callable[[Tensor], Any], images: Tensor, calls: int, clock: Clock
+    run: Callable[[Tensor], Any], batches: Sequence[Tensor], calls: int, clock: Clock
 ) -> float:
-    _synchronise(images.device)
+    device = batches[0].device
+    _synchronise(device)
     start = clock()
-    for _ in range(calls):
-        run(images)
-    _synchronise(images.device)
+    for call in range(calls):
+        run(batches[call % len(batches)])
+    _synchronise(device)
     return (clock() - start) / calls
 
 
@@ -310,9 +324,26 @@ def _threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _random_images(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+def _inputs(
+    images: Tensor | None,
+    batch: int,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The batches that every candidate is timed on."""
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn((batch, *image_shape), generator=generator).to(device, dtype)]
+    if tuple(images.shape[1:]) != tuple(image_shape):
+        raise InputError(
+            f"images have shape {tuple(images.shape)}; expected (any, {image_shape[0]}, "
+            f"{image_shape[1]}, {image_shape[2]})"
+        )
+    count = min(len(images) // batch, _MOST_BATCHES)
+    if count == 0:
+        raise InputError(f"{len(images)} images do not make one batch of {batch}; give more")
+    return [part.to(device, dtype) for part in torch.split(images[: count * batch], batch)]
 
 
 def _synchronise(device: torch.device) -> None:

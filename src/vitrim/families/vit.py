@@ -181,6 +181,14 @@ class ViT:
         x = tokens.x
         return tokens.with_x(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
+    def cross_half(
+        self, index: int, query_BSC: Tensor, residual_BSC: Tensor, memory_BNC: Tensor
+    ) -> tuple[Tensor, AttentionRecord]:
+        """The first half of :meth:`cross_block`: attention with its norm and residual."""
+        block = self.backbone.blocks[index]
+        out, record = cross_attention(block.attn, block.norm1(query_BSC), block.norm1(memory_BNC))
+        return residual_BSC + block.drop_path1(block.ls1(out)), record
+
     def cross_block(
         self, index: int, query_BSC: Tensor, residual_BSC: Tensor, memory_BNC: Tensor
     ) -> tuple[Tensor, AttentionRecord]:
@@ -195,10 +203,8 @@ class ViT:
         Returns:
             (B, S, C), and what its attention did.
         """
-        block = self.backbone.blocks[index]
-        out, record = cross_attention(block.attn, block.norm1(query_BSC), block.norm1(memory_BNC))
-        x = residual_BSC + block.drop_path1(block.ls1(out))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), record
+        x, record = self.cross_half(index, query_BSC, residual_BSC, memory_BNC)
+        return self.mlp_half(index, Tokens.of(x, 0)).x, record
 
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
@@ -218,6 +224,18 @@ class ViT:
         pooled = self._masked_pool(x, tokens)
         logits = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
+
+    def patch_head(self, x_BNC: Tensor) -> Tensor:
+        """Logits (B, classes) where no prefix token is left: the final norm, then the mean of all
+        tokens, or the model's attention pooling, then its classifier (the mean of its two).
+        """
+        model = self.backbone
+        x = model.norm(x_BNC)
+        pooled = x.mean(1) if model.attn_pool is None else model.attn_pool(x)
+        pooled = model.head_drop(model.fc_norm(pooled))
+        logits: Tensor = model.head(pooled)
+        second = getattr(model, "head_dist", None)
+        return logits if second is None else (logits + second(pooled)) / 2
 
     def _masked_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
         model, keep = self.backbone, tokens.keep_all
@@ -289,8 +307,21 @@ class ViT:
         block = self.backbone.blocks[index]
         return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
 
+    def cross_block_macs(self, index: int, num_queries: Any, num_memory: Any) -> Any:
+        """MACs of :meth:`cross_block`: ``num_queries`` tokens look at ``num_memory`` tokens."""
+        block = self.backbone.blocks[index]
+        keys_and_values = 2 * block.attn.qkv.weight.numel() // 3
+        per_query = linear_macs(block) - keys_and_values
+        attention = 2 * block.attn.attn_dim * num_queries * num_memory
+        return per_query * num_queries + keys_and_values * num_memory + attention
+
     def head_macs(self, num_tokens: Any) -> Any:
         """MACs of pooling and classifier, given the number of tokens that reach the head."""
+        include = self.backbone.pool_include_prefix
+        return self.patch_head_macs(num_tokens if include else num_tokens - self.num_prefix)
+
+    def patch_head_macs(self, num_pooled: Any) -> Any:
+        """MACs of pooling ``num_pooled`` tokens, and of the classifier."""
         model = self.backbone
         macs = sum(
             linear_macs(head) for head in (model.head, getattr(model, "head_dist", None)) if head
@@ -298,10 +329,9 @@ class ViT:
         if model.attn_pool is None:
             return macs
         pool = model.attn_pool
-        pooled = num_tokens if model.pool_include_prefix else num_tokens - self.num_prefix
         per_query = linear_macs(pool) - linear_macs(pool.kv)
         attention = 2 * pool.latent_len * pool.num_heads * pool.head_dim
-        return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * pooled
+        return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * num_pooled
 
 
 def _plain_block(block: Any, x: Tensor, _keep: Tensor | None) -> Tensor:

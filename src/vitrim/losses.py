@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitrim.sampling import top_k
+
 
 def classification_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
     """Cross entropy against class numbers (B,) or soft targets (B, C) such as mixup makes."""
@@ -42,6 +44,28 @@ def selection_loss(log_probs_BK2: Tensor, best_BK: Tensor, weight_BK: Tensor) ->
     keep, drop = log_probs_BK2.float().unbind(-1)
     nll_BK = -(best_BK * keep + (1 - best_BK) * drop)
     return (nll_BK * weight_BK).sum() / weight_BK.sum().clamp(min=1)
+
+
+def best_tokens_loss(
+    log_probs_BK2: Tensor, value_BK: Tensor, alive_BK: Tensor | None, count: int
+) -> Tensor:
+    """:func:`selection_loss` for keeping the ``count`` tokens of the highest value.
+
+    Args:
+        log_probs_BK2: log-probabilities of (keep, drop).
+        value_BK: what each token is worth, 0 or more.
+        alive_BK: 1 for a token that is still there, 0 for one dropped before; None: all are.
+        count: how many should be kept.
+    """
+    alive_BK = torch.ones_like(value_BK) if alive_BK is None else alive_BK.detach()
+    value_BK = value_BK.masked_fill(alive_BK < 0.5, -1)  # what is gone is never among the best
+    best_BK = torch.zeros_like(value_BK).scatter(1, top_k(value_BK, count), 1.0)
+    return selection_loss(log_probs_BK2, best_BK, alive_BK)
+
+
+def batch_ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
+    """Squared distance of the whole batch's kept share from the target: images may differ."""
+    return (_full(keep_BN).mean() - keep_ratio).square()
 
 
 def ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:

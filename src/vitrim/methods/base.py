@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,13 @@ class StageTrace:
     scores: Tensor
     """(B, N): the method's score of each original patch, NaN where it was dropped earlier."""
     kept: list[Tensor]
-    """Per image: sorted original places of the patches that go on."""
+    """Per image: sorted original places of the patches that go on; none where semantic tokens
+    replace all patches."""
     counts: Tensor
-    """(B,): how many patches go on."""
+    """(B,): how many go on: patches, or the semantic tokens that replace them."""
+    assignment: Tensor | None = None
+    """(B, S, N): how much each semantic token looks at each original patch, the mean over heads,
+    where semantic tokens replace the patches."""
 
 
 @dataclass
@@ -82,6 +87,21 @@ class Dial:
     logarithmic: bool = False
     """Whether equal factors, not equal steps, make equal differences."""
 
+    def at(self, position: float) -> float:
+        """The value at a position from 0, the cheapest, to 1, the dearest."""
+        if self.logarithmic:
+            value = self.cheapest * (self.dearest / self.cheapest) ** position
+        else:
+            value = (1 - position) * self.cheapest + position * self.dearest
+        low, high = sorted((self.cheapest, self.dearest))
+        return min(max(value, low), high)
+
+    def position(self, value: float) -> float:
+        """Where ``value`` lies from 0, the cheapest, to 1, the dearest; see :meth:`at`."""
+        if self.logarithmic:
+            return math.log(value / self.cheapest) / math.log(self.dearest / self.cheapest)
+        return (value - self.cheapest) / (self.dearest - self.cheapest)
+
 
 class Method(nn.Module, ABC):
     """One way of sparsifying: its parameters, its loop over the blocks, its losses.
@@ -91,6 +111,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     config_class: ClassVar[type]
+    needs_training: ClassVar[str | None] = None
+    """The recipe that teaches a selector which knows nothing when new; None: none needs to be."""
     config: Any
     stages: tuple[int, ...]
 
@@ -130,6 +152,9 @@ class Method(nn.Module, ABC):
     def begin_epoch(self, epoch: int) -> None:
         """Told before each training epoch, counted from 0; methods with a schedule listen."""
 
+    def begin_step(self, step: int) -> None:
+        """Told before each optimiser step of the whole run, counted from 0."""
+
     @property
     def score_name(self) -> str | None:
         """What tokens are scored by, where that is read off the attention, in words; else None."""
@@ -159,6 +184,42 @@ class Method(nn.Module, ABC):
         raise ConfigError(
             f"{self.name} has no density; its cost is changed by vitrim.calibrate or set_budget"
         )
+
+
+def quarter_stages(depth: int) -> tuple[int, ...]:
+    """A quarter, a half and three quarters of the depth: 3, 6, 9 of 12 blocks."""
+    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+
+def check_keep_ratio(keep_ratio: float | tuple[float, ...]) -> None:
+    """Raise :class:`ConfigError` unless the ratios are in (0, 1] and never rise."""
+    ratios = keep_ratio if isinstance(keep_ratio, tuple) else (keep_ratio,)
+    require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
+    for ratio in ratios:
+        require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
+    falling = all(a >= b for a, b in pairwise(ratios))
+    require(falling, f"keep_ratio is {ratios}; a later stage cannot keep more than an earlier")
+
+
+def stage_ratios(keep_ratio: float | tuple[float, ...], num_stages: int) -> tuple[float, ...]:
+    """The kept share of the original patches at each stage: r, r^2, r^3 ... of one number r.
+
+    The powers are in the DynamicViT authors' floating-point arithmetic, which their counts follow.
+    """
+    if isinstance(keep_ratio, tuple):
+        require(
+            len(keep_ratio) == num_stages,
+            f"keep_ratio has {len(keep_ratio)} numbers for {num_stages} stages",
+        )
+        return keep_ratio
+    return tuple(keep_ratio ** (stage + 1) for stage in range(num_stages))
+
+
+def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> DenseOutput:
+    """A teacher's output with the saliency of the tokens that enter ``blocks``."""
+    tokens, saliency = family.saliency(images, blocks)
+    with torch.no_grad():
+        return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
 
 
 def check_stages(stages: Sequence[int], depth: int | None = None) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -42,7 +41,11 @@ from vitrim.methods.base import (
     Method,
     Recorder,
     TrainingOutput,
+    check_keep_ratio,
     check_stages,
+    quarter_stages,
+    salient_teacher,
+    stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.tokens import Tokens
@@ -82,12 +85,7 @@ class DynamicViTConfig:
 
     def __post_init__(self) -> None:
         normalise(self)
-        ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
-        require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
-        for ratio in ratios:
-            require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
-        falling = all(a >= b for a, b in pairwise(ratios))
-        require(falling, f"keep_ratio is {ratios}; a later stage cannot keep more than an earlier")
+        check_keep_ratio(self.keep_ratio)
         if self.stages is not None:
             check_stages(self.stages)
             self.ratios(len(self.stages))
@@ -107,14 +105,8 @@ class DynamicViTConfig:
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def ratios(self, num_stages: int) -> tuple[float, ...]:
-        """The kept share of the original patches at each stage, in the authors' arithmetic."""
-        if isinstance(self.keep_ratio, tuple):
-            require(
-                len(self.keep_ratio) == num_stages,
-                f"keep_ratio has {len(self.keep_ratio)} numbers for {num_stages} stages",
-            )
-            return self.keep_ratio
-        return tuple(self.keep_ratio ** (stage + 1) for stage in range(num_stages))
+        """The kept share of the original patches at each stage."""
+        return stage_ratios(self.keep_ratio, num_stages)
 
 
 class Predictor(nn.Module):
@@ -184,17 +176,15 @@ class DynamicViT(Method):
 
     name = "dynamicvit"
     config_class = DynamicViTConfig
+    needs_training = "dynamicvit-adapt"
     config: DynamicViTConfig
 
     def __init__(
         self, family: ViT, config: DynamicViTConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        depth = family.depth
-        stages = config.stages
-        if stages is None:
-            stages = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-        check_stages(stages, depth)
+        stages = config.stages or quarter_stages(family.depth)
+        check_stages(stages, family.depth)
         config.ratios(len(stages))
         self.config = config
         self.stages = stages
@@ -283,9 +273,7 @@ class DynamicViT(Method):
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
         if not self.config.score_weight:
             return super().teach(family, images)
-        tokens, saliency = family.saliency(images, self.stages)
-        with torch.no_grad():
-            return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+        return salient_teacher(family, images, self.stages)
 
     def losses(
         self, output: DynamicViTOutput, target: Tensor | None, teacher: DenseOutput | None
@@ -326,13 +314,11 @@ class DynamicViT(Method):
         counts = self._fixed_counts(teacher.patch_features.shape[1])
         terms = []
         for stage, decision in enumerate(output.decisions):
-            before = decision.before
-            alive = torch.ones_like(before.index_BN) if before.keep_BN is None else before.keep_BN
-            saliency = teacher.saliency[stage].gather(1, before.index_BN)
-            saliency = saliency.masked_fill(alive < 0.5, -1)  # what is gone is never among the best
-            best = sampling.top_k(saliency, counts[stage])
-            labels = torch.zeros_like(saliency).scatter(1, best, 1.0)
-            terms.append(losses.selection_loss(decision.log_probs, labels, alive.detach()))
+            saliency = teacher.saliency[stage].gather(1, decision.before.index_BN)
+            alive = decision.before.keep_BN
+            terms.append(
+                losses.best_tokens_loss(decision.log_probs, saliency, alive, counts[stage])
+            )
         return torch.stack(terms).mean()
 
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:

@@ -103,6 +103,13 @@ class PackedTokens:
     def with_x(self, x: Tensor) -> PackedTokens:
         return replace(self, x=x)
 
+    def with_prefix(self, prefix_BPC: Tensor) -> PackedTokens:
+        """The same patch tokens behind other prefix tokens, as many as there are now."""
+        lengths = self.counts_B + self.num_prefix
+        place = torch.arange(self.num_prefix, device=self.x.device)
+        rows = (lengths.cumsum(0) - lengths).unsqueeze(1) + place
+        return self.with_x(self.x.index_copy(0, rows.flatten(), prefix_BPC.flatten(0, 1)))
+
     def sum_per_image(self, values: Tensor) -> Tensor:
         """(B, ...): sum over each image's patch tokens of ``values`` (patch rows, ...)."""
         out = values.new_zeros(self.num_images, *values.shape[1:])

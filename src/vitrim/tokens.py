@@ -98,6 +98,11 @@ class Tokens:
         """The same tokens with new features."""
         return replace(self, x=x)
 
+    def with_prefix(self, prefix_BPC: Tensor) -> Tokens:
+        """The same patch tokens behind other prefix tokens, in any number."""
+        x = torch.cat([prefix_BPC, self.patches], 1)
+        return replace(self, x=x, num_prefix=prefix_BPC.shape[1])
+
     def with_keep(self, keep_BN: Tensor) -> Tokens:
         """The same tokens under a mask: all stay in memory, dropped ones are not attended to."""
         return replace(self, keep_BN=keep_BN)

@@ -24,6 +24,7 @@ FLOORS = {
     "packing": 0,
     "families": 1,
     "methods": 2,
+    "budget": 3,
     "model": 3,
     "checkpoint": 3,
     "convert": 3,

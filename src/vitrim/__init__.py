@@ -1,5 +1,7 @@
 """vitrim: faster vision transformers by computing only the tokens that matter."""
 
+from vitrim.budget import Calibration
+from vitrim.calibrate import calibrate
 from vitrim.checkpoint import from_pretrained
 from vitrim.convert import load_official
 from vitrim.errors import (
@@ -17,6 +19,7 @@ from vitrim.model import SparseModel, Trace, sparsify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "DynamicViTConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "VitrimError",
     "__version__",
+    "calibrate",
     "from_pretrained",
     "load_official",
     "sparsify",

@@ -1,12 +1,13 @@
 """Checkpoints: a folder with ``config.json`` and ``model.safetensors``. Nothing is ever unpickled.
 
-``config.json`` names the backbone (timm name and arguments), the preprocessing, the method and its
-fields, where the model came from and how its metrics were measured; ``model.safetensors`` holds
-``backbone.*`` under timm's names and ``method.*``.
+``config.json`` names the backbone (timm name and arguments), the preprocessing, the method, its
+fields and its calibration, where the model came from and how its metrics were measured;
+``model.safetensors`` holds ``backbone.*`` under timm's names and ``method.*``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from vitrim.config import from_plain, to_plain
+from vitrim.budget import Calibration
+from vitrim.config import from_plain, require, to_plain
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel
@@ -93,6 +95,7 @@ def save(
         "backbone": describe_backbone(model.backbone),
         "data": describe_data(model.backbone) | model.data_config,
         "method": {"name": model.method.name, "config": to_plain(model.config)},
+        "calibration": [to_plain(record) for record in model.calibration],
         "origin": origin or model.origin,
         "metrics": metrics or {},
     }
@@ -225,6 +228,7 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         method = method_by_name(description["method"]["name"])
         fields = description["method"]["config"] | method_options
         config: Any = from_plain(method.config_class, fields, "method")
+        calibration = read_calibration(description)
         backbone = create_backbone(description["backbone"])
     except ConfigError as error:
         raise ConfigError(f"{folder}/{CONFIG_FILE}: {error}") from error
@@ -236,4 +240,24 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
     load_strict(model, weights, f"{folder}/{WEIGHTS_FILE}")
     model.origin = description.get("origin")
     model.data_config = description["data"]
+    if not method_options:  # other settings, other costs
+        model.calibration = calibration
     return model.eval()
+
+
+def read_calibration(description: Mapping[str, Any]) -> tuple[Calibration, ...]:
+    """The budgets that were met before the checkpoint with this ``config.json`` was written.
+
+    Raises:
+        ConfigError: the record is damaged.
+    """
+    record = description.get("calibration", [])
+    require(isinstance(record, list), f"calibration is {record!r}; a list was expected")
+    points = []
+    for place, entry in enumerate(record):
+        where = f"calibration[{place}]"
+        require(isinstance(entry, Mapping), f"{where} is {entry!r}; a table was expected")
+        missing = [f.name for f in dataclasses.fields(Calibration) if f.name not in entry]
+        require(not missing, f"{where} lacks {', '.join(missing)}")
+        points.append(from_plain(Calibration, entry, where))
+    return tuple(points)

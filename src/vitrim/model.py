@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitrim import budget
+from vitrim.budget import TOLERANCE, Calibration
+from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import DenseOutput, Method, Recorder, StageTrace
@@ -50,6 +54,9 @@ class SparseModel(nn.Module):
         self.train(backbone.training)
         self.origin: str | None = None
         self.data_config: dict[str, Any] = {}
+        self.calibration: tuple[Calibration, ...] = ()
+        """Budgets that :func:`vitrim.calibrate` met with the present weights."""
+        self._newborn = _samples(self.method)
 
     @property
     def config(self) -> Any:
@@ -92,12 +99,15 @@ class SparseModel(nn.Module):
     ) -> dict[str, Tensor]:
         """The method's loss terms by name and their weighted sum, ``"total"``.
 
+        The record of a calibration is forgotten: it holds for the weights that it was made with.
+
         Args:
             images: (B, channels, H, W).
             target: class numbers (B,) or soft targets (B, classes); None leaves labels out.
             teacher: what the dense model says of the same images; None leaves distillation out.
             generator: source of the method's noise; None uses torch's global one.
         """
+        self.calibration = ()
         output = self.method.train_forward(self.family, images, generator)
         return self.method.losses(output, target, teacher)
 
@@ -116,6 +126,69 @@ class SparseModel(nn.Module):
             ConfigError: the density is out of range, or the method has none.
         """
         self.method.set_density(density)
+
+    def set_budget(self, macs: float, *, tolerance: float = TOLERANCE) -> None:
+        """Turn the method's dial to a mean cost, at run time.
+
+        Where every image keeps the same number of tokens, a formula says how far; where the counts
+        depend on the images, the record of :func:`vitrim.calibrate` does: a budget that it was
+        called for, or one between two of them.
+
+        Args:
+            macs: share of the dense model's MACs, such as 0.6.
+            tolerance: relative difference that still meets a budget, where a formula is used.
+
+        Raises:
+            ConfigError: the budget cannot be reached, nothing was calibrated around it, or the
+                method has no dial. The model is left as it was.
+        """
+        budget.check_budget(macs)
+        restore = self.snapshot()
+        try:
+            dial = self.method.dial
+            if self.macs() is None:
+                value = budget.value_by_record(self.calibration, dial, macs)
+            else:
+                value = budget.value_by_formula(dial, self._fraction_at, macs, tolerance)
+            self.method.turn(value)
+        except BaseException:
+            restore()
+            raise
+
+    def _fraction_at(self, value: float) -> float:
+        """The share of the dense MACs with the dial at ``value``, by formula; turns the dial."""
+        self.method.turn(value)
+        macs = self.macs()
+        if macs is None:
+            raise ConfigError(f"{self.method.name} at {value:g} keeps counts that no formula gives")
+        return macs / self.dense_macs()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts the method's settings and parameters, and the record, back as they are now."""
+        method, record = self.method, self.calibration
+        settings = {name: value for name, value in vars(method).items() if name not in _OF_TORCH}
+        parameters = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+
+        def restore() -> None:
+            for name in vars(method).keys() - settings.keys() - _OF_TORCH:
+                delattr(method, name)
+            vars(method).update(settings)
+            method.load_state_dict(parameters)
+            self.calibration = record
+
+        return restore
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the method has parameters to learn, and they are still what they were at first.
+
+        Judged by a sample of each; weights that were loaded count as learned.
+        """
+        now = _samples(self.method)
+        return bool(now) and all(
+            torch.allclose(sample.float(), now[name].to(sample).float(), rtol=1e-2, atol=1e-4)
+            for name, sample in self._newborn.items()
+        )
 
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
@@ -147,6 +220,30 @@ class SparseModel(nn.Module):
         from vitrim import checkpoint
 
         checkpoint.save(self, folder, metrics=metrics)
+
+
+_OF_TORCH = set(vars(nn.Module()))
+
+
+def _samples(method: Method) -> dict[str, Tensor]:
+    """The first values of each parameter, where a selector must be learned."""
+    if method.needs_training is None:
+        return {}
+    return {name: p.detach().flatten()[:8].clone() for name, p in method.named_parameters()}
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode; afterwards every module is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def sparsify(

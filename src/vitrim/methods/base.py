@@ -90,7 +90,7 @@ class Dial:
     def at(self, position: float) -> float:
         """The value at a position from 0, the cheapest, to 1, the dearest."""
         if self.logarithmic:
-            value = self.cheapest * (self.dearest / self.cheapest) ** position
+            value = self.cheapest * math.exp(position * math.log(self.dearest / self.cheapest))
         else:
             value = (1 - position) * self.cheapest + position * self.dearest
         low, high = sorted((self.cheapest, self.dearest))

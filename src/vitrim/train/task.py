@@ -140,6 +140,7 @@ def weights_path(weights: str) -> Path:
 def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
     method = recipe.method
     sparse = from_pretrained(folder, **method.config)
+    sparse.calibration = ()  # it held for the weights before training
     if method.name not in (None, sparse.method.name):
         raise ConfigError(
             f"{folder} was made by {sparse.method.name!r}; method.name is {method.name!r}"

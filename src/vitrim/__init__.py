@@ -13,12 +13,14 @@ from vitrim.errors import (
     UnsupportedBackboneError,
     VitrimError,
 )
+from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.model import SparseModel, Trace, sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASViTConfig",
     "Calibration",
     "CheckpointError",
     "ConfigError",

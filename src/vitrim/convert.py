@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain
 from vitrim.errors import CheckpointError, ConfigError
+from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.model import SparseModel
 
@@ -60,7 +61,7 @@ def load_official(
 
     Args:
         state_dict: their state dict, bare or nested under ``model`` or ``model_ema``.
-        system: whose code wrote it: ``"dynamicvit"``.
+        system: whose code wrote it: ``"dynamicvit"`` or ``"asvit"``.
         architecture: timm name of the backbone; worked out from the shapes when None.
         method_options: fields of the method's config that the file does not hold, such as
             ``keep_ratio=0.7`` (DynamicViT's files do not say for which ratio they were trained).
@@ -120,6 +121,30 @@ def _dynamicvit(
     return model
 
 
+def _asvit(weights: StateDict, architecture: str | None, options: dict[str, Any]) -> SparseModel:
+    backbone = _plain_vit(weights, architecture)
+    pattern = re.compile(r"score_predictor\.(\d+)\.keep_threshold")
+    found = [key for key in weights if pattern.fullmatch(key)]
+    if not found:
+        raise CheckpointError(
+            "this is no AS-ViT state dict: it has no score_predictor.*.keep_threshold key"
+        )
+    model = SparseModel(backbone, from_plain(ASViTConfig, options))
+    num_stages = len(model.method.stages)
+    if len(found) != num_stages:
+        raise CheckpointError(
+            f"the file has {len(found)} thresholds, the config "
+            f"{num_stages} stages; pass stages=(...) with {len(found)} blocks"
+        )
+    renamed = {}
+    for key, tensor in weights.items():
+        match = pattern.fullmatch(key)
+        renamed[f"method.thresholds.{match[1]}" if match else f"backbone.{key}"] = tensor
+    load_strict(model, renamed, "the authors' AS-ViT file")
+    model.origin = "converted from a checkpoint of the authors' AS-ViT code"
+    return model
+
+
 def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
     """The DeiT whose shapes ``weights`` has (the authors use 64 channels per head throughout)."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
@@ -160,4 +185,5 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
 
 _CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {
     "dynamicvit": _dynamicvit,
+    "asvit": _asvit,
 }

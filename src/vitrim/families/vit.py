@@ -315,6 +315,17 @@ class ViT:
         attention = 2 * block.attn.attn_dim * num_queries * num_memory
         return per_query * num_queries + keys_and_values * num_memory + attention
 
+    def mlp_macs(self, index: int, num_tokens: Any) -> Any:
+        """MACs of the second half of block ``index``: what is saved by dropping in between."""
+        return linear_macs(self.backbone.blocks[index].mlp) * num_tokens
+
+    def score_macs(self, index: int, num_tokens: Any) -> Any:
+        """MACs that ``AttentionRecord.patch_attention`` of block ``index`` adds to the block's own:
+        one row of the map, or all of it where there is no class token.
+        """
+        queries = 1 if self.has_class else num_tokens
+        return self.backbone.blocks[index].attn.attn_dim * num_tokens * queries
+
     def head_macs(self, num_tokens: Any) -> Any:
         """MACs of pooling and classifier, given the number of tokens that reach the head."""
         include = self.backbone.pool_include_prefix

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError
+from vitrim.methods.asvit import ASViT
 from vitrim.methods.base import Method
 from vitrim.methods.dynamicvit import DynamicViT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DynamicViT,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DynamicViT, ASViT)}
 
 
 def method_by_name(name: str) -> type[Method]:

@@ -23,7 +23,7 @@ def hard_keep(
         generator: source of the Gumbel noise; None uses torch's global one.
 
     Returns:
-        (B, N): exactly 0 or 1 forward up to float rounding, gradients of the relaxed draw.
+        (B, N): exactly 0 or 1 forward, gradients of the relaxed draw.
     """
     logits = log_probs_BN2
     if noise:
@@ -31,7 +31,7 @@ def hard_keep(
         logits = logits - exponential.log()
     soft = F.softmax(logits / temperature, dim=-1)[..., 0]
     hard = (logits[..., 0] >= logits[..., 1]).to(soft.dtype)
-    return hard - soft.detach() + soft
+    return hard + (soft - soft.detach())
 
 
 def top_k(score_BN: Tensor, count: int) -> Tensor:

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vitrim import losses
 from vitrim.config import require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.packing import AnyTokens
+from vitrim.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,31 @@ class TrainingOutput:
 
     logits: Tensor
     """(B, classes)"""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a learned selector decided in training, about the K patch tokens that reached it."""
+
+    log_probs: Tensor
+    """(B, K, 2): log-probabilities of keep and drop."""
+    before: Tokens
+    """The tokens that the stage saw; under a mask, some were dropped already."""
+    keep_BN: Tensor
+    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
+    gradients."""
+
+
+@dataclass(frozen=True)
+class SelectionOutput(TrainingOutput):
+    """A training forward with learned selectors, and their decisions."""
+
+    patch_features: Tensor
+    """(B, K, C): patch tokens that reached the end, after the final norm."""
+    tokens: Tokens
+    """The tokens after the last block; says where the features belong, and which are masked."""
+    decisions: tuple[Decision, ...]
+    """One per stage."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +247,61 @@ def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> Dense
     tokens, saliency = family.saliency(images, blocks)
     with torch.no_grad():
         return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+
+
+def selection_losses(
+    config: Any,
+    output: SelectionOutput,
+    ratio: Tensor,
+    target: Tensor | None,
+    teacher: DenseOutput | None,
+    counts: Sequence[int],
+) -> dict[str, Tensor]:
+    """The losses of a method whose selectors are learned, by name, and their ``"total"``.
+
+    Args:
+        config: has ``<name>_weight`` for ratio, classification, distill, token and score.
+        output: of the training forward.
+        ratio: the method's ratio loss.
+        target: labels, or None.
+        teacher: what the dense model says, or None; with its saliency if scores are taught.
+        counts: tokens that each stage should keep, for the score loss.
+    """
+    require(
+        not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
+        "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
+    )
+    parts = {"ratio": ratio}
+    if target is not None:
+        parts["classification"] = losses.classification_loss(output.logits, target)
+    if teacher is not None:
+        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+        parts["token"] = _token_loss(output, teacher)
+        if config.score_weight:
+            parts["score"] = _score_loss(output.decisions, teacher, counts)
+    weighted = [getattr(config, f"{name}_weight") * part for name, part in parts.items()]
+    return parts | {"total": torch.stack(weighted).sum()}
+
+
+def _token_loss(output: SelectionOutput, teacher: DenseOutput) -> Tensor:
+    tokens, features = output.tokens, output.patch_features
+    index = tokens.index_BN.unsqueeze(-1).expand_as(features)
+    keep_BK = tokens.keep_BN
+    if keep_BK is None:
+        keep_BK = features.new_ones(features.shape[:2])
+    return losses.kept_token_mse(features, teacher.patch_features.gather(1, index), keep_BK)
+
+
+def _score_loss(
+    decisions: Sequence[Decision], teacher: DenseOutput, counts: Sequence[int]
+) -> Tensor:
+    """How far the selectors are from keeping the most salient of the tokens they see."""
+    terms = []
+    for decision, saliency, count in zip(decisions, teacher.saliency, counts, strict=True):
+        seen = saliency.gather(1, decision.before.index_BN)
+        alive = decision.before.keep_BN
+        terms.append(losses.best_tokens_loss(decision.log_probs, seen, alive, count))
+    return torch.stack(terms).mean()
 
 
 def check_stages(stages: Sequence[int], depth: int | None = None) -> None:

@@ -36,15 +36,17 @@ from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
+    Decision,
     DenseOutput,
     Dial,
     Method,
     Recorder,
-    TrainingOutput,
+    SelectionOutput,
     check_keep_ratio,
     check_stages,
     quarter_stages,
     salient_teacher,
+    selection_losses,
     stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
@@ -146,31 +148,6 @@ class Predictor(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What a stage decided in a training forward, about the K patch tokens that reached it."""
-
-    log_probs: Tensor
-    """(B, K, 2): log-probabilities of keep and drop."""
-    before: Tokens
-    """The tokens that the stage saw; under a mask, some were dropped already."""
-    keep_BN: Tensor
-    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
-    gradients."""
-
-
-@dataclass(frozen=True)
-class DynamicViTOutput(TrainingOutput):
-    """A training forward and its decisions."""
-
-    patch_features: Tensor
-    """(B, K, C): patch tokens that reached the end, after the final norm."""
-    tokens: Tokens
-    """The tokens after the last block; says where the features belong, and which are masked."""
-    decisions: tuple[Decision, ...]
-    """One per stage."""
-
-
 class DynamicViT(Method):
     """The method on a plain vision transformer."""
 
@@ -241,7 +218,7 @@ class DynamicViT(Method):
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
-    ) -> DynamicViTOutput:
+    ) -> SelectionOutput:
         tokens = family.stem(images)
         num_patches = tokens.num_patches
         counts = self._fixed_counts(num_patches)
@@ -254,7 +231,7 @@ class DynamicViT(Method):
                 decisions.append(Decision(log_probs, before, tokens.keep_on_grid(num_patches)))
             tokens = family.run_blocks((block,), tokens)
         features = family.patch_features(tokens)
-        return DynamicViTOutput(family.head(tokens), features, tokens, tuple(decisions))
+        return SelectionOutput(family.head(tokens), features, tokens, tuple(decisions))
 
     def _draw(
         self, tokens: Tokens, log_probs: Tensor, count: int, generator: torch.Generator | None
@@ -276,50 +253,13 @@ class DynamicViT(Method):
         return salient_teacher(family, images, self.stages)
 
     def losses(
-        self, output: DynamicViTOutput, target: Tensor | None, teacher: DenseOutput | None
+        self, output: SelectionOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, weights = self.config, {"ratio": self.config.ratio_weight}
-        require(
-            not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
-            "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
-        )
-        ratios = config.ratios(len(self.stages))
+        ratios = self.config.ratios(len(self.stages))
         keeps = [decision.keep_BN for decision in output.decisions]
         terms = [losses.ratio_loss(keep, ratio) for keep, ratio in zip(keeps, ratios, strict=True)]
-        parts = {"ratio": torch.stack(terms).mean()}
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-            weights["classification"] = config.classification_weight
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            weights["distill"] = config.distill_weight
-            parts["token"] = self._token_loss(output, teacher)
-            weights["token"] = config.token_weight
-            if config.score_weight:
-                parts["score"] = self._score_loss(output, teacher)
-                weights["score"] = config.score_weight
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return parts | {"total": total}
-
-    def _token_loss(self, output: DynamicViTOutput, teacher: DenseOutput) -> Tensor:
-        tokens, features = output.tokens, output.patch_features
-        index = tokens.index_BN.unsqueeze(-1).expand_as(features)
-        keep_BK = tokens.keep_BN
-        if keep_BK is None:
-            keep_BK = features.new_ones(features.shape[:2])
-        return losses.kept_token_mse(features, teacher.patch_features.gather(1, index), keep_BK)
-
-    def _score_loss(self, output: DynamicViTOutput, teacher: DenseOutput) -> Tensor:
-        """How far the predictors are from keeping the most salient of the tokens they see."""
-        counts = self._fixed_counts(teacher.patch_features.shape[1])
-        terms = []
-        for stage, decision in enumerate(output.decisions):
-            saliency = teacher.saliency[stage].gather(1, decision.before.index_BN)
-            alive = decision.before.keep_BN
-            terms.append(
-                losses.best_tokens_loss(decision.log_probs, saliency, alive, counts[stage])
-            )
-        return torch.stack(terms).mean()
+        ratio, counts = torch.stack(terms).mean(), self._fixed_counts(keeps[0].shape[1])
+        return selection_losses(self.config, output, ratio, target, teacher, counts)
 
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
         total: Any = family.stem_macs(num_patches)

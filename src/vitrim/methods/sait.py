@@ -1,0 +1,482 @@
+"""SaiT: one pruning layer, read off the attention; one set of weights at any density.
+
+Li, Thorsley, Hassoun, "SaiT: Sparse Vision Transformers through Adaptive Token Pruning", 2022
+(arXiv 2210.05832). There is no code by the authors. SaiT here follows the published abstract and
+the text of the related patent: a single pruning layer, whose token importance score (TIS) decides
+which patch tokens go on; training that alternates by epoch between dense and sparse; distillation
+of the teacher's class token to the TIS; a number of kept tokens that depends on the image; and a
+density that changes at run time, with the dense model, unchanged, as the lossless end.
+
+This library's choices, as what we read does not say: the formula of the score, the selectors and
+their names, the place of the layer, the draw of the density, the form and weights of the losses,
+counting epochs from 1 (so that the first is dense), the schedules other than by epoch, and the
+recipes. No table of the paper is reproduced.
+
+* *Value-based* selectors keep a fixed number of tokens (``density``) or those whose score is above
+  a share of the uniform one (``threshold``); the *mass-based* one (``mass``) keeps the smallest set
+  whose scores, which sum to 1, reach it.
+* No parameters are added, so any trained timm model can be used as it is, without training.
+* The score needs the attention map of one block: beside the fused attention, one more ``q k^T``
+  (0.5 % of DeiT-S), or a single row of it for the scores of the class token.
+
+Published (abstract): 39 to 43 % fewer FLOPs and 67 to 91 % more throughput for less than 0.5 %
+accuracy, for various vision transformers. A granted patent of Samsung (US 12,299,960 B2, with
+US 2023/0368494 A1 and EP 4276695 A1) describes adaptive token pruning of this kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrim import losses
+from vitrim.attention import AttentionRecord
+from vitrim.config import closest, normalise, require
+from vitrim.errors import ConfigError
+from vitrim.families import ViT
+from vitrim.macs import linear_macs
+from vitrim.methods.base import DenseOutput, Dial, Method, Recorder, TrainingOutput
+from vitrim.packing import AnyTokens, select
+from vitrim.tokens import Tokens
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A way to read the importance of the patch tokens off one block's attention."""
+
+    read: Callable[[AttentionRecord], Tensor]
+    """Gives (B, N), not yet normalised."""
+    words: str
+    """What is read, for people; ``{attention}`` stands for the class token's or the mean one."""
+    of_class: bool = False
+    """Whether it wants the class token's attention; without one, the mean over all tokens."""
+
+
+def _value_weighted(record: AttentionRecord) -> Tensor:
+    value_BHND = record.v_BHND[:, :, record.num_prefix :]
+    value_norm_BHN = torch.linalg.vector_norm(value_BHND, dim=-1)
+    score_BN: Tensor = (record.patch_attention() * value_norm_BHN).mean(1)
+    return score_BN
+
+
+SCORES = {
+    "mean_received": TokenScore(
+        lambda record: record.received_attention().mean(1), "attention received from all tokens"
+    ),
+    "cls": TokenScore(
+        lambda record: record.patch_attention().mean(1), "attention received from {attention}", True
+    ),
+    "cls_value_norm": TokenScore(
+        _value_weighted, "attention received from {attention}, times the value's norm", True
+    ),
+    "head_max": TokenScore(
+        lambda record: record.received_attention().amax(1),
+        "attention received from all tokens in the head that pays most",
+    ),
+}
+"""The scores by name. Which one the paper uses is not known to us."""
+
+Selector = Literal["density", "threshold", "mass"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaiTConfig:
+    """How SaiT is set up. Ours, unless a field says otherwise."""
+
+    prune_after: int | None = None
+    """P, the pruning layer: tokens are scored in the P-th block (number P - 1, counted from 0) and
+    blocks from number P on see the kept ones. That there is one such layer is the patent's; None
+    takes a quarter of the depth, 3 of 12 blocks."""
+    where: Literal["end", "mid"] = "end"
+    """Drop at the end of the pruning block, or in its middle, between attention and MLP."""
+    score: str = "mean_received"
+    """A name in ``SCORES``: ``mean_received``, ``cls``, ``cls_value_norm``, ``head_max``."""
+    selector: Literal["density", "threshold", "mass", "dense"] = "mass"
+    """Which of the next three fields decides what inference keeps; ``dense`` keeps everything."""
+    density: float = 0.5
+    """Share of the patch tokens that is kept, rounded up to whole tokens."""
+    threshold: float = 1.0
+    """Keep the tokens whose score is at least this many times the uniform score, 1 / N."""
+    mass: float = 0.7
+    """Keep the smallest set of tokens whose scores sum to this; 1 keeps all."""
+    min_kept: int = 16
+    """Tokens that ``threshold`` and ``mass`` keep in any case."""
+    max_kept: int | None = None
+    """Tokens that ``threshold`` and ``mass`` keep at most; None sets no limit."""
+    schedule: Literal["per_epoch", "per_iteration", "sandwich", "sparse"] = "per_epoch"
+    """When training is dense: in odd epochs, counted from 1 (the patent's); in every other step;
+    in each step, beside a sparse pass; or never."""
+    train_selector: Selector = "density"
+    """How sparse passes of training select; ``density`` stands for ``train_density``."""
+    train_density: float | tuple[float, ...] = (0.3, 0.7)
+    """Density of a sparse pass: drawn per batch between two numbers, or one fixed number."""
+    classification_weight: float = 1.0
+    """Weight of the cross entropy."""
+    attention_weight: float = 1.0
+    """Weight of KL(teacher's class attention || score). The term is the patent's, in dense and
+    sparse passes alike; its form and weight are ours, and not tuned."""
+    attention_direction: Literal["forward", "reverse"] = "forward"
+    """``reverse`` swaps the two sides of that divergence."""
+    attention_temperature: float = 1.0
+    """Both sides of that divergence are raised to 1 / this, and normalised again."""
+    teacher_block: int = -1
+    """Block of the teacher whose class attention is taught; from the end if negative."""
+    distill_weight: float = 0.0
+    """Weight of KL(teacher || student) on the logits."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        normalise(self)
+        require(
+            self.score in SCORES,
+            f"score is {self.score!r}{closest(self.score, SCORES)}; known: {', '.join(SCORES)}",
+        )
+        place = self.prune_after
+        require(place is None or place > 0, f"prune_after is {place}; expected 1 or more blocks")
+        for name in ("density", "mass"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"{name} is {value}; expected a number in (0, 1]")
+        require(
+            0 <= self.threshold < math.inf, f"threshold is {self.threshold}; expected 0 or more"
+        )
+        low, high = self.density_range
+        require(
+            0 < low <= high <= 1,
+            f"train_density is {self.train_density}; expected a number in (0, 1], or the smaller "
+            "and the larger of two",
+        )
+        least, most = self.min_kept, self.max_kept
+        require(least >= 0, f"min_kept is {least}; expected 0 or more")
+        require(
+            most is None or most >= max(least, 1),
+            f"max_kept is {most}; expected at least 1, and min_kept = {least} or more",
+        )
+        require(
+            self.attention_temperature > 0,
+            f"attention_temperature is {self.attention_temperature}; expected more than 0",
+        )
+        for name in ("classification", "attention", "distill"):
+            weight = getattr(self, f"{name}_weight")
+            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
+
+    @property
+    def density_range(self) -> tuple[float, float]:
+        """Smallest and largest density of a sparse pass of training."""
+        if not isinstance(self.train_density, tuple):
+            return self.train_density, self.train_density
+        require(
+            len(self.train_density) == 2,
+            f"train_density is {self.train_density}; expected one number, or two",
+        )
+        return self.train_density[0], self.train_density[1]
+
+
+@dataclass(frozen=True)
+class SaiTOutput(TrainingOutput):
+    """A training forward; ``logits`` are those of the sparse pass where there is one."""
+
+    score_BN: Tensor
+    """The token importance score: sums to 1, with gradients."""
+    kept: Tokens | None
+    """What went on from the pruning block in the sparse pass; None in a dense step."""
+    dense_logits: Tensor | None
+    """(B, classes) of the dense pass beside a sparse one; else None."""
+    grid: tuple[int, int]
+    """Rows and columns of the patch grid."""
+
+
+class SaiT(Method):
+    """The method on a plain vision transformer."""
+
+    name = "sait"
+    config_class = SaiTConfig
+    config: SaiTConfig
+
+    def __init__(
+        self, family: ViT, config: SaiTConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        depth = family.depth
+        place = max(1, depth // 4) if config.prune_after is None else config.prune_after
+        require(
+            place < depth,
+            f"prune_after is {place}; the backbone has {depth} blocks, so at most {depth - 1} of "
+            "them can come before the pruning",
+        )
+        self.config = config
+        self.stages = (place,)
+        self.has_class = family.has_class
+        self.pools_patches = family.pools_patches
+        self.sparse_turn = True
+        """Whether the schedule is at a sparse pass; so until a training loop says otherwise."""
+
+    @property
+    def score_name(self) -> str:
+        score = SCORES[self.config.score]
+        if self.has_class or not score.of_class:
+            return score.words.format(attention="the class token")
+        return score.words.format(attention="all tokens") + " (the backbone has no class token)"
+
+    def counts(self, num_patches: int) -> tuple[int, ...] | None:
+        if self.config.selector == "dense":
+            return (num_patches,)
+        if self.config.selector == "density":
+            return (_count(self.config.density, num_patches),)
+        return None
+
+    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        stem = family.stem(images)
+        counts = self.counts(stem.num_patches)
+        if counts == (stem.num_patches,) and not recorder:
+            return family.head(family.run_blocks(range(family.depth), stem))
+        tokens, score_BN = self._score(family, stem)
+        kept: AnyTokens
+        if counts is None:
+            kept = self._select(tokens, score_BN)
+        elif counts[0] == tokens.num_patches:
+            kept = tokens
+        else:
+            kept = tokens.gather(_ranking(score_BN)[:, : counts[0]])
+        if recorder:
+            recorder.add(self.stages[0], tokens, score_BN, kept)
+        return self._finish(family, kept)
+
+    def _score(self, family: ViT, stem: Tokens) -> tuple[Tokens, Tensor]:
+        """The tokens at the point of pruning, and their score (B, N), which sums to 1."""
+        block = self.stages[0] - 1
+        read = SCORES[self.config.score].read
+        before = family.run_blocks(range(block), stem)
+        tokens, score_BN = family.attention_half(block, before, lambda record: read(record).float())
+        if self.config.where == "end":
+            tokens = family.mlp_half(block, tokens)
+        assert isinstance(tokens, Tokens)
+        assert score_BN is not None
+        return tokens, score_BN / score_BN.sum(1, keepdim=True).clamp(min=EPS)
+
+    def _finish(self, family: ViT, tokens: AnyTokens) -> Tensor:
+        """Logits, from what goes on at the point of pruning."""
+        if self.config.where == "mid":
+            tokens = family.mlp_half(self.stages[0] - 1, tokens)
+        for block in range(self.stages[0], family.depth):
+            tokens = family.run_block(block, tokens)
+        return family.head(tokens)
+
+    def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
+        order_BN = _ranking(score_BN)
+        keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.selector)
+        return select(tokens, torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN))
+
+    def _ranks_kept(self, falling_BN: Tensor, selector: str) -> Tensor:
+        """(B, N) bool: which ranks an adaptive selector keeps; always the head of each row.
+
+        Args:
+            falling_BN: scores, from best to worst.
+            selector: ``mass`` or ``threshold``.
+        """
+        num_patches = falling_BN.shape[1]
+        if selector == "mass":
+            mass = self.config.mass if self.config.mass < 1 else math.inf
+            keep_BN = falling_BN.cumsum(1) - falling_BN < mass
+        else:
+            keep_BN = falling_BN * num_patches >= self.config.threshold
+        rank_N = torch.arange(num_patches, device=falling_BN.device)
+        least = max(self.config.min_kept, int(self.pools_patches))  # an empty pool has no mean
+        most = self.config.max_kept or num_patches
+        return (keep_BN | (rank_N < least)) & (rank_N < most)
+
+    def begin_epoch(self, epoch: int) -> None:
+        if self.config.schedule == "per_epoch":
+            self.sparse_turn = epoch % 2 == 1  # counted from 0 here: the first epoch is dense
+
+    def begin_step(self, step: int) -> None:
+        if self.config.schedule == "per_iteration":
+            self.sparse_turn = step % 2 == 1
+
+    def train_forward(
+        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+    ) -> SaiTOutput:
+        tokens, score_BN = self._score(family, family.stem(images))
+        grid = family.grid((images.shape[-2], images.shape[-1]))
+        schedule = self.config.schedule
+        sparse = self.sparse_turn or schedule in ("sandwich", "sparse")
+        dense_logits = None
+        if not sparse or schedule == "sandwich":
+            dense_logits = self._finish(family, tokens)
+        if not sparse:
+            assert dense_logits is not None
+            return SaiTOutput(dense_logits, score_BN, None, None, grid)
+        kept = self._draw(tokens, score_BN.detach(), generator)
+        return SaiTOutput(self._finish(family, kept), score_BN, kept, dense_logits, grid)
+
+    def _draw(self, tokens: Tokens, score_BN: Tensor, generator: torch.Generator | None) -> Tokens:
+        """What goes on in a sparse pass of training; images that keep fewer are padded, masked."""
+        order_BN = _ranking(score_BN)
+        if self.config.train_selector == "density":
+            low, high = self.config.density_range
+            device = None if generator is None else generator.device
+            share = torch.rand((), generator=generator, device=device).item()
+            return tokens.gather(
+                order_BN[:, : _count(low + share * (high - low), tokens.num_patches)]
+            )
+        keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.train_selector)
+        longest = int(keep_BN.sum(1).max())
+        kept = tokens.gather(order_BN[:, :longest])
+        return kept.with_keep(keep_BN[:, :longest].to(tokens.x.dtype))
+
+    @torch.no_grad()
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        """The dense model's logits, and the class attention of its block ``teacher_block``."""
+        depth, block = family.depth, self.config.teacher_block
+        require(
+            -depth <= block < depth,
+            f"teacher_block is {block}; the teacher has blocks 0 to {depth - 1}",
+        )
+        block %= depth
+        before = family.run_blocks(range(block), family.stem(images))
+        half, attention = family.attention_half(
+            block, before, lambda record: record.patch_attention().mean(1)
+        )
+        tokens = family.mlp_half(block, half)
+        assert isinstance(tokens, Tokens)
+        tokens = family.run_blocks(range(block + 1, depth), tokens)
+        features = family.patch_features(tokens)
+        return DenseOutput(family.head(tokens), features, patch_attention=attention)
+
+    def losses(
+        self, output: SaiTOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        config, parts, weights = self.config, dict[str, Tensor](), dict[str, float]()
+        passes = [output.logits]
+        if output.dense_logits is not None:
+            passes.append(output.dense_logits)
+        if target is not None:
+            terms = [losses.classification_loss(logits, target) for logits in passes]
+            parts["classification"] = torch.stack(terms).mean()
+            weights["classification"] = config.classification_weight
+        if teacher is not None:
+            parts["attention"] = self._attention_loss(output, teacher)
+            weights["attention"] = config.attention_weight
+            if config.distill_weight:
+                terms = [losses.distillation_loss(logits, teacher.logits) for logits in passes]
+                parts["distill"] = torch.stack(terms).mean()
+                weights["distill"] = config.distill_weight
+        require(len(parts) > 0, "SaiT learns from labels or from a dense teacher; give either")
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return parts | {"total": total}
+
+    def _attention_loss(self, output: SaiTOutput, teacher: DenseOutput) -> Tensor:
+        """KL of the teacher's class attention and the student's score, both summing to 1."""
+        require(
+            teacher.patch_attention is not None,
+            "SaiT's loss needs the teacher's class attention; take the teacher from method.teach",
+        )
+        assert teacher.patch_attention is not None
+        taught = _on_grid(teacher.patch_attention.float(), output.grid)
+        sides = [
+            side.clamp(min=EPS).log() / self.config.attention_temperature
+            for side in (output.score_BN, taught)
+        ]
+        if self.config.attention_direction == "reverse":
+            sides.reverse()
+        return losses.distillation_loss(*sides)
+
+    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+        num_tokens, block = num_patches + family.num_prefix, self.stages[0] - 1
+        kept = counts[0] + family.num_prefix
+        total: Any = family.stem_macs(num_patches)
+        if self.counts(num_patches) != (num_patches,):
+            one_row = SCORES[self.config.score].of_class and self.has_class
+            width = family.backbone.blocks[block].attn.attn_dim
+            total += width * num_tokens * (1 if one_row else num_tokens)
+        for index in range(family.depth):
+            total = total + family.block_macs(index, num_tokens if index <= block else kept)
+        if self.config.where == "mid":
+            total = total - linear_macs(family.backbone.blocks[block].mlp) * (num_tokens - kept)
+        return total + family.head_macs(kept)
+
+    @property
+    def dial(self) -> Dial:
+        """The field that the selector in use goes by."""
+        config = self.config
+        if config.selector == "density":
+            return Dial("density", config.density, cheapest=1e-3, dearest=1.0)
+        if config.selector == "threshold":
+            return Dial("threshold", config.threshold, cheapest=100.0, dearest=0.0)
+        if config.selector == "mass":
+            return Dial("mass", config.mass, cheapest=1e-3, dearest=1.0)
+        raise ConfigError(
+            "the model is set to be dense, which has one cost; set a density, or a selector with "
+            'method.set_selector("mass")'
+        )
+
+    def turn(self, value: float) -> None:
+        self.set_selector(self.dial.name, value)
+
+    def set_selector(self, selector: str, value: float | None = None) -> None:
+        """Select in another way from now on, without any change to the weights.
+
+        Args:
+            selector: ``density``, ``threshold``, ``mass`` or ``dense``.
+            value: of the config field of that name; None leaves it as it is.
+        """
+        changes: dict[str, Any] = {"selector": selector}
+        if value is not None and selector != "dense":
+            changes[selector] = value
+        self.config = replace(self.config, **changes)
+
+    def set_density(self, density: float | None) -> None:
+        """Keep this share of the patch tokens from now on; None is the dense model."""
+        self.set_selector("dense" if density is None else "density", density)
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """The same as :meth:`set_density`: there is one stage, and so one ratio."""
+        if isinstance(keep_ratio, Sequence):
+            raise ConfigError(f"SaiT drops tokens once; give one keep ratio, not {keep_ratio}")
+        self.set_density(keep_ratio)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within this context the model is the dense one."""
+        config = self.config
+        self.set_density(None)
+        try:
+            yield
+        finally:
+            self.config = config
+
+
+def _ranking(score_BN: Tensor) -> Tensor:
+    """(B, N): positions from best to worst; of equal scores the earlier position first."""
+    return score_BN.argsort(dim=1, descending=True, stable=True)
+
+
+def _count(density: float, num_patches: int) -> int:
+    """The density in whole tokens, rounded up; 0.55 of 100 are 55, whatever floats say."""
+    return max(1, math.ceil(density * num_patches - 1e-9))
+
+
+def _on_grid(attention_BN: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Attention on a teacher's patch grid, brought to the student's if they differ."""
+    num_images, num_patches = attention_BN.shape
+    if num_patches == grid[0] * grid[1]:
+        return attention_BN
+    scale = math.sqrt(num_patches / (grid[0] * grid[1]))
+    rows, columns = round(grid[0] * scale), round(grid[1] * scale)
+    require(
+        rows * columns == num_patches,
+        f"the teacher's {num_patches} patches are no grid of the shape {grid[0]} x {grid[1]}, the "
+        "student's; take a teacher that sees the same image in square patches",
+    )
+    attention = attention_BN.view(num_images, 1, rows, columns)
+    resized = F.interpolate(attention, grid, mode="bilinear", antialias=True)
+    return resized.flatten(1)

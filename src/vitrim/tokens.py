@@ -91,8 +91,11 @@ class Tokens:
         return grid.scatter(1, self.index_BN, values)
 
     def places(self) -> list[Tensor]:
-        """Per image: the original places of its patch tokens, sorted."""
-        return [places.sort().values for places in self.index_BN]
+        """Per image: the original places of its patch tokens, sorted; under a mask the kept ones."""
+        if self.keep_BN is None:
+            return [places.sort().values for places in self.index_BN]
+        kept = zip(self.index_BN, self.keep_BN > 0.5, strict=True)
+        return [places[keep].sort().values for places, keep in kept]
 
     def with_x(self, x: Tensor) -> Tokens:
         """The same tokens with new features."""

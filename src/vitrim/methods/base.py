@@ -47,6 +47,8 @@ class Recorder:
 
     def add(self, block: int, before: AnyTokens, scores: Tensor, after: AnyTokens) -> None:
         """Record that ``before`` was scored, one score per patch token, and ``after`` goes on."""
+        if isinstance(before, Tokens) and before.keep_BN is not None:
+            scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)
         grid = before.on_grid(scores.detach().float(), self.num_patches, torch.nan)
         kept = after.places()
         counts = torch.tensor([len(places) for places in kept], device=scores.device)

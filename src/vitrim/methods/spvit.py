@@ -1,0 +1,486 @@
+"""SPViT: a multi-head selector drops patch tokens, and a package token keeps what they held.
+
+Kong et al., "SPViT: Enabling Faster Vision Transformers via Latency-aware Soft Token Pruning", ECCV
+2022 (arXiv 2112.13890), and the authors' code, which we follow in its last version (one package
+token per stage, head attention). Before block ``stages[s]`` a small selector looks at each head's
+slice of every token, weighs the heads' opinions token by token, and keeps or drops. What a stage
+drops is condensed into one package token, which stays with the prefix tokens: it is attended to,
+seen by later selectors, never dropped.
+
+* Training keeps all tokens in memory: a hard Gumbel draw, multiplied by the draws before it, hides
+  dropped tokens from attention; the ratio loss holds the kept share of the whole batch at
+  ``keep_ratio ** (s + 1)``, so that images may differ.
+* Inference drops what is likelier to go than to stay, a number that depends on the image, and
+  computes on nothing else. ``inference="top_k"`` keeps exactly ``int(N * keep_ratio ** (s + 1))``.
+
+What differs from the authors' code: inference draws no noise and really removes tokens (theirs
+draws and masks; ``inference="gumbel"`` and ``execution="mask"`` are there to compare); any image
+size, number of stages and ratio per stage (theirs are fixed); the package is the mean of what a
+stage dropped, weighted by the keep scores, as in the authors' other files and, by other people's
+notes, the paper (``SPViTConfig.official()`` has the unnormalised sum of their last file); the
+masked softmax cannot be poisoned by dropped keys (see ``attention.masked_softmax``). A stage that
+drops nothing of an image gives it a zero package token, as the authors' sum does; a stage that
+cannot drop anything (a ratio of 1, a threshold of 0) is skipped, and adds none. The latency table
+and the search for stages are not in the authors' code. Ours: ``sampling="top_k"`` with
+``score_weight``, which adapt a trained model on few unlabelled images.
+
+Published (abstract): DeiT-T in 26 ms on a mobile device, 26 to 41 % less latency than earlier
+methods. The authors' log for DeiT-S ends at 79.07 top-1. We reproduce the forward, losses and
+gradients of the code on fixed weights; training on ImageNet was not re-run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import losses, sampling
+from vitrim.config import normalise, require
+from vitrim.families import ViT
+from vitrim.macs import linear_macs
+from vitrim.methods.base import (
+    Decision,
+    DenseOutput,
+    Dial,
+    Method,
+    Recorder,
+    SelectionOutput,
+    check_keep_ratio,
+    check_stages,
+    quarter_stages,
+    salient_teacher,
+    selection_losses,
+    stage_ratios,
+)
+from vitrim.packing import AnyTokens, select
+from vitrim.tokens import Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SPViTConfig:
+    """How SPViT is set up."""
+
+    keep_ratio: float | tuple[float, ...] = 0.7
+    """Kept share of the original patches: the target of the ratio loss, and with
+    ``inference="top_k"`` what is kept. One number r gives r, r^2, r^3 ... at the stages; a tuple
+    gives the share at each stage (the authors' code: 0.617, 0.369, 0.137)."""
+    stages: tuple[int, ...] | None = None
+    """Blocks before which tokens are dropped; None takes a quarter, a half and three quarters of
+    the depth: the authors' 3, 6, 9 of 12 blocks."""
+    inference: Literal["argmax", "threshold", "top_k", "gumbel"] = "argmax"
+    """How inference decides: the likelier class, per image (the paper); a keep score above
+    ``threshold``, per image; a fixed number, the likeliest; or, as the authors' code does, a draw
+    with noise, here from ``seed``."""
+    threshold: float = 0.5
+    """Of ``inference="threshold"``, on the mean of the heads' keep probabilities. In [0, 1)."""
+    seed: int = 0
+    """Of the noise of ``inference="gumbel"``, which starts afresh in every forward."""
+    execution: Literal["gather", "mask"] = "gather"
+    """Whether inference removes dropped tokens, or computes on all of them and hides them, as the
+    authors' code does: the same logits, no saving, and a shape that no image changes."""
+    package_mode: Literal["keep_weighted", "mean", "sum"] = "keep_weighted"
+    """The package token: mean of the dropped tokens weighted by their keep scores; plain mean; or
+    weighted sum (the authors' last file)."""
+    package_policy: Literal["append", "accumulate"] = "append"
+    """Whether each stage brings a package token of its own (the authors' last file), or adds to the
+    one that is there (their earlier ones)."""
+    share_heads: bool = True
+    """One selector MLP for all heads (the authors' code) or one per head."""
+    fuse: Literal["log", "prob"] = "log"
+    """What is averaged over the heads to decide: log-probabilities (the authors' code), or
+    probabilities, of which the logarithm is then taken (the paper's equation)."""
+    split: Literal["half", "shared"] = "half"
+    """Whether one half of a token's embedding is local and the other averaged over the image (the
+    authors' code), or the same, half as wide, is both (the paper's equation)."""
+    sampling: Literal["gumbel", "argmax", "top_k"] = "gumbel"
+    """How training decides: a draw with Gumbel noise (the paper); the likelier class; or, ours, a
+    fixed number, gathered. Then ``score_weight`` teaches the selectors."""
+    temperature: float = 1.0
+    """Of the relaxed draw. Paper: 1, not annealed."""
+    classification_weight: float = 1.0
+    """Weight of the cross entropy. Authors: 1."""
+    ratio_weight: float = 2.0
+    """Weight of the ratio loss, mean over stages. Authors: 2."""
+    distill_weight: float = 0.5
+    """Weight of KL(teacher || student) on the logits. Authors: 0.5."""
+    token_weight: float = 0.5
+    """Weight of the squared error on kept tokens after the final norm. Authors: 0.5."""
+    score_weight: float = 0.0
+    """Ours: weight of a loss that teaches the selectors to keep the tokens that matter most to the
+    dense teacher's prediction (``ViT.saliency``), for adapting on few images. Authors: none."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        normalise(self)
+        check_keep_ratio(self.keep_ratio)
+        if self.stages is not None:
+            check_stages(self.stages)
+            self.ratios(len(self.stages))
+        threshold = self.threshold
+        require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
+        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
+        for name in ("classification", "ratio", "distill", "token", "score"):
+            weight = getattr(self, f"{name}_weight")
+            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        require(
+            self.sampling != "top_k" or self.score_weight > 0,
+            'sampling="top_k" teaches the selectors by the score loss; set score_weight',
+        )
+        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
+
+    @classmethod
+    def official(cls, **changes: Any) -> SPViTConfig:
+        """The settings of the authors' last code, with ``changes``."""
+        fields = {"keep_ratio": (0.617, 0.369, 0.137), "package_mode": "sum"}
+        return cls(**fields | changes)
+
+    def ratios(self, num_stages: int) -> tuple[float, ...]:
+        """The kept share of the original patches at each stage."""
+        return stage_ratios(self.keep_ratio, num_stages)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A selector's opinion of each patch token."""
+
+    log_probs: Tensor
+    """(..., 2): log-probabilities of (keep, drop), by which a token is kept."""
+    keep_score: Tensor
+    """(...): mean of the heads' keep probabilities, which weighs a token in the package."""
+
+
+class Selector(nn.Module):
+    """Scores each patch token head by head, from its own slice and the mean slice of the image.
+
+    ``MultiheadPredictorLG`` of the authors' code. Package tokens take part in the mean.
+    """
+
+    def __init__(self, dim: int, num_heads: int, config: SPViTConfig) -> None:
+        super().__init__()
+        width = dim // num_heads
+        require(
+            dim == width * num_heads and width % 2 == 0 and width >= 4,
+            f"{num_heads} heads share {dim} channels; SPViT needs an even number per head, 4 or "
+            "more",
+        )
+        self.num_heads, self.fuse, self.split = num_heads, config.fuse, config.split
+        hidden = max(1, num_heads // 2)
+        self.head_attention = nn.Sequential(
+            nn.Linear(num_heads, hidden), nn.GELU(), nn.Linear(hidden, num_heads), nn.Sigmoid()
+        )
+        embedded = width if config.split == "half" else width // 2
+        copies = range(1 if config.share_heads else num_heads)
+        self.embed = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embedded), nn.GELU())
+            for _ in copies
+        )
+        self.classify = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width, width // 2),
+                nn.GELU(),
+                nn.Linear(width // 2, width // 4),
+                nn.GELU(),
+                nn.Linear(width // 4, 2),
+            )
+            for _ in copies
+        )
+
+    def forward(self, tokens: AnyTokens, packages_BSC: Tensor) -> Scores:
+        """Scores of the patch tokens; under a mask the kept ones are pooled."""
+        slices = self._slices(tokens.patches)
+        local, pooled = self._embedded(slices)
+        total = tokens.sum_per_image(pooled)
+        total = total + self._embedded(self._slices(packages_BSC))[1].sum(1)
+        # A count is at least 1 or exactly 0: the bound only turns 0 / 0 into 0.
+        counts = (tokens.counts_B + packages_BSC.shape[1]).clamp(min=0.5)
+        mean = tokens.spread(total / counts[:, None, None]).to(local.dtype)
+        logits = _per_head(self.classify, torch.cat([local, mean], -1))
+        weights = self.head_attention(slices.mean(-1))
+        weights = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
+        log_probs = (weights * logits.log_softmax(-1)).sum(-2)
+        probs = (weights * logits.softmax(-1)).sum(-2)
+        if self.fuse == "prob":
+            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+        return Scores(log_probs.log_softmax(-1), probs[..., 0])
+
+    def _slices(self, x: Tensor) -> Tensor:
+        """(..., H, D) of (..., C)."""
+        return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
+
+    def _embedded(self, slices: Tensor) -> tuple[Tensor, Tensor]:
+        """The local part, and the part that is averaged over the image."""
+        embedded = _per_head(self.embed, slices)
+        if self.split == "shared":
+            return embedded, embedded
+        local, pooled = embedded.chunk(2, -1)
+        return local, pooled
+
+    def macs(self, num_patches: Any, num_packages: int) -> Any:
+        """MACs for one image."""
+        copies = self.num_heads // len(self.embed)
+        embed = copies * linear_macs(self.embed)
+        rest = copies * linear_macs(self.classify) + linear_macs(self.head_attention)
+        return (embed + rest) * num_patches + embed * num_packages
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of width 0.02 and zero biases, as the authors'."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+
+
+def _per_head(modules: nn.ModuleList, x: Tensor) -> Tensor:
+    """Each head's slice of ``x`` (..., H, D) through its own module, or all through one."""
+    if len(modules) == 1:
+        shared: Tensor = modules[0](x)
+        return shared
+    parts = [module(part) for module, part in zip(modules, x.unbind(-2), strict=True)]
+    return torch.stack(parts, -2)
+
+
+class SPViT(Method):
+    """The method on a plain vision transformer."""
+
+    name = "spvit"
+    config_class = SPViTConfig
+    config: SPViTConfig
+
+    def __init__(
+        self, family: ViT, config: SPViTConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        stages = config.stages or quarter_stages(family.depth)
+        check_stages(stages, family.depth)
+        config.ratios(len(stages))
+        self.config = config
+        self.stages = stages
+        blocks = family.backbone.blocks
+        selectors = [
+            Selector(family.embed_dim, blocks[block].attn.num_heads, config) for block in stages
+        ]
+        for selector in selectors:
+            selector.reset_parameters(generator)
+        self.selectors = nn.ModuleList(selectors)
+
+    def counts(self, num_patches: int) -> tuple[int, ...] | None:
+        return self._fixed_counts(num_patches) if self.config.inference == "top_k" else None
+
+    def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
+        ratios = self.config.ratios(len(self.stages))
+        return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
+
+    def _drops_nothing(self, stage: int, num_patches: int) -> bool:
+        """Whether inference is bound to keep everything at ``stage``, which is then skipped."""
+        counts = self.counts(num_patches)
+        if counts is None:
+            return self.config.inference == "threshold" and self.config.threshold == 0
+        return counts[stage] == (num_patches, *counts)[stage]
+
+    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        stem = family.stem(images)
+        num_patches, tokens = stem.num_patches, cast(AnyTokens, stem)
+        noise = None
+        if self.config.inference == "gumbel":
+            noise = torch.Generator(images.device).manual_seed(self.config.seed)
+        for block in range(family.depth):
+            if block in self.stages:
+                before, stage = tokens, self.stages.index(block)
+                skips = self._drops_nothing(stage, num_patches)
+                if not skips or recorder:
+                    scores = self._score(family, stage, before)
+                if not skips:
+                    tokens = self._drop(family, stage, before, scores, num_patches, noise)
+                if recorder:
+                    recorder.add(block, before, self._rank(scores), tokens)
+            tokens = family.run_block(block, tokens)
+        return family.head(tokens)
+
+    def _score(self, family: ViT, stage: int, tokens: AnyTokens) -> Scores:
+        scores: Scores = self.selectors[stage](tokens, tokens.prefix_BPC[:, family.num_prefix :])
+        return scores
+
+    def _rank(self, scores: Scores) -> Tensor:
+        """What inference compares, in [0, 1]."""
+        if self.config.inference == "threshold":
+            return scores.keep_score
+        return scores.log_probs[..., 0].exp()
+
+    def _drop(
+        self,
+        family: ViT,
+        stage: int,
+        tokens: AnyTokens,
+        scores: Scores,
+        num_patches: int,
+        noise: torch.Generator | None,
+    ) -> AnyTokens:
+        """The tokens that go on in inference, and the package of the others."""
+        if self.config.inference == "top_k":
+            assert isinstance(tokens, Tokens)
+            return self._keep_best(family, tokens, scores, self._fixed_counts(num_patches)[stage])
+        if self.config.inference == "threshold":
+            keep = scores.keep_score > self.config.threshold
+        else:
+            draw = sampling.hard_keep(scores.log_probs, noise=noise is not None, generator=noise)
+            keep = draw > 0.5
+        prefix = self._prefix(family, tokens, scores, (~keep).to(scores.keep_score.dtype))
+        if self.config.execution == "mask":
+            assert isinstance(tokens, Tokens)
+            return _masked(tokens, keep.to(tokens.x.dtype)).with_prefix(prefix)
+        keep_BN = tokens.on_grid(keep, num_patches, False)
+        if prefix.shape[1] == tokens.num_prefix:
+            return select(tokens.with_prefix(prefix), keep_BN)
+        return select(tokens, keep_BN, prefix[:, tokens.num_prefix :])
+
+    def _keep_best(self, family: ViT, tokens: Tokens, scores: Scores, count: int) -> Tokens:
+        """The ``count`` tokens likeliest to be kept, and the package of the others."""
+        ranks = scores.log_probs[..., 0] - scores.log_probs[..., 1]
+        if tokens.keep_BN is not None:
+            ranks = ranks.masked_fill(tokens.keep_BN < 0.5, -torch.inf)
+        best = sampling.top_k(ranks, count)
+        keep = torch.zeros_like(ranks).scatter(1, best, 1.0)
+        prefix = self._prefix(family, tokens, scores, 1 - keep)
+        masks = self.config.execution == "mask" and not self.training
+        kept = _masked(tokens, keep) if masks else tokens.gather(best)
+        return kept.with_prefix(prefix)
+
+    def _prefix(self, family: ViT, tokens: AnyTokens, scores: Scores, dropped: Tensor) -> Tensor:
+        """(B, P, C): the prefix tokens with the package of what a stage drops among them."""
+        prefix = tokens.prefix_BPC
+        package = self._package(tokens, scores.keep_score, dropped).unsqueeze(1)
+        if self.config.package_policy == "accumulate" and prefix.shape[1] > family.num_prefix:
+            return torch.cat([prefix[:, :-1], prefix[:, -1:] + package], 1)
+        return torch.cat([prefix, package], 1)
+
+    def _package(self, tokens: AnyTokens, keep_score: Tensor, dropped: Tensor) -> Tensor:
+        """(B, C): what is dropped, condensed; zero where that is nothing.
+
+        Of the weighted mean, the gradient that ``dropped`` may carry is left out: a kept token's
+        score over the sum of the dropped ones' knows no bound.
+        """
+        mode, x = self.config.package_mode, tokens.patches
+        weights = dropped.to(torch.promote_types(x.dtype, torch.float32))
+        if mode == "keep_weighted":
+            weights = weights.detach()
+        if mode != "mean":
+            weights = weights * keep_score
+        package = tokens.sum_per_image(weights.unsqueeze(-1) * x)
+        if mode != "sum":
+            total = tokens.sum_per_image(weights).unsqueeze(-1)
+            package = package / total.where(total > 0, 1)
+        return package.to(x.dtype)
+
+    def train_forward(
+        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+    ) -> SelectionOutput:
+        tokens = family.stem(images)
+        num_patches = tokens.num_patches
+        decisions: list[Decision] = []
+        for block in range(family.depth):
+            if block in self.stages:
+                before, stage = tokens, len(decisions)
+                scores = self._score(family, stage, before)
+                tokens = self._draw(family, stage, before, scores, num_patches, generator)
+                keep_BN = tokens.keep_on_grid(num_patches)
+                decisions.append(Decision(scores.log_probs, before, keep_BN))
+            tokens = family.run_blocks((block,), tokens)
+        features = family.patch_features(tokens)
+        return SelectionOutput(family.head(tokens), features, tokens, tuple(decisions))
+
+    def _draw(
+        self,
+        family: ViT,
+        stage: int,
+        tokens: Tokens,
+        scores: Scores,
+        num_patches: int,
+        generator: torch.Generator | None,
+    ) -> Tokens:
+        """The tokens that go on in training: under a mask, or gathered as at inference."""
+        config = self.config
+        if config.sampling == "top_k":
+            count = self._fixed_counts(num_patches)[stage]
+            if count == tokens.num_patches:
+                return tokens
+            return self._keep_best(family, tokens, scores, count)
+        keep_BN = sampling.hard_keep(
+            scores.log_probs,
+            noise=config.sampling == "gumbel",
+            temperature=config.temperature,
+            generator=generator,
+        )
+        prefix = self._prefix(family, tokens, scores, 1 - keep_BN)
+        return _masked(tokens, keep_BN).with_prefix(prefix)
+
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        if not self.config.score_weight:
+            return super().teach(family, images)
+        return salient_teacher(family, images, self.stages)
+
+    def losses(
+        self, output: SelectionOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        ratios = self.config.ratios(len(self.stages))
+        keeps = [decision.keep_BN for decision in output.decisions]
+        pairs = zip(keeps, ratios, strict=True)
+        ratio = torch.stack([losses.batch_ratio_loss(keep, ratio) for keep, ratio in pairs]).mean()
+        counts = self._fixed_counts(keeps[0].shape[1])
+        return selection_losses(self.config, output, ratio, target, teacher, counts)
+
+    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+        total: Any = family.stem_macs(num_patches)
+        patches: Any = num_patches
+        prefix = family.num_prefix
+        for block in range(family.depth):
+            if block in self.stages:
+                stage = self.stages.index(block)
+                if not self._drops_nothing(stage, num_patches):
+                    packages = prefix - family.num_prefix
+                    total = total + self.selectors[stage].macs(patches, packages)  # type: ignore[operator]
+                    if packages == 0 or self.config.package_policy == "append":
+                        prefix += 1
+                if self.config.execution == "gather":
+                    patches = counts[stage]
+            total = total + family.block_macs(block, patches + prefix)
+        return total + family.head_macs(patches + prefix)
+
+    @property
+    def dial(self) -> Dial:
+        """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
+        if self.config.inference != "top_k":
+            value = self.config.threshold if self.config.inference == "threshold" else 0.5
+            return Dial("threshold", value, cheapest=1 - 1e-6, dearest=0.0)
+        ratio = self.config.keep_ratio
+        first = ratio[0] if isinstance(ratio, tuple) else ratio
+        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
+
+    def turn(self, value: float) -> None:
+        if self.config.inference != "top_k":
+            self.config = replace(self.config, inference="threshold", threshold=value)
+        else:
+            self.set_keep_ratio(value)
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Keep another share from now on: one number r for r, r^2, r^3 ..., or one per stage.
+
+        Raises:
+            ConfigError: out of range, or the counts depend on the image.
+        """
+        require(
+            self.config.inference == "top_k",
+            f'with inference="{self.config.inference}" the image decides how many tokens are kept, '
+            'not a keep ratio; make the model sparse with inference="top_k" to set ratios',
+        )
+        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
+        config.ratios(len(self.stages))
+        self.config = config
+
+
+def _masked(tokens: Tokens, keep_BN: Tensor) -> Tokens:
+    """The tokens with further ones dropped under the mask."""
+    return tokens.with_keep(keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN)

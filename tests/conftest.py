@@ -65,8 +65,11 @@ def golden_weights(case: dict[str, Any]) -> dict[str, Tensor]:
     for key, shape, rule in recipe["state_dict"]:
         generator = seeded((zlib.crc32(key.encode()) ^ recipe["salt"]) & 0x7FFFFFFF)
         noise = torch.randn(shape, generator=generator)
-        if rule == "normal":
-            weights[key] = recipe["scale"] * noise
+        kind, _, argument = rule.partition(":")
+        if kind == "normal":
+            weights[key] = float(argument or recipe["scale"]) * noise
+        elif kind == "alias":
+            weights[key] = weights[argument]
         elif rule == "norm":
             weights[key] = 1 + 0.1 * noise
         elif rule == "value":

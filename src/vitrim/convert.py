@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
-from vitrim.config import closest, from_plain
+from vitrim.config import closest, from_plain, to_plain
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.methods.spvit import SPViTConfig
 from vitrim.model import SparseModel
 
 StateDict = dict[str, Tensor]
@@ -61,7 +62,7 @@ def load_official(
 
     Args:
         state_dict: their state dict, bare or nested under ``model`` or ``model_ema``.
-        system: whose code wrote it: ``"dynamicvit"`` or ``"asvit"``.
+        system: whose code wrote it: ``"dynamicvit"``, ``"asvit"`` or ``"spvit"``.
         architecture: timm name of the backbone; worked out from the shapes when None.
         method_options: fields of the method's config that the file does not hold, such as
             ``keep_ratio=0.7`` (DynamicViT's files do not say for which ratio they were trained).
@@ -145,6 +146,43 @@ def _asvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
     return model
 
 
+def _spvit(weights: StateDict, architecture: str | None, options: dict[str, Any]) -> SparseModel:
+    backbone = _plain_vit(weights, architecture)
+    config = from_plain(SPViTConfig, to_plain(SPViTConfig.official()) | options)
+    head = re.compile(r"(score_predictor\.\d+\.(?:in|out)_conv)\.(\d+)\.(.*)")
+    found = {int(m[1]) for key in weights if (m := re.match(r"score_predictor\.(\d+)\.", key))}
+    if not found:
+        raise CheckpointError("this is no SPViT state dict: it has no score_predictor.* key")
+    model = SparseModel(backbone, config)
+    num_stages = len(model.method.stages)
+    if len(found) != num_stages:
+        raise CheckpointError(
+            f"the file has {len(found)} selectors, the config {num_stages} stages; pass "
+            f"stages=(...) and keep_ratio=(...) with {len(found)} entries"
+        )
+    renamed = {}
+    for key, tensor in weights.items():
+        match = head.fullmatch(key)
+        if match and match[2] != "0" and config.share_heads:  # their heads are one module
+            first = weights.get(f"{match[1]}.0.{match[3]}")
+            if first is None or not torch.equal(first, tensor):
+                raise CheckpointError(
+                    f"{key} differs from head 0, so the heads of this selector are not shared; "
+                    "pass share_heads=False"
+                )
+            continue
+        if key.startswith("score_predictor."):
+            key = key.replace("score_predictor.", "method.selectors.")
+            key = key.replace(".senet.", ".head_attention.")
+            key = key.replace(".in_conv.", ".embed.").replace(".out_conv.", ".classify.")
+        else:
+            key = f"backbone.{key}"
+        renamed[key] = tensor
+    load_strict(model, renamed, "the authors' SPViT file")
+    model.origin = "converted from the authors' SPViT checkpoint"
+    return model
+
+
 def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
     """The DeiT whose shapes ``weights`` has (the authors use 64 channels per head throughout)."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
@@ -186,4 +224,5 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
 _CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {
     "dynamicvit": _dynamicvit,
     "asvit": _asvit,
+    "spvit": _spvit,
 }

@@ -15,6 +15,8 @@ from vitrim.errors import (
 )
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.methods.sait import SaiTConfig
+from vitrim.methods.spvit import SPViTConfig
 from vitrim.model import SparseModel, Trace, sparsify
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ __all__ = [
     "DynamicViTConfig",
     "InputError",
     "MissingExtraError",
+    "SPViTConfig",
+    "SaiTConfig",
     "SparseModel",
     "Trace",
     "TrainingError",

@@ -7,8 +7,12 @@ from vitrim.errors import ConfigError
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.base import Method
 from vitrim.methods.dynamicvit import DynamicViT
+from vitrim.methods.sait import SaiT
+from vitrim.methods.spvit import SPViT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DynamicViT, ASViT)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (DynamicViT, ASViT, SaiT, SPViT)
+}
 
 
 def method_by_name(name: str) -> type[Method]:

@@ -142,6 +142,8 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type]
     needs_training: ClassVar[str | None] = None
     """The recipe that teaches a selector which knows nothing when new; None: none needs to be."""
+    serves_dense: ClassVar[bool] = False
+    """Whether the trained backbone is meant to be used dense too, so that validation looks."""
     config: Any
     stages: tuple[int, ...]
 

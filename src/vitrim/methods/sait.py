@@ -200,6 +200,7 @@ class SaiT(Method):
 
     name = "sait"
     config_class = SaiTConfig
+    serves_dense = True
     config: SaiTConfig
 
     def __init__(

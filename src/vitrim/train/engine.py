@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import InputError, TrainingError
+from vitrim.methods.base import Method
 from vitrim.model import SparseModel
 from vitrim.train.devices import accelerator_of
 from vitrim.train.loader import TrainLoader, validation_loader
@@ -82,6 +83,7 @@ class _Trainer:
         state = load_state(folder) if resume else None
         task = create_task(recipe)
         self.dense_or_sparse: Any = task.model
+        self.method: Method | None = getattr(task.model, "method", None)
         self.data_config = data_config_of(task, recipe)
         self._open_data()
         self._count_steps()
@@ -109,16 +111,12 @@ class _Trainer:
         self.loader = TrainLoader(
             recipe, self.data_config, num_classes, pin_memory=pin_memory, **places
         )
-        batch_size = recipe.data.batch_size
         if sparse:
             model.data_config = self.data_config
             shape = (1, *self.data_config["input_size"])
             model.family.check_images(torch.empty(shape, device="meta"))
-            grid = model.family.grid(self.data_config["input_size"][1:])
-            if model.method.counts(grid[0] * grid[1]) is None:
-                batch_size = 1  # counts that depend on the image
         self.validation = validation_loader(
-            recipe, self.data_config, num_classes, batch_size=batch_size, **places
+            recipe, self.data_config, num_classes, batch_size=recipe.data.batch_size, **places
         )
 
     def _count_steps(self) -> None:
@@ -154,6 +152,8 @@ class _Trainer:
             while self.step < self.total_steps and not stop:
                 epoch, within = divmod(self.step, self.steps_per_epoch)
                 batches = self.loader.epoch(epoch, within * self.recipe.optim.accumulate)
+                if self.method is not None:
+                    self.method.begin_epoch(epoch)
                 while self.step < (epoch + 1) * self.steps_per_epoch and not stop:
                     record = self._optimise(batches)
                     stop = record.pop("time_up") > 0
@@ -176,6 +176,8 @@ class _Trainer:
         """One optimiser step; returns its loss terms, rate and gradient norm."""
         accelerator, recipe, step = self.accelerator, self.recipe, self.step
         lr = self.schedule.apply(self.optimizer, step)
+        if self.method is not None:
+            self.method.begin_step(step)
         accumulate = recipe.optim.accumulate
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
@@ -247,12 +249,16 @@ class _Trainer:
             self._export(metrics)
             return
         score, count = top1(self.accelerator, self._result, self.validation)
+        found = {"val_top1": score}
+        if self.method is not None and self.method.serves_dense:
+            result: Any = self._result
+            found["val_dense_top1"] = top1(self.accelerator, result.backbone, self.validation)[0]
         if self.logs is not None:
-            self.logs.write({"step": self.step, "epoch": epoch, "val_top1": score})
+            self.logs.write({"step": self.step, "epoch": epoch} | found)
         if score > self.best:
             self.best = score
-            measured = {"val_top1": score, "val_images": count, "val_data": self.recipe.data.val}
-            self._export(metrics | measured | {"precision": self.recipe.run.precision})
+            measured = {"val_images": count, "val_data": self.recipe.data.val}
+            self._export(metrics | found | measured | {"precision": self.recipe.run.precision})
 
     @property
     def _result(self) -> nn.Module:

@@ -248,6 +248,7 @@ class SPViT(Method):
 
     name = "spvit"
     config_class = SPViTConfig
+    needs_training = "spvit-adapt"
     config: SPViTConfig
 
     def __init__(

@@ -327,6 +327,8 @@ def test_the_dial_spans_nothing_to_everything_and_is_saved(tmp_path):
     for change in (sparse.set_keep_ratio, sparse.set_density):
         with pytest.raises(ConfigError, match="asvit has no"):
             change(0.5)
+    with pytest.raises(ConfigError, match="computes every token"):
+        _ = in_mode(sparse, "mask").method.dial
 
 
 @pytest.mark.parametrize("head", ["class token", "average pool"])

@@ -154,7 +154,7 @@ def straight_through(
 ) -> Tensor:
     """``keep_BN`` (bool) as 0 and 1, with the gradients of ``sigmoid((score - threshold) / t)``."""
     soft = torch.sigmoid((score_BN - threshold) / temperature)
-    return keep_BN.to(soft.dtype) - soft.detach() + soft
+    return keep_BN.to(soft.dtype) + (soft - soft.detach())
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class ASViT(Method):
             before, score = self._attend(family, block, tokens)
             tokens = self._drop(family, before, score, num_patches, self.stages.index(block + 1))
             if recorder:
-                _record(recorder, block + 1, before, score, tokens)
+                recorder.add(block + 1, before, score, tokens)
             tokens = family.mlp_half(block, tokens)
         return family.head(tokens)
 
@@ -335,7 +335,15 @@ class ASViT(Method):
 
         A score is a share of the attention, about 1 / (tokens present), so thresholds that keep
         their proportions keep the proportions of the counts.
+
+        Raises:
+            ConfigError: the mode is ``mask``, whose cost is the dense model's whatever is kept.
         """
+        require(
+            self.config.mode != "mask",
+            'asvit in mode="mask" computes every token, so nothing changes its cost; calibrate in '
+            'mode="adaptive" and change the mode afterwards',
+        )
         factor = self.config.threshold_factor
         return Dial("threshold_factor", factor, cheapest=1e4, dearest=1e-4, logarithmic=True)
 
@@ -349,20 +357,11 @@ def _above(family: ViT, score_BN: Tensor, threshold: Tensor) -> Tensor:
     return sampling.at_least_best(keep_BN, score_BN) if family.pools_patches else keep_BN
 
 
-def _without_dropped(tokens: Tokens, score_BN: Tensor, fill: float = -math.inf) -> Tensor:
-    """The scores under the tokens' mask, ``fill`` where a token was dropped."""
-    return score_BN if tokens.keep_BN is None else score_BN.masked_fill(tokens.keep_BN < 0.5, fill)
-
-
-def _record(
-    recorder: Recorder, stage: int, before: AnyTokens, score: Tensor, after: AnyTokens
-) -> None:
-    """Record a stage; under a mask, what is masked out counts as dropped."""
-    if isinstance(after, Tokens) and after.keep_BN is not None:
-        assert isinstance(before, Tokens)
-        score = _without_dropped(before, score, math.nan)
-        after = select(before, after.keep_on_grid(recorder.num_patches) > 0.5)
-    recorder.add(stage, before, score, after)
+def _without_dropped(tokens: Tokens, score_BN: Tensor) -> Tensor:
+    """The scores, below any threshold where a token was dropped."""
+    if tokens.keep_BN is None:
+        return score_BN
+    return score_BN.masked_fill(tokens.keep_BN < 0.5, -math.inf)
 
 
 def _full(values: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from PIL import Image
 
 import vitrim.cli
 from tests.conftest import golden, golden_weights, tiny_vit
-from vitrim.checkpoint import save
+from vitrim import DynamicViTConfig, SaiTConfig
+from vitrim.checkpoint import describe_data, save
 from vitrim.cli import main
-from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.train.data import eval_loader
 
 QUICK = ["--workers", "0", "--device", "cpu"]
+SPARSIFY = ["sparsify", "digits_vit", "--data", "DATA", "-o", "TMP/out", "--method"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,20 @@ def made(tmp_path_factory) -> Path:
         for number in range(2):
             pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(inside / f"{number}.png")
+    calibrated = vitrim.sparsify(tiny_vit(patch_size=4), SaiTConfig(min_kept=0))
+    loader = eval_loader(folder / "data", describe_data(calibrated.backbone), 20)
+    vitrim.calibrate(calibrated, loader, (0.7, 0.85))
+    save(calibrated, folder / "calibrated")
     (folder / "data" / "class3" / "broken.png").write_bytes(b"no image at all")
     return folder
+
+
+@pytest.fixture
+def dense(monkeypatch) -> list[str]:
+    """Arguments that name a small dense model."""
+    model = tiny_vit(patch_size=4)
+    monkeypatch.setattr("vitrim.cli.common._pretrained", lambda name: model)
+    return ["vit_tiny_patch16_224"]
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -106,12 +120,17 @@ def test_eval_at_other_ratios_and_with_another_dense_model(capsys, made, tmp_pat
     assert first["dense"]["top1"] == pytest.approx(10, abs=2)
 
 
-def test_eval_takes_single_images_where_counts_vary(capsys, made):
-    arguments = ("--data", made / "data", "--limit", "4", *QUICK)
-    code, out, err = run(capsys, "eval", made / "adaptive", *arguments)
-    assert code == 0, err
-    assert "batches of one image" in err
-    assert "adaptive" in out
+def test_eval_takes_batches_where_counts_vary(capsys, made, tmp_path):
+    reports = []
+    for batch in (1, 4):
+        reports.append(tmp_path / f"{batch}.json")
+        arguments = ("--data", made / "data", "--limit", "8", "--batch", batch, *QUICK)
+        code, out, err = run(capsys, "eval", made / "adaptive", *arguments, "--json", reports[-1])
+        assert code == 0, err
+        assert "adaptive" in out
+    single, together = (json.loads(report.read_text())["results"][0] for report in reports)
+    assert together["macs"]["mean"] == pytest.approx(single["macs"]["mean"])
+    assert together["sparse"] == single["sparse"]
 
 
 def test_eval_of_a_dense_model_on_the_embedded_data(capsys, tmp_path):
@@ -134,7 +153,119 @@ def test_eval_of_a_dense_model_on_the_embedded_data(capsys, tmp_path):
     assert result["dense_macs"] == pytest.approx(84.7e6, rel=0.01)
 
 
+def test_eval_sweeps_budgets_by_formula_and_draws(capsys, made, tmp_path):
+    pytest.importorskip("matplotlib")
+    report, picture = tmp_path / "eval.json", tmp_path / "curve.png"
+    code, out, err = run(
+        capsys,
+        *("eval", made / "checkpoint", "--data", made / "data", "--macs", "0.8,0.5"),
+        *("--macs", "0.64", "--json", report, "--plot", picture, *QUICK),
+    )
+    assert code == 0, err
+    assert "dynamicvit at 0.64" in out
+    assert "calibrated" not in err
+    rows = json.loads(report.read_text())["results"]
+    assert [row["budget"] for row in rows] == [0.8, 0.5, 0.64]
+    for row in rows:
+        assert row["macs"]["mean"] / row["dense_macs"] == pytest.approx(row["budget"], rel=0.01)
+        assert (row["dial"], row["set_by"]) == ("keep_ratio", "formula")
+        assert row["dense"] == rows[0]["dense"]
+    with Image.open(picture) as drawn:
+        assert drawn.width > 500
+
+
+def test_eval_calibrates_what_is_not_recorded(capsys, made, tmp_path):
+    report = tmp_path / "eval.json"
+
+    def evaluate(*arguments) -> tuple[list[dict], str]:
+        code, _, err = run(
+            capsys,
+            *("eval", made / "calibrated", "--data", made / "data", "--json", report),
+            *(*arguments, *QUICK),
+        )
+        assert code == 0, err
+        return json.loads(report.read_text())["results"], err
+
+    rows, err = evaluate("--macs", "0.7", "--macs", "0.8")
+    assert [row["set_by"] for row in rows] == ["record", "record"]  # between two records
+    assert "calibrated" not in err
+    rows, err = evaluate("--macs", "0.7", "--macs", "0.5")
+    assert rows[0]["set_by"] == "record"
+    assert rows[1]["set_by"] == f"calibration on 20 images of {made / 'data'}"
+    assert rows[1]["macs"]["mean"] / rows[1]["dense_macs"] == pytest.approx(0.5, rel=0.02)
+    assert "evaluated too, without their labels" in err
+    rows, err = evaluate("--macs", "0.5", "--calibrate-on", made / "data" / "class1")
+    assert rows[0]["set_by"].startswith("calibration on 2 images")
+    assert "evaluated too" not in err
+
+
+def test_missing_matplotlib_says_how_to_install(capsys, made, tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ("--data", made / "data", "--plot", tmp_path / "curve.png", *QUICK)
+    err = fails(capsys, tmp_path, "eval", made / "checkpoint", *arguments)
+    assert "pip install 'vitrim[viz]'" in err
+
+
+# sparsify
+
+
+def test_sparsify_calibrates_and_records(capsys, dense, made, tmp_path):
+    output, report = tmp_path / "sparse", tmp_path / "found.json"
+    code, out, err = run(
+        capsys,
+        *("sparsify", *dense, "--method", "sait", "--data", made / "data" / "class1", *QUICK),
+        *("--macs", "0.6", "--macs", "0.8", "--set", "min_kept=0", "-o", output, "--json", report),
+    )
+    assert code == 0, err
+    assert "budget" in out
+    assert "of the dense MACs" in err
+    sparse = vitrim.from_pretrained(output)
+    assert [point.budget for point in sparse.calibration] == [0.6, 0.8]
+    assert sparse.config.mass == sparse.calibration[0].value
+    assert sparse.config.min_kept == 0
+    written = json.loads(report.read_text())
+    assert [point["fraction"] for point in written["calibration"]] == [
+        pytest.approx(0.6, rel=0.01),
+        pytest.approx(0.8, rel=0.01),
+    ]
+    code, out, err = run(capsys, "info", output)
+    assert code == 0, err
+    assert "0.8 of dense at mass" in out
+    assert "without training" in out
+
+
+def test_sparsify_needs_no_image_for_fixed_counts(capsys, dense, made, tmp_path):
+    code, out, err = run(
+        capsys,
+        *("sparsify", *dense, "--method", "sait", "--set", "selector=density", "--macs", "0.5"),
+        *("--data", made / "data", "-o", tmp_path / "sparse", "--tolerance", "0.03", *QUICK),
+    )
+    assert code == 0, err
+    assert "by formula" in out
+    sparse = vitrim.from_pretrained(tmp_path / "sparse")
+    assert sparse.macs() / sparse.dense_macs() == pytest.approx(0.5, rel=0.03)
+
+
 # bench
+
+
+def test_bench_at_budgets_on_images(capsys, made, tmp_path):
+    report = tmp_path / "bench.json"
+    quick = ("--rounds", "1", "--seconds", "0", "--dtype", "fp32", "--device", "cpu")
+    code, _, err = run(
+        capsys,
+        *("bench", made / "calibrated", "--macs", "0.7,0.85", "--batch", "1,4", *quick),
+        *("--data", made / "data", "--json", report),
+    )
+    assert code == 0, err
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["name"] for row in rows[:3]] == ["dense", "sait at 0.7", "sait at 0.85"]
+    assert {row["batch"] for row in rows} == {1, 4}
+    for row in rows[3:]:
+        share = float(row["name"].rpartition(" ")[2]) if row["name"] != "dense" else 1
+        assert row["macs"] / rows[0]["macs"] == pytest.approx(share, rel=0.05)
 
 
 def test_bench_of_a_checkpoint(capsys, made, tmp_path):
@@ -366,6 +497,32 @@ def test_wrong_data_are_named(capsys, made, tmp_path):
         (["bench", "CKPT", "--image-size", "64"], "fixed"),
         (["bench", "CKPT", "--batch", "0"], "at least 1"),
         (["bench", "CKPT", "--dtype", "fp23"], "did you mean 'fp32'"),
+        (["eval", "CKPT", "--data", "DATA", "--macs", "1.5"], "at most 1"),
+        (["eval", "CKPT", "--data", "DATA", "--macs", "half"], "expected numbers"),
+        (["eval", "CKPT", "--data", "DATA", "--macs", "0.01"], "out of reach"),
+        (["eval", "CKPT", "--data", "DATA", "--macs", ".5", "--keep-ratio", ".5"], "one of them"),
+        (["eval", "CKPT", "--data", "DATA", "--plot", "TMP/curve.txt"], "no name of a picture"),
+        (["eval", "CAL", "--data", "DATA", "--macs", ".5", "--calibrate-on", "TMP/x"], "not exist"),
+        (["eval", "CAL", "--data", "DATA", "--macs", "0.1"], "out of reach"),
+        (["eval", "digits_vit", "--data", "digits", "--macs", "0.5"], "dense model"),
+        (["eval", "digits_vit", "--data", "digits", "--plot", "TMP/x.png"], "dense model"),
+        (["bench", "CAL", "--macs", "0.3"], "vitrim.calibrate"),
+        (["bench", "CKPT", "--macs", "0.5", "--keep-ratio", "0.5"], "one of them"),
+        (["bench", "vit_tiny_patch16_224", "--macs", "0.5"], "--method"),
+        ([*SPARSIFY, "dynamicvit", "--macs", "0.5"], "vitrim train dynamicvit-adapt"),
+        ([*SPARSIFY, "spvit", "--macs", "0.5"], "must learn"),
+        ([*SPARSIFY, "stvit", "--macs", "0.5"], "must learn"),
+        ([*SPARSIFY, "siat", "--macs", "0.5"], "did you mean 'sait'"),
+        ([*SPARSIFY, "sait"], "no budget"),
+        ([*SPARSIFY, "sait", "--macs", "1.5"], "at most 1"),
+        ([*SPARSIFY, "sait", "--macs", "0.1"], "gives 0."),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "--set", "mas=1"], "did you mean 'mass'"),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "--set", "mass"], "FIELD=VALUE"),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "--set", "selector=dense"], "dense"),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "-o", "EVIL"], "is a file"),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "--data", "TMP/none"], "does not exist"),
+        ([*SPARSIFY, "sait", "--macs", "0.5", "--weights", "TMP/none"], "does not exist"),
+        (["sparsify", "CAL", *SPARSIFY[2:], "sait", "--macs", "0.5"], "sparse already"),
         (["show", "CKPT", "TMP/none.png", "-o", "TMP/out"], "does not exist"),
         (["show", "CKPT", "DATA/class3/broken.png", "-o", "TMP/out"], "not one image"),
         (["show", "CKPT", "DATA", "-o", "TMP/out", "--keep-ratio", "0"], "(0, 1]"),
@@ -391,6 +548,7 @@ def test_wrong_input_gives_one_clear_message(capsys, made, tmp_path, arguments, 
     evil.write_bytes(pickle.dumps({"model": Evil()}))
     places = {
         "CKPT": str(made / "checkpoint"),
+        "CAL": str(made / "calibrated"),
         "DATA": str(made / "data"),
         "TMP": str(tmp_path),
         "EVIL": str(evil),
@@ -399,7 +557,8 @@ def test_wrong_input_gives_one_clear_message(capsys, made, tmp_path, arguments, 
     for word in arguments:
         head, slash, tail = word.partition("/")
         words.append(places.get(head, head) + slash + tail)
-    quick = QUICK if "eval" in words and "--device" not in words else []
+    takes_quick = words[0] in ("eval", "sparsify") and "--device" not in words
+    quick = QUICK if takes_quick else []
     assert message in fails(capsys, tmp_path, *words, *quick)
 
 

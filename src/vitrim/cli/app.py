@@ -14,10 +14,13 @@ import torch
 import typer
 
 from vitrim import checkpoint, convert
+from vitrim.budget import Calibration
 from vitrim.cli import common, tables
-from vitrim.cli.measure import bench_command, eval_command, show_command
+from vitrim.cli.budgets import sparsify_command
+from vitrim.cli.evaluate import eval_command
+from vitrim.cli.measure import bench_command, show_command
 from vitrim.config import to_plain
-from vitrim.errors import ConfigError, InputError, UnsupportedBackboneError
+from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
@@ -29,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("sparsify")(sparsify_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("show")(show_command)
@@ -156,13 +160,25 @@ def info_command(
         "sparse": cost,
         "patches kept": _patches_kept(sparse, image_shape),
         "method": sparse.method.name,
+        **({"token score": sparse.method.score_name} if sparse.method.score_name else {}),
         **{f"  {name}": value for name, value in settings.items()},
+        "calibration": "\n".join(map(_calibrated, sparse.calibration)) or "none",
         "origin": config.get("origin") or "not recorded",
         "metrics": json.dumps(config.get("metrics") or {}, indent=1),
         "written with": ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()),
     }
     common.out().print(model, style="bold", markup=False, soft_wrap=True)
     common.out().print(tables.fact_table(facts), markup=False)
+
+
+def _calibrated(point: Calibration) -> str:
+    macs = point.macs
+    spread = "" if macs.min == macs.max else f" ±{tables.giga(macs.std)}"
+    basis = f"{point.images} images" if point.images else "formula"
+    return (
+        f"{point.budget:g} of dense at {point.dial} {point.value:.6g}: "
+        f"{tables.giga(macs.mean)}{spread} GMACs ({basis})"
+    )
 
 
 def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
@@ -235,7 +251,7 @@ def convert_command(
     ] = None,
 ) -> None:
     """Make an authors' checkpoint a vitrim one; no code in the file is run."""
-    _check_new_folder(output)
+    common.check_new_folder(output)
     options: dict[str, Any] = {}
     if keep_ratio is not None:
         options["keep_ratio"] = keep_ratio
@@ -245,11 +261,6 @@ def convert_command(
     model = convert.load_official(content, system, architecture=architecture, **options)
     checkpoint.save(model, output)
     common.out().print(f"written: {output}")
-
-
-def _check_new_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder to write to")
 
 
 @app.command("demo")
@@ -262,6 +273,6 @@ def demo_command(
     """The whole job on embedded data: train, evaluate, measure, report; some minutes, offline."""
     from vitrim.tools.demo import run_demo
 
-    _check_new_folder(output)
+    common.check_new_folder(output)
     for line in run_demo(output, seconds=seconds, progress=common.progress):
         print(line)

@@ -203,6 +203,14 @@ def class_names_of(model: nn.Module, dataset: Any = None) -> Sequence[str] | Non
     return classes
 
 
+def setting_name(model: SparseModel) -> str:
+    """What a result is called: the method and what it is set to."""
+    if model.macs() is None:
+        return f"{model.method.name}, adaptive"
+    ratio = getattr(model.config, "keep_ratio", None)
+    return model.method.name if ratio is None else f"{model.method.name} {ratio}"
+
+
 def numbers(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:
     """``"1,16"`` as numbers."""
     try:
@@ -229,6 +237,20 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path} is a folder; give the name of a file to write")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Fail before the work if ``folder`` cannot be written to as a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder to write to")
+
+
+def name_unreadable(names: tuple[str, ...]) -> None:
+    """Tell which images were left out."""
+    if names:
+        listed = "\n  ".join(names[:20])
+        more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
+        note(f"left out, {len(names)} unreadable image(s):\n  {listed}{more}")
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

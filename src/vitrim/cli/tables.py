@@ -8,8 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vitrim.budget import Calibration, Spread
 from vitrim.tools.benchmark import Quartiles, Row
-from vitrim.tools.evaluate import DenseEvaluation, Evaluation, Spread
+from vitrim.tools.evaluate import DenseEvaluation, Evaluation
 
 
 def plain_table(title: str, *columns: str) -> Table:
@@ -87,6 +88,28 @@ def stage_table(results: Mapping[str, Evaluation]) -> Table:
             for stage in result.stages
         ]
         table.add_row(name, *kept)
+    return table
+
+
+def calibration_table(found: Sequence[Calibration]) -> Table:
+    """Budgets, where the dial stands for them, and what the model was found to cost."""
+    images = found[0].images
+    table = plain_table(
+        f"Calibrated on {images:,} images" if images else "Calibrated by formula",
+        "budget",
+        found[0].dial,
+        "of\ndense",
+        "GMACs",
+        "passes",
+    )
+    for point in found:
+        table.add_row(
+            f"{point.budget:g}",
+            f"{point.value:.6g}",
+            f"{100 * point.fraction:.1f}%",
+            _spread(point.macs, giga),
+            str(point.passes),
+        )
     return table
 
 

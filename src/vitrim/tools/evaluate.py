@@ -7,8 +7,7 @@ accuracies measured on the same images is far more certain than either accuracy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrim.budget import Spread
 from vitrim.errors import InputError
-from vitrim.model import SparseModel, Trace
+from vitrim.model import SparseModel, Trace, evaluating
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[int], None]
 """Called after each batch with the number of images seen so far."""
+Setting = Callable[[], None]
+"""Sets a model, such as to a keep ratio."""
 
 _NORMAL_95 = 1.959963984540054
 
@@ -32,22 +34,6 @@ class Accuracy:
 
     top1: float
     top5: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, population standard deviation, and range of a quantity over the images."""
-
-    mean: float
-    std: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> Spread:
-        values = values.double()
-        numbers = (values.mean(), values.std(correction=0), values.min(), values.max())
-        return cls(*(float(number) for number in numbers))
 
 
 @dataclass(frozen=True)
@@ -147,38 +133,95 @@ def evaluate(
     Raises:
         InputError: there is no image, the answers are not finite, or images and labels misfit.
     """
+    as_it_is: dict[str, Setting] = {"": lambda: None}
+    found = evaluate_settings(sparse, loader, as_it_is, dense=dense, dtype=dtype, progress=progress)
+    return found[""]
+
+
+def evaluate_settings(
+    sparse: SparseModel,
+    loader: Batches,
+    settings: Mapping[str, Setting],
+    *,
+    dense: bool | nn.Module = True,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """The same for one model at several settings, in one pass: the dense model runs once.
+
+    The model's settings and mode are restored afterwards. Errors are those of :func:`evaluate`.
+
+    Args:
+        sparse: any sparse model.
+        loader: as in :func:`evaluate`.
+        settings: what sets the model, by name, such as
+            ``{"0.5": lambda: sparse.set_keep_ratio(0.5)}``.
+        dense: as in :func:`evaluate`.
+        dtype: as in :func:`evaluate`.
+        progress: as in :func:`evaluate`.
+    """
     reference = sparse.backbone if dense is True else dense or None
-    answers, dense_answers, macs = _Answers("sparse"), _Answers("dense"), []
-    counts: list[list[Tensor]] = []
-    trace: Trace | None = None
+    dense_answers = None if reference is None else _Answers("dense")
+    runs = {name: _Run() for name in settings}
     size: tuple[int, int] | None = None
-    with _evaluating(sparse, *([reference] if reference is not None else [])):
-        for images, target in _batches(loader, sparse, progress):
-            size = (images.shape[-2], images.shape[-1])
-            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-                trace = sparse.trace(images)
-                answers.add(trace.logits, target)
-                if reference is not None:
-                    dense_answers.add(reference(images), target)
-            macs.append(trace.macs.cpu())
-            counts.append([stage.counts.cpu() for stage in trace.stages])
-    if trace is None:
+    restore = sparse.snapshot()
+    try:
+        with evaluating(sparse, *([] if reference is None else [reference])):
+            for images, target in _batches(loader, sparse, progress):
+                size = (images.shape[-2], images.shape[-1])
+                with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+                    if reference is not None and dense_answers is not None:
+                        dense_answers.add(reference(images), target)
+                    for name, setting in settings.items():
+                        with torch.inference_mode(False):
+                            setting()
+                        runs[name].add(sparse.trace(images), target)
+    finally:
+        restore()
+    if size is None:
         raise InputError(_nothing_read(loader))
-    per_stage = [torch.cat(stage) for stage in zip(*counts, strict=True)]
-    return Evaluation(
-        images=answers.count,
-        sparse=answers.accuracy(),
-        dense=dense_answers.accuracy() if reference is not None else None,
-        dense_macs=sparse.dense_macs(size),
-        macs=Spread.of(torch.cat(macs)),
-        stages=tuple(
-            StageKept(stage.block, Spread.of(kept))
-            for stage, kept in zip(trace.stages, per_stage, strict=True)
-        ),
-        num_patches=trace.grid[0] * trace.grid[1],
-        paired=compare(dense_answers, answers) if reference is not None else None,
-        unreadable=_unreadable(loader),
-    )
+    dense_macs, unreadable = sparse.dense_macs(size), _unreadable(loader)
+    return {
+        name: run.evaluation(dense_answers, dense_macs, unreadable) for name, run in runs.items()
+    }
+
+
+class _Run:
+    """What one setting of a sparse model answers and costs, batch by batch."""
+
+    def __init__(self) -> None:
+        self.answers = _Answers("sparse")
+        self.macs: list[Tensor] = []
+        self.counts: list[list[Tensor]] = []
+        self.grid = (0, 0)
+        self.blocks: list[int] = []
+
+    def add(self, trace: Trace, target: Tensor) -> None:
+        """Note a batch."""
+        self.answers.add(trace.logits, target)
+        self.macs.append(trace.macs.cpu())
+        self.counts.append([stage.counts.cpu() for stage in trace.stages])
+        self.grid, self.blocks = trace.grid, [stage.block for stage in trace.stages]
+
+    def evaluation(
+        self, dense: _Answers | None, dense_macs: int, unreadable: tuple[str, ...]
+    ) -> Evaluation:
+        """All of it, beside the dense model's answers."""
+        per_stage = [torch.cat(stage) for stage in zip(*self.counts, strict=True)]
+        return Evaluation(
+            images=self.answers.count,
+            sparse=self.answers.accuracy(),
+            dense=None if dense is None else dense.accuracy(),
+            dense_macs=dense_macs,
+            macs=Spread.of(torch.cat(self.macs)),
+            stages=tuple(
+                StageKept(block, Spread.of(kept))
+                for block, kept in zip(self.blocks, per_stage, strict=True)
+            ),
+            num_patches=self.grid[0] * self.grid[1],
+            paired=None if dense is None else compare(dense, self.answers),
+            unreadable=unreadable,
+        )
 
 
 def evaluate_dense(
@@ -190,7 +233,7 @@ def evaluate_dense(
 ) -> DenseEvaluation:
     """The same pass with a dense model alone; arguments and errors as in :func:`evaluate`."""
     answers, one_image = _Answers("dense"), None
-    with _evaluating(model):
+    with evaluating(model):
         for images, target in _batches(loader, model, progress):
             one_image = images[:1]
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -213,7 +256,7 @@ def counted_macs(model: nn.Module, images: Tensor) -> int:
     """
     counter = FlopCounterMode(display=False)
     try:
-        with _evaluating(model), counter:
+        with evaluating(model), counter:
             model(images)
     except AssertionError as error:  # timm's way of refusing a shape
         raise InputError(
@@ -289,20 +332,6 @@ def paired_interval(won: int, lost: int, images: int) -> tuple[float, float]:
     variance = (won_adjusted + lost_adjusted - total * centre**2) / total**2
     margin = _NORMAL_95 * math.sqrt(variance)
     return 100 * max(-1.0, centre - margin), 100 * min(1.0, centre + margin)
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode; afterwards every module is as it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _batches(

@@ -304,7 +304,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     data = _read(source)
     try:
         for override in overrides:
-            _apply(data, override)
+            apply_override(data, override)
         return recipe_from_plain(data)
     except ConfigError as error:
         changes = f" with {', '.join(overrides)}" if overrides else ""
@@ -339,7 +339,8 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Put ``"table.key=value"`` into ``data``; the value is TOML, as in :func:`load_recipe`."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     require(

@@ -1,0 +1,208 @@
+"""``vitrim sparsify``, and how the commands meet budgets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from vitrim import checkpoint
+from vitrim.budget import TOLERANCE, Calibration, check_budget
+from vitrim.calibrate import MAX_IMAGES, calibrate
+from vitrim.cli import common, tables
+from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
+from vitrim.config import from_plain, to_plain
+from vitrim.errors import ConfigError
+from vitrim.methods import METHODS, method_by_name
+from vitrim.model import SparseModel, sparsify
+
+MacsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--macs",
+        metavar="SHARE",
+        help="Mean cost as a share of the dense model's MACs, such as 0.6; give it several times, "
+        "or 0.5,0.6, for several.",
+    ),
+]
+
+
+def budgets_of(words: Sequence[str] | None) -> list[float]:
+    """The budgets that ``--macs`` gave, checked, each once."""
+    budgets = [share for word in words or () for share in common.numbers(word, float, "--macs")]
+    for budget in budgets:
+        check_budget(budget)
+    return list(dict.fromkeys(budgets))
+
+
+@dataclass(frozen=True)
+class Met:
+    """A budget, and how the model is set to it."""
+
+    budget: float
+    dial: str
+    value: float
+    set_by: str
+    """``formula``, ``record``, or what was calibrated on."""
+
+
+def calibration_loader(
+    model: nn.Module,
+    source: str,
+    images: int,
+    batch: int,
+    workers: int,
+    *,
+    crop_pct: float | None = None,
+    split: str | None = None,
+) -> Any:
+    """Images of ``source``, spread evenly over it; labels are not read."""
+    from vitrim.train.data import eval_loader
+
+    config = common.data_config_of(model, source)
+    if crop_pct is not None:
+        config["crop_pct"] = crop_pct
+    return eval_loader(source, config, batch, workers, images, labelled=False, split=split)
+
+
+def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str) -> list[Met]:
+    """The dial's value for each budget: by formula, by the record, or by calibration.
+
+    Args:
+        sparse: its settings are as they were afterwards.
+        budgets: shares of the dense MACs.
+        loader: images to calibrate on, where that is needed.
+        source: what they are called.
+    """
+    known: dict[float, Met] = {}
+    restore, dial = sparse.snapshot(), sparse.method.dial
+    is_fixed = sparse.macs() is not None
+    try:
+        for budget in budgets:
+            try:
+                sparse.set_budget(budget)
+            except ConfigError:
+                if is_fixed:
+                    raise
+                continue
+            by = "formula" if is_fixed else "record"
+            known[budget] = Met(budget, dial.name, sparse.method.dial.value, by)
+        missing = [budget for budget in budgets if budget not in known]
+        found = calibrate(sparse, loader, missing, progress=common.note) if missing else ()
+        for point in found:
+            by = f"calibration on {point.images} images of {source}"
+            known[point.budget] = Met(point.budget, point.dial, point.value, by)
+    finally:
+        restore()
+    return [known[budget] for budget in budgets]
+
+
+def sparsify_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
+    ],
+    method: Annotated[
+        str, typer.Option(help="One that needs no training of its own: asvit or sait.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Images to calibrate on: a folder of any layout, a tar, a timm reader name, or "
+            "digits. Labels are not used."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    macs: MacsOption = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method."),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images to look at, spread evenly over the data.")
+    ] = MAX_IMAGES,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative difference of the mean cost that meets the budget.")
+    ] = TOLERANCE,
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
+    workers: WorkersOption = 2,
+    device: DeviceOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Make a dense model sparse without training, calibrated to a mean cost.
+
+    Of several --macs the first is set; the others are recorded, for set_budget and vitrim eval.
+    """
+    common.check_writable(json)
+    common.check_new_folder(output)
+    budgets = budgets_of(macs)
+    if not budgets:
+        raise ConfigError("no budget is given; add --macs with a share of the MACs, such as 0.6")
+    config = _training_free_config(method, changes or [])
+    where = common.device_of(device)
+    dense = common.load_model(model, weights)
+    if isinstance(dense, SparseModel):
+        raise ConfigError(
+            f"{model} is sparse already ({dense.method.name}); give a dense model: a timm name, "
+            "with --weights for weights of your own"
+        )
+    sparse = sparsify(dense, config).to(where)
+    source = "digits/train" if common.data_source(data) == "digits/test" else data
+    sparse.data_config = common.data_config_of(sparse, source)
+    loader = calibration_loader(sparse, source, images, batch, workers, split=split)
+    start = time.perf_counter()
+    found = calibrate(
+        sparse, loader, budgets, tolerance=tolerance, max_images=images, progress=common.note
+    )
+    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    seconds = time.perf_counter() - start
+    trained = f"weights of {weights.name}" if weights is not None else "its own weights"
+    sparse.origin = f"{model}, {trained}, made sparse without training by vitrim sparsify"
+    checkpoint.save(sparse.to(torch.device("cpu")), output)
+    common.out().print(tables.calibration_table(found))
+    common.out().print(
+        f"written: {output} ({seconds:.0f} s of calibration)", markup=False, soft_wrap=True
+    )
+    common.write_json(json, _report(model, method, data, seconds, found))
+
+
+def _training_free_config(name: str, changes: Sequence[str]) -> Any:
+    """The method's config with changes, if the method works without training."""
+    from vitrim.train.recipe import apply_override
+
+    method = method_by_name(name)
+    if method.needs_training is not None:
+        ready = [each for each, other in METHODS.items() if other.needs_training is None]
+        raise ConfigError(
+            f"{name} must learn what to drop, so it cannot do without training; train it: "
+            f"vitrim train {method.needs_training} --data DIR -o DIR. "
+            f"Without training: {', '.join(ready)}"
+        )
+    fields: dict[str, Any] = {}
+    for change in changes:
+        if "=" not in change:
+            raise ConfigError(f"--set is {change!r}; write FIELD=VALUE, see vitrim list methods")
+        apply_override(fields, change)
+    return from_plain(method.config_class, fields)
+
+
+def _report(
+    model: str, method: str, data: str, seconds: float, found: Sequence[Calibration]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "method": method,
+        "data": data,
+        "seconds": round(seconds, 2),
+        "calibration": [to_plain(point) for point in found],
+    }

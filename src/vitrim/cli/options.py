@@ -1,0 +1,36 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT|MODEL", help="Checkpoint folder, timm model name, or digits_vit."
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu or cuda; CUDA where it is, if not given.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the results here as well.")
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Safetensors file with timm's names: the weights of a timm model, or, with a "
+        "checkpoint, those of the dense model to compare with.",
+    ),
+]
+RatioOption = Annotated[
+    str | None,
+    typer.Option(help="Keep ratios to try instead of the checkpoint's, such as 0.7,0.5."),
+]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")
+]

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 
 import pytest
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +24,7 @@ from vitrim.families import family_of
 from vitrim.methods.asvit import straight_through, token_score
 from vitrim.train.engine import train
 from vitrim.train.optim import parameter_groups
-from vitrim.train.recipe import OptimRecipe
+from vitrim.train.recipe import OptimRecipe, load_recipe
 
 X = images(6)
 TARGET = torch.arange(6)
@@ -99,13 +98,49 @@ def test_score_from_fused_attention_is_that_of_the_full_map(head, head_weighting
 def test_stages_and_thresholds_by_default(depth, stages):
     method = sparse_vit(backbone=tiny_vit(depth=depth), thresholds=None).method
     assert method.stages == stages
-    start = [0.003 * 196 / 16 * (s + 1) / len(stages) for s in range(len(stages))]
-    assert [t.item() for t in method.thresholds] == pytest.approx(start)
-    with torch.device("meta"):
-        backbone = timm.create_model("deit_tiny_patch16_224")
-    start = ASViTConfig().start(3, 196)
-    assert start == pytest.approx((0.001, 0.002, 0.003))
-    assert sparsify(backbone, ASViTConfig()).method.stages == (4, 7, 10)
+    start = [0.001 * 196 / 16] * len(stages)
+    assert [threshold.item() for threshold in method.thresholds] == pytest.approx(start)
+
+
+@pytest.mark.parametrize("size", ["t", "s", "b"])
+def test_the_published_recipe(size):
+    recipe = load_recipe(f"asvit-deit-{size}")
+    config, optim, augment = recipe.method.build(), recipe.optim, recipe.augment
+    assert (config.stages, config.thresholds) == ((4, 7, 10), (0.001, 0.002, 0.003))
+    assert (config.budget, config.counting, config.temperature) == (0.65, "authors", 1e-4)
+    weights = (config.classification_weight, config.budget_weight, config.distill_weight)
+    assert weights == (1.0, 2.0, 0.5)
+    assert (optim.lr, optim.lr_batch, optim.backbone_lr_scale) == (2e-5, 512, 1.0)
+    assert (optim.min_lr, optim.warmup_epochs, optim.weight_decay) == (2e-6, 0, 1e-6)
+    assert (optim.clip_grad, optim.train_embeddings, recipe.run.epochs) == (None, True, 30)
+    assert (augment.mixup, augment.cutmix, augment.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (augment.random_erase, augment.rand_augment) == (0.25, "rand-m9-mstd0.5-inc1")
+
+
+def test_adapting_leaves_the_thresholds_alone(tmp_path):
+    folder = write_images(tmp_path / "data", per_class=4)
+    sparse = sparse_vit(backbone=sharp_vit(num_classes=2))
+    sparse.save_pretrained(tmp_path / "calibrated")
+    changes = {"model.checkpoint": tmp_path / "calibrated", "data.train": folder}
+    changes |= {"data.batch_size": 4, "run.epochs": 1, "run.tensorboard": "false"}
+    changes |= {"run.precision": "fp32"}
+    recipe = load_recipe("asvit-adapt", [f"{key}={value}" for key, value in changes.items()])
+    train(recipe, tmp_path / "run", on_progress=quiet)
+    steps = [line for line in curve(tmp_path / "run") if "total" in line]
+    assert steps[0]["distill"] == pytest.approx(steps[0]["total"])
+    assert "budget" not in steps[0]
+    adapted = from_pretrained(tmp_path / "run" / "checkpoint")
+    assert [t.item() for t in adapted.method.thresholds] == pytest.approx([0.055, 0.055])
+    before, after = sparse.backbone.blocks[3], adapted.backbone.blocks[3]
+    assert not torch.equal(before.mlp.fc1.weight, after.mlp.fc1.weight)
+
+
+def test_adapting_runs_as_inference_does():
+    sparse = sparse_vit(learn_thresholds=False).train()
+    torch.testing.assert_close(sparse(X), sparse.eval()(X))
+    assert not any(threshold.requires_grad for threshold in sparse.method.thresholds)
+    with pytest.raises(ConfigError, match="learns from labels or a teacher"):
+        sparse.losses(X)
 
 
 def test_thresholds_are_scalars_without_weight_decay():
@@ -311,17 +346,17 @@ def test_the_dial_spans_nothing_to_everything_and_is_saved(tmp_path):
     dial = sparse.method.dial
     assert (dial.name, dial.value, dial.logarithmic) == ("threshold_factor", 1.0, True)
     costs = []
-    for value in (dial.dearest, 0.5, 1.0, 1.5, 2.0, 4.0, dial.cheapest):
+    for value in (dial.dearest, 1.0, 3.0, 4.0, 5.0, 6.0, 8.0, dial.cheapest):
         sparse.method.turn(value)
         costs.append(sparse.trace(X).macs.mean().item())
     assert sparse.trace(X).stages[0].counts.tolist() == [0] * 6
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) >= 5
-    sparse.method.turn(1.5)
+    sparse.method.turn(4.0)
     assert sparse.trace(X).macs.mean().item() == costs[3]
     sparse.save_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path)
-    assert loaded.config.threshold_factor == 1.5
+    assert loaded.config.threshold_factor == 4.0
     assert torch.equal(loaded(X), sparse(X))
     assert from_pretrained(tmp_path, mode="mask").config.mode == "mask"
     for change in (sparse.set_keep_ratio, sparse.set_density):

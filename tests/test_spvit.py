@@ -260,6 +260,20 @@ def test_package_of_nothing_is_zero(mode, monkeypatch):
     assert inputs[1].prefix_BPC[:, 1].eq(0).all()
 
 
+def test_a_small_total_does_not_blow_up_the_gradient():
+    """One token dropped, of a tiny score: the straight-through share of the others is left out."""
+    tokens = Tokens.of(torch.randn(1, 4, 32, generator=seeded(0)), 0)
+    dropped = torch.tensor([[1.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    keep_score = torch.tensor([[1e-6, 0.9, 0.9, 0.9]], requires_grad=True)
+    package = sparse_vit().method._package(tokens, keep_score, dropped)
+    torch.testing.assert_close(package, tokens.x[:, 0])
+    package.square().sum().backward()
+    assert dropped.grad is None
+    assert (keep_score.grad * keep_score).abs().max() < 1e-4
+    sparse_vit(package_mode="sum").method._package(tokens, keep_score, dropped).sum().backward()
+    assert dropped.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [{"inference": "top_k", "keep_ratio": 1.0}, {"inference": "threshold", "threshold": 0.0}],

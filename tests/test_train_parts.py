@@ -152,6 +152,22 @@ def test_frozen_backbone_does_not_move_nor_decay():
         assert moved == ({"method"} if step < 2 else {"method", "backbone"})
 
 
+def test_constant_backbone_rate_stays_below_the_methods():
+    recipe = OptimRecipe(
+        lr=1e-3,
+        lr_batch=4,
+        min_lr=1e-6,
+        backbone_lr_scale=0.25,
+        backbone_schedule="constant",
+        freeze_backbone_epochs=1,
+    )
+    schedule = Schedule(recipe, steps_per_epoch=2, epochs=5, global_batch=8)
+    rates = [schedule.backbone_lr(step) for step in range(11)]
+    assert rates[:2] == [0.0, 0.0]
+    assert rates[2:6] == [pytest.approx(0.25 * 2e-3)] * 4
+    assert rates[10] == schedule.lr(10) == pytest.approx(1e-6)
+
+
 def test_moving_average_follows_its_formula():
     model = torch.nn.BatchNorm1d(2)
     average = MovingAverage(model, decay=0.9)

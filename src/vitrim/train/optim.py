@@ -62,12 +62,16 @@ class Schedule:
     global_batch: int
     """Images per optimiser step, which scale the rate where the recipe asks for it."""
 
+    @property
+    def peak(self) -> float:
+        """The highest rate of the method's parameters."""
+        recipe = self.recipe
+        share = 1.0 if recipe.lr_batch is None else self.global_batch / recipe.lr_batch
+        return recipe.lr * share
+
     def lr(self, step: int) -> float:
         """Rate of the method's (or a dense model's) parameters at ``step``, counted from 0."""
-        recipe = self.recipe
-        peak = recipe.lr
-        if recipe.lr_batch is not None:
-            peak *= self.global_batch / recipe.lr_batch
+        recipe, peak = self.recipe, self.peak
         warmup = round(recipe.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
             return peak * step / warmup
@@ -75,18 +79,24 @@ class Schedule:
         share = min((step - warmup) / total, 1.0)
         return recipe.min_lr + (peak - recipe.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
+    def backbone_lr(self, step: int) -> float:
+        """Rate of the backbone under a method at ``step``."""
+        recipe = self.recipe
+        if step < recipe.freeze_backbone_epochs * self.steps_per_epoch:
+            return 0.0
+        lr = self.lr(step)
+        if recipe.backbone_schedule == "constant":
+            return min(recipe.backbone_lr_scale * self.peak, lr)
+        return recipe.backbone_lr_scale * lr
+
     def apply(self, optimizer: Any, step: int) -> float:
         """Set every group's rate for ``step``; returns :meth:`lr`.
 
         A frozen backbone has rate 0, and AdamW multiplies its decay by the rate: nothing moves.
         """
         lr = self.lr(step)
-        frozen = step < self.recipe.freeze_backbone_epochs * self.steps_per_epoch
         for group in optimizer.param_groups:
-            scale = 1.0
-            if group["role"] == "backbone":
-                scale = 0.0 if frozen else self.recipe.backbone_lr_scale
-            group["lr"] = lr * scale
+            group["lr"] = self.backbone_lr(step) if group["role"] == "backbone" else lr
         return lr
 
 

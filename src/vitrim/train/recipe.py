@@ -164,6 +164,9 @@ class OptimRecipe:
     ``lr`` as it is."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the backbone relative to the method's; sparse runs only."""
+    backbone_schedule: Literal["cosine", "constant"] = "cosine"
+    """Whether the backbone's rate falls with the method's, or stays at ``backbone_lr_scale`` times
+    the peak, though never above the method's (the SPViT authors')."""
     freeze_backbone_epochs: int = 0
     """First epochs in which the backbone does not move; sparse runs only."""
     train_embeddings: bool = True

@@ -11,7 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
 from tests.conftest import images, seeded, tiny_vit
-from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig, from_pretrained, sparsify
+from vitrim import (
+    ASViTConfig,
+    DynamicViTConfig,
+    SaiTConfig,
+    SPViTConfig,
+    STViTConfig,
+    from_pretrained,
+    sparsify,
+)
 from vitrim.methods import METHODS
 
 X = images(3)
@@ -25,6 +33,11 @@ CASES = {
     "sait density": SaiTConfig(selector="density", where="mid"),
     "sait mass": SaiTConfig(min_kept=0, mass=0.6, prune_after=2),
     "sait threshold": SaiTConfig(selector="threshold", min_kept=2, score="cls_value_norm"),
+    "stvit": STViTConfig(semantic_tokens=(2, 3)),
+    "stvit learned pooling": STViTConfig(semantic_tokens=4, pooling="intra_inter", layer_scale=0.5),
+    "stvit with prefix": STViTConfig(
+        semantic_tokens=4, pooling="avg", global_centres=False, keep_prefix=True
+    ),
     "spvit": SPViTConfig(stages=(1, 2)),
     "spvit fixed": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
     "spvit threshold": SPViTConfig(

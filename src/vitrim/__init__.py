@@ -17,6 +17,7 @@ from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.stvit import STViTConfig
 from vitrim.model import SparseModel, Trace, sparsify
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "SPViTConfig",
+    "STViTConfig",
     "SaiTConfig",
     "SparseModel",
     "Trace",

@@ -41,12 +41,16 @@ class AttentionRecord:
     """True for a token that is there: neither padding nor dropped; None: all are."""
     weights_BHQN: Tensor | None = None
     """The whole attention map, where it was computed."""
+    bias_N: Tensor | None = None
+    """What was added to the logits of each key; None: nothing."""
 
     def weights(self, num_queries: int | None = None) -> Tensor:
         """(B, H, num_queries, N): attention of the first queries, or of all of them."""
         if self.weights_BHQN is not None:
             return self.weights_BHQN[:, :, :num_queries]
         logits = (self.q_BHQD[:, :, :num_queries] * self.scale) @ self.k_BHND.transpose(-2, -1)
+        if self.bias_N is not None:
+            logits = logits + self.bias_N
         if self.visible_BN is not None:
             logits = logits.masked_fill(~self.visible_BN[:, None, None, :], -math.inf)
         return logits.softmax(-1)
@@ -130,7 +134,7 @@ def masked_attention(attention: Attention, x_BNC: Tensor, keep_BN: Tensor) -> Te
 
 
 def cross_attention(
-    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor
+    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor, bias_N: Tensor | None = None
 ) -> tuple[Tensor, AttentionRecord]:
     """A self-attention layer used between two sequences: the same projections, split by rows.
 
@@ -138,6 +142,8 @@ def cross_attention(
         attention: a ``timm.layers.Attention``.
         query_BSC: what asks, normalised for attention.
         memory_BNC: what is looked at, likewise; it gives keys and values.
+        bias_N: added to the logits of each key, such as the logarithm of the number of tokens that
+            a key stands for.
 
     Returns:
         the layer's output (B, S, C), and its inner values.
@@ -149,9 +155,11 @@ def cross_attention(
     q = q.reshape(*q.shape[:2], *heads).transpose(1, 2)
     k, v = kv.reshape(*kv.shape[:2], 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)
+    bias_N = None if bias_N is None else bias_N.to(q.dtype)
+    mask = None if bias_N is None else bias_N.expand(q.shape[2], -1)
     dropout = attention.attn_drop.p if attention.training else 0.0
-    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    record = AttentionRecord(q, k, v, context, attention.scale, 0, False)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    record = AttentionRecord(q, k, v, context, attention.scale, 0, False, bias_N=bias_N)
     return merge(attention, query_BSC, context), record
 
 

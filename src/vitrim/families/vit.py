@@ -182,15 +182,26 @@ class ViT:
         return tokens.with_x(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
 
     def cross_half(
-        self, index: int, query_BSC: Tensor, residual_BSC: Tensor, memory_BNC: Tensor
+        self,
+        index: int,
+        query_BSC: Tensor,
+        residual_BSC: Tensor,
+        memory_BNC: Tensor,
+        bias_N: Tensor | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
         """The first half of :meth:`cross_block`: attention with its norm and residual."""
         block = self.backbone.blocks[index]
-        out, record = cross_attention(block.attn, block.norm1(query_BSC), block.norm1(memory_BNC))
+        query, memory = block.norm1(query_BSC), block.norm1(memory_BNC)
+        out, record = cross_attention(block.attn, query, memory, bias_N)
         return residual_BSC + block.drop_path1(block.ls1(out)), record
 
     def cross_block(
-        self, index: int, query_BSC: Tensor, residual_BSC: Tensor, memory_BNC: Tensor
+        self,
+        index: int,
+        query_BSC: Tensor,
+        residual_BSC: Tensor,
+        memory_BNC: Tensor,
+        bias_N: Tensor | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
         """Block ``index`` between two sequences: its norms, projections and MLP, none new.
 
@@ -199,11 +210,12 @@ class ViT:
             query_BSC: tokens that ask.
             residual_BSC: what the attention's output is added to.
             memory_BNC: tokens that give keys and values; not changed.
+            bias_N: added to the attention logits of each token of the memory.
 
         Returns:
             (B, S, C), and what its attention did.
         """
-        x, record = self.cross_half(index, query_BSC, residual_BSC, memory_BNC)
+        x, record = self.cross_half(index, query_BSC, residual_BSC, memory_BNC, bias_N)
         return self.mlp_half(index, Tokens.of(x, 0)).x, record
 
     def head(self, tokens: AnyTokens) -> Tensor:

@@ -9,9 +9,10 @@ from vitrim.methods.base import Method
 from vitrim.methods.dynamicvit import DynamicViT
 from vitrim.methods.sait import SaiT
 from vitrim.methods.spvit import SPViT
+from vitrim.methods.stvit import STViT
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DynamicViT, ASViT, SaiT, SPViT)
+    method.name: method for method in (DynamicViT, ASViT, SaiT, SPViT, STViT)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import vitrim
 from tests.conftest import images, tiny_vit
-from vitrim import DynamicViTConfig, InputError
+from vitrim import ConfigError, DynamicViTConfig, InputError
 from vitrim.tools.evaluate import (
     Spread,
     _Answers,
@@ -18,6 +19,7 @@ from vitrim.tools.evaluate import (
     counted_macs,
     evaluate,
     evaluate_dense,
+    evaluate_settings,
     paired_interval,
 )
 
@@ -111,6 +113,43 @@ def test_evaluate_matches_the_models(loader):
     assert found.dense_macs == sparse.dense_macs()
     assert [stage.kept.mean for stage in found.stages] == list(sparse.method.counts(16))
     assert [stage.block for stage in found.stages] == [1, 2, 3]
+
+
+def test_settings_share_one_pass_and_one_dense_run(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.9))
+    dense_calls: list[int] = []
+    hook = sparse.backbone.register_forward_hook(lambda *_: dense_calls.append(1))
+    reads: list[int] = []
+
+    class Counted(list):
+        def __iter__(self):
+            reads.append(1)
+            return super().__iter__()
+
+    settings = {str(r): partial(sparse.set_keep_ratio, r) for r in (0.7, 0.3, 0.5)}
+    found = evaluate_settings(sparse, Counted(loader), settings)
+    assert len(reads) == 1
+    assert len(dense_calls) == len(loader)
+    hook.remove()
+    assert sparse.config.keep_ratio == 0.9
+    assert list(found) == ["0.7", "0.3", "0.5"]
+    for ratio, evaluation in found.items():
+        sparse.set_keep_ratio(float(ratio))
+        assert evaluation == evaluate(sparse, loader)
+
+
+def test_settings_are_restored_after_a_failure(loader):
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.9))
+    with pytest.raises(ConfigError):
+        evaluate_settings(
+            sparse,
+            loader,
+            {
+                "0.5": partial(sparse.set_keep_ratio, 0.5),
+                "2": partial(sparse.set_keep_ratio, 2.0),
+            },
+        )
+    assert sparse.config.keep_ratio == 0.9
 
 
 def test_evaluate_with_another_dense_model(loader):

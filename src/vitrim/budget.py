@@ -146,13 +146,12 @@ class Curve:
             if high - low < _FINEST:
                 break
             if guess is not None and low < guess < high:
-                position, guess = guess, None
-            elif halve:
-                position = (low + high) / 2
-            else:
-                share = (budget - self.at(low)) / (self.at(high) - self.at(low))
-                position = low + min(max(share, 0.1), 0.9) * (high - low)
-            self.at(position)
+                self.at(guess)
+                guess = None
+                continue
+            share = (budget - self.at(low)) / (self.at(high) - self.at(low))
+            share = 0.5 if halve else min(max(share, 0.02), 0.98)
+            self.at(low + share * (high - low))
             left, right = self._bracket(budget)
             halve = not halve and right - left > (high - low) / 2
         nearest = self.nearest(budget)

@@ -118,12 +118,11 @@ class Dial:
 
     def at(self, position: float) -> float:
         """The value at a position from 0, the cheapest, to 1, the dearest."""
+        if position <= 0 or position >= 1:
+            return self.cheapest if position <= 0 else self.dearest
         if self.logarithmic:
-            value = self.cheapest * math.exp(position * math.log(self.dearest / self.cheapest))
-        else:
-            value = (1 - position) * self.cheapest + position * self.dearest
-        low, high = sorted((self.cheapest, self.dearest))
-        return min(max(value, low), high)
+            return self.cheapest * math.exp(position * math.log(self.dearest / self.cheapest))
+        return (1 - position) * self.cheapest + position * self.dearest
 
     def position(self, value: float) -> float:
         """Where ``value`` lies from 0, the cheapest, to 1, the dearest; see :meth:`at`."""

@@ -20,14 +20,17 @@ from vitrim import (
     InputError,
     SaiTConfig,
     SPViTConfig,
+    STViTConfig,
     calibrate,
     from_pretrained,
     sparsify,
 )
 from vitrim.budget import Curve
 from vitrim.calibrate import MAX_BYTES
+from vitrim.methods import METHODS
 from vitrim.methods.base import Dial
 from vitrim.tools.evaluate import evaluate
+from vitrim.train.recipe import list_recipes
 
 ADAPTIVE = {
     "sait mass": SaiTConfig(min_kept=0),
@@ -380,6 +383,19 @@ def test_a_selector_that_must_be_learned_names_its_recipe(tmp_path):
     sparse.save_pretrained(tmp_path)
     assert not from_pretrained(tmp_path).is_untrained
     assert not sparsify(tiny_vit(), ASViTConfig()).is_untrained
+
+
+def test_recipes_that_teach_a_selector_exist():
+    named = {method.needs_training for method in METHODS.values()} - {None}
+    assert named <= set(list_recipes())
+
+
+def test_semantic_tokens_move_in_steps():
+    config = STViTConfig(global_centres=False, pooling="avg", semantic_tokens=9)
+    sparse = sparsify(tiny_vit(patch_size=4), config)
+    found = calibrate(sparse, None, 0.9, tolerance=0.05)
+    assert found.dial == "semantic_tokens"
+    assert sparse.macs() / sparse.dense_macs() == pytest.approx(0.9, rel=0.05)
 
 
 def test_a_method_without_a_dial_says_so():

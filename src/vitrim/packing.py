@@ -1,20 +1,37 @@
 """Per-image token counts without padding waste.
 
 Linear layers, norms and MLPs run on the packed rows of all images, (sum of counts, C); only
-attention needs to know where an image ends.
+attention needs to know where an image ends. The rows lie image after image, the images in order of
+their length, so that attention can take neighbours of like length together. What is per image is
+handed out in the batch's own order: nobody outside meets the internal one.
+
+Attention runs as ``torch.nn.attention.varlen`` on CUDA in half precision, and elsewhere as
+``scaled_dot_product_attention`` on buckets of images: ``bucketing`` says how they are chosen, and
+``results/packing.md`` which ways were tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from vitrim.attention import AttentionRecord, Score
+from vitrim.bucketing import (
+    COSTS,
+    CUDA_COSTS,
+    Bucket,
+    bucketed_attention,
+    divide,
+    make_bucket,
+)
 from vitrim.tokens import Tokens
 
 
@@ -30,33 +47,121 @@ class Layout:
         self.counts = counts
         self.num_prefix = num_prefix
         self.device = device
+        self.order = sorted(range(len(counts)), key=counts.__getitem__)
+        """The images as they lie in the rows."""
+        self._buckets: dict[Any, list[Bucket]] = {}
 
     @property
     def num_images(self) -> int:
         return len(self.counts)
 
+    @property
+    def num_rows(self) -> int:
+        return sum(self.counts) + self.num_images * self.num_prefix
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest image."""
+        return max(self.counts) + self.num_prefix
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each image, as they lie."""
+        return [self.counts[image] + self.num_prefix for image in self.order]
+
     @cached_property
     def counts_B(self) -> Tensor:
         """(B,) int64."""
-        return torch.tensor(self.counts, device=self.device)
+        return self._tensor(self.counts)
 
     @cached_property
-    def visible_BN(self) -> Tensor:
-        """(B, longest) bool: which places of the padded sequences are tokens."""
-        lengths = self.counts_B + self.num_prefix
-        return torch.arange(int(max(self.counts)) + self.num_prefix, device=self.device) < (
-            lengths.unsqueeze(1)
-        )
+    def start_B(self) -> Tensor:
+        """(B,): first row of each image."""
+        starts = [0] * self.num_images
+        for image, start in zip(self.order, accumulate(self.lengths, initial=0), strict=False):
+            starts[image] = start
+        return self._tensor(starts)
 
     @cached_property
-    def patch_visible_BN(self) -> Tensor:
-        return self.visible_BN[:, self.num_prefix :]
+    def image_T(self) -> Tensor:
+        """(rows,): image of each row."""
+        order, lengths = self._tensor(self.order), self._tensor(self.lengths)
+        return order.repeat_interleave(lengths, output_size=self.num_rows)
+
+    @cached_property
+    def place_T(self) -> Tensor:
+        """(rows,): place of each row among the (B * longest) places of padded sequences."""
+        start = torch.arange(self.num_images, device=self.device) * self.longest - self.start_B
+        return torch.arange(self.num_rows, device=self.device) + start[self.image_T]
+
+    @cached_property
+    def patch_row_N(self) -> Tensor:
+        """(patch rows,): row of each patch token."""
+        rank = torch.arange(self.num_images, device=self.device) + 1
+        counts = self._tensor([self.counts[image] for image in self.order])
+        before = rank.repeat_interleave(counts, output_size=sum(self.counts)) * self.num_prefix
+        return torch.arange(sum(self.counts), device=self.device) + before
+
+    @cached_property
+    def patch_place_N(self) -> Tensor:
+        """(patch rows,): place of each patch row among (B * longest count) places."""
+        place = self.place_T.index_select(0, self.patch_row_N)
+        return place - (self.image_N + 1) * self.num_prefix
+
+    @cached_property
+    def prefix_row_BP(self) -> Tensor:
+        """(B, P): row of each prefix token."""
+        prefix = torch.arange(self.num_prefix, device=self.device)
+        return self.start_B.unsqueeze(1) + prefix
 
     @cached_property
     def image_N(self) -> Tensor:
         """(patch rows,): image of each patch row."""
-        images = torch.arange(self.num_images, device=self.device)
-        return images.repeat_interleave(self.counts_B, output_size=sum(self.counts))
+        return self.image_T.index_select(0, self.patch_row_N)
+
+    @cached_property
+    def visible_BN(self) -> Tensor:
+        """(B, longest) bool: which places of the padded sequences are tokens."""
+        lengths = (self.counts_B + self.num_prefix).unsqueeze(1)
+        return torch.arange(self.longest, device=self.device) < lengths
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(B + 1,) int32: where the sequences begin and end, for varlen attention."""
+        bounds = torch.tensor(list(accumulate(self.lengths, initial=0)), dtype=torch.int32)
+        return bounds.to(self.device, non_blocking=True)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """(B, longest, ...): ``values`` (rows, ...) of each image in the batch's order, and 0."""
+        return self._pad(values, self.place_T, self.longest)
+
+    def pad_patches(self, values: Tensor) -> Tensor:
+        """(B, longest count, ...): ``values`` (patch rows, ...), likewise."""
+        return self._pad(values, self.patch_place_N, max(self.counts))
+
+    def _pad(self, values: Tensor, places: Tensor, longest: int) -> Tensor:
+        padded = values.new_zeros(self.num_images * longest, *values.shape[1:])
+        padded = padded.index_copy(0, places, values)
+        return padded.view(self.num_images, longest, *values.shape[1:])
+
+    def buckets(self, dtype: torch.dtype, heads: int) -> list[Bucket]:
+        """How attention of this type divides the images; kept for the next block."""
+        key = dtype, heads
+        if key not in self._buckets:
+            costs = COSTS.get(dtype, COSTS[torch.bfloat16])
+            threads = torch.get_num_threads()
+            if self.device.type != "cpu":
+                costs, threads = CUDA_COSTS, 1
+            lengths = [length for length in self.lengths if length > 0]
+            self._buckets[key] = [
+                make_bucket(lengths[start:stop], padded, dtype, self.device)
+                for start, stop, padded in divide(lengths, costs, heads, threads)
+            ]
+        return self._buckets[key]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        # A plain torch.tensor(..., device="cuda") would wait for the device.
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +172,7 @@ class PackedTokens:
     """
 
     x: Tensor
-    """(rows, C): image after image, each with its prefix tokens first."""
+    """(rows, C): image after image, each with its prefix tokens first, in the layout's order."""
     layout: Layout
     index_N: Tensor
     """(patch rows,) int64: place of each patch token in the original row-major patch grid."""
@@ -88,32 +193,23 @@ class PackedTokens:
     @property
     def patches(self) -> Tensor:
         """(patch rows, C)"""
-        return self._padded()[:, self.num_prefix :][self.layout.patch_visible_BN]
+        return self.x.index_select(0, self.layout.patch_row_N)
 
     @property
     def prefix_BPC(self) -> Tensor:
-        return self._padded()[:, : self.num_prefix]
-
-    def _padded(self) -> Tensor:
-        visible = self.layout.visible_BN
-        out = self.x.new_zeros(*visible.shape, self.x.shape[-1])
-        out[visible] = self.x
-        return out
+        return self.x[self.layout.prefix_row_BP]
 
     def with_x(self, x: Tensor) -> PackedTokens:
         return replace(self, x=x)
 
     def with_prefix(self, prefix_BPC: Tensor) -> PackedTokens:
         """The same patch tokens behind other prefix tokens, as many as there are now."""
-        lengths = self.counts_B + self.num_prefix
-        place = torch.arange(self.num_prefix, device=self.x.device)
-        rows = (lengths.cumsum(0) - lengths).unsqueeze(1) + place
-        return self.with_x(self.x.index_copy(0, rows.flatten(), prefix_BPC.flatten(0, 1)))
+        rows = self.layout.prefix_row_BP.flatten()
+        return self.with_x(self.x.index_copy(0, rows, prefix_BPC.flatten(0, 1)))
 
     def sum_per_image(self, values: Tensor) -> Tensor:
         """(B, ...): sum over each image's patch tokens of ``values`` (patch rows, ...)."""
-        out = values.new_zeros(self.num_images, *values.shape[1:])
-        return out.index_add(0, self.layout.image_N, values)
+        return self.layout.pad_patches(values).sum(1)
 
     def spread(self, per_image: Tensor) -> Tensor:
         """(patch rows, ...): each image's value of ``per_image`` (B, ...) for all its patches."""
@@ -121,20 +217,23 @@ class PackedTokens:
 
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
         """(B, num_patches): ``values`` (patch rows,) on the original grid, ``fill`` elsewhere."""
-        grid = values.new_full((self.num_images, num_patches), fill)
-        grid[self.layout.image_N, self.index_N] = values
-        return grid
+        grid = values.new_full((self.num_images * num_patches,), fill)
+        place_N = self.layout.image_N * num_patches + self.index_N
+        return grid.scatter(0, place_N, values).view(self.num_images, num_patches)
 
     def places(self) -> list[Tensor]:
         """Per image: the original places of its patch tokens, sorted."""
-        return [part.sort().values for part in torch.split(self.index_N, self.layout.counts)]
+        layout = self.layout
+        parts = torch.split(self.index_N, [layout.counts[image] for image in layout.order])
+        places = dict(zip(layout.order, parts, strict=True))
+        return [places[image].sort().values for image in range(self.num_images)]
 
     def padded(self) -> Tokens:
         """The same tokens padded to the longest image, under a keep mask."""
-        visible = self.layout.patch_visible_BN
-        index = self.index_N.new_zeros(visible.shape)
-        index[visible] = self.index_N
-        return Tokens(self._padded(), self.num_prefix, index, visible.to(self.x.dtype))
+        layout = self.layout
+        keep = layout.visible_BN[:, self.num_prefix :].to(self.x.dtype)
+        index = layout.pad_patches(self.index_N)
+        return Tokens(layout.pad(self.x), self.num_prefix, index, keep)
 
 
 AnyTokens = Tokens | PackedTokens
@@ -143,36 +242,65 @@ AnyTokens = Tokens | PackedTokens
 def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = None) -> AnyTokens:
     """Only the patch tokens that ``keep_BN`` names, a number that may differ between images.
 
-    One device synchronisation, to learn the counts. A single image stays a plain ``Tokens``.
+    One device synchronisation, to learn the counts. Where all images keep the same number, a single
+    image above all, the tokens are a plain ``Tokens``.
 
     Args:
         tokens: what is there now.
         keep_BN: (B, N) bool, on the original grid.
         packages_BPC: tokens to put behind each image's prefix, as further prefix tokens.
     """
-    num_patches = keep_BN.shape[1]
+    num_images, num_patches = keep_BN.shape
+    device, prefix = tokens.x.device, tokens.num_prefix
+    order: Sequence[int] = range(num_images)
     if isinstance(tokens, Tokens):
-        present = tokens.index_BN
-        x = tokens.x
-        alive = keep_BN.gather(1, present)
+        present = tokens.num_patches
+        place = torch.arange(num_images * present, device=device)
+        image_N, index_N = place // max(present, 1), tokens.index_BN.flatten()
+        row_N = place + (image_N + 1) * prefix
+        start_B = torch.arange(num_images, device=device) * (prefix + present)
+        prefix_row_BP = start_B.unsqueeze(1) + torch.arange(prefix, device=device)
+        rows = tokens.x.flatten(0, 1)
     else:
-        padded = tokens.padded()
-        assert padded.keep_BN is not None
-        x, present = padded.x, padded.index_BN
-        alive = keep_BN.gather(1, present) & (padded.keep_BN > 0.5)
-    assert num_patches >= alive.shape[1]
-    prefix, patches = x[:, : tokens.num_prefix], x[:, tokens.num_prefix :]
+        layout = tokens.layout
+        order, image_N, index_N = layout.order, layout.image_N, tokens.index_N
+        row_N, prefix_row_BP, rows = layout.patch_row_N, layout.prefix_row_BP, tokens.x
+    alive_N = keep_BN.flatten().index_select(0, image_N * num_patches + index_N)
+    if isinstance(tokens, Tokens) and tokens.keep_BN is not None:
+        alive_N = alive_N & (tokens.keep_BN.flatten() > 0.5)
+    counts_B = torch.zeros(num_images, dtype=torch.int64, device=device)
+    counts = counts_B.scatter_add(0, image_N, alive_N.long()).tolist()
     if packages_BPC is not None:
-        prefix = torch.cat([prefix, packages_BPC], dim=1)
-    counts = alive.sum(1).tolist()
-    if len(x) == 1:
-        position = alive[0].nonzero().T
-        kept = patches[:, position[0]]
-        return Tokens(torch.cat([prefix, kept], 1), prefix.shape[1], present.gather(1, position))
-    layout = Layout(counts, prefix.shape[1], x.device)
-    both = torch.cat([prefix, patches], 1)
-    mask = torch.cat([alive.new_ones(len(x), prefix.shape[1]), alive], 1)
-    return PackedTokens(both[mask], layout, present[alive])
+        package = torch.arange(packages_BPC.shape[:2].numel(), device=device) + len(rows)
+        prefix_row_BP = torch.cat([prefix_row_BP, package.view(num_images, -1)], 1)
+        rows = torch.cat([rows, packages_BPC.flatten(0, 1).to(rows.dtype)])
+
+    # The n-th kept patch of all goes as many places on as its image moves; the others go nowhere.
+    packed = Layout(counts, prefix_row_BP.shape[1], device)
+    before, after = _starts(counts, order), _starts(counts, packed.order)
+    move_B = packed._tensor([b - a for a, b in zip(before, after, strict=True)])
+    target_N = alive_N.long().cumsum(0) - 1 + move_B.index_select(0, image_N)
+    target_N = target_N.where(alive_N, sum(counts))
+    place = torch.arange(len(target_N), device=device)
+    kept_N = place.new_empty(sum(counts) + 1).scatter(0, target_N, place)[:-1]
+
+    source_T = place.new_empty(packed.num_rows)
+    source_T = source_T.scatter(0, packed.prefix_row_BP.flatten(), prefix_row_BP.flatten())
+    source_T = source_T.scatter(0, packed.patch_row_N, row_N.index_select(0, kept_N))
+    x, index_N = rows.index_select(0, source_T), index_N.index_select(0, kept_N)
+    if min(counts) < max(counts):
+        return PackedTokens(x, packed, index_N)
+    x = x.view(num_images, packed.longest, x.shape[1])
+    return Tokens(x, packed.num_prefix, index_N.view(num_images, counts[0]))
+
+
+def _starts(counts: list[int], order: Sequence[int]) -> list[int]:
+    """Per image: how many patches lie before its first, when the images lie in ``order``."""
+    starts, total = [0] * len(counts), 0
+    for image in order:
+        starts[image] = total
+        total += counts[image]
+    return starts
 
 
 def packed_attention(
@@ -194,21 +322,38 @@ def packed_attention(
     Returns:
         the layer's output (rows, C), and the score (patch rows,) if it was asked for.
     """
-    visible = layout.visible_BN
-    heads, dim = attention.num_heads, attention.head_dim
-    qkv = x_TC.new_zeros(*visible.shape, 3 * attention.attn_dim)
-    qkv[visible] = attention.qkv(x_TC)
-    qkv = qkv.reshape(*visible.shape, 3, heads, dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
-    out = attention.norm(context.transpose(1, 2)[visible].flatten(1))
+    qkv = attention.qkv(x_TC).unflatten(1, (3, attention.num_heads, attention.head_dim))
+    if not isinstance(attention.q_norm, nn.Identity):  # then timm norms the keys too
+        q, k, v = qkv.unbind(1)
+        qkv = torch.stack([attention.q_norm(q).to(v), attention.k_norm(k).to(v), v], 1)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    if _takes_varlen(qkv, dropout):
+        q, k, v = qkv.unbind(1)
+        bounds, longest = layout.bounds, layout.longest
+        context = cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
+    else:
+        context = bucketed_attention(qkv, layout.buckets(qkv.dtype, attention.num_heads), dropout)
+    out = attention.norm(context.flatten(1))
     if attention.gate is not None:
         out = out * attention.gate(x_TC).sigmoid()
     out = attention.proj_drop(attention.proj(out))
     if score is None:
         return out, None
+    q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
+    context = layout.pad(context).transpose(1, 2)
+    visible = layout.visible_BN
     record = AttentionRecord(
         q, k, v, context, attention.scale, layout.num_prefix, has_class, visible
     )
-    return out, score(record)[layout.patch_visible_BN]
+    return out, score(record).flatten().index_select(0, layout.patch_place_N)
+
+
+def _takes_varlen(qkv: Tensor, dropout: float) -> bool:
+    return (
+        qkv.is_cuda
+        and qkv.dtype in (torch.float16, torch.bfloat16)
+        and dropout == 0
+        and qkv.shape[-1] % 8 == 0
+        and qkv.shape[-1] <= 256
+        and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+    )

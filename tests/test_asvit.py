@@ -276,6 +276,16 @@ def test_a_dropped_token_stays_dropped_unless_asked():
     first, second = sparse.method.train_forward(sparse.family, X).keeps
     torch.testing.assert_close(first, second)
     assert (first < 0.5).any()
+    previous = first.detach().round().requires_grad_()
+    tokens, score = (
+        sparse.family.stem(X).with_keep(previous),
+        torch.rand(6, 16, generator=seeded(2)),
+    )
+    keep_BN = sparse.method._mask(sparse.family, tokens, score, torch.tensor(0.5))
+    keep_BN.sum().backward()  # the stage's decision goes through all masks before it
+    torch.testing.assert_close(previous.grad, (previous * (score > 0.5)).detach())
+    masked = in_mode(sparse, "mask").trace(X).stages[1]
+    assert masked.counts.tolist() == sparse.trace(X).stages[1].counts.tolist()
     free = sparse_vit(thresholds=(0.055, 1e-12), monotone=False).train()
     first, second = free.method.train_forward(free.family, X).keeps
     assert (first < 0.5).any()

@@ -68,12 +68,12 @@ def test_costs_of_deit_s(deit_s, prune_after, kept, gmacs):
     assert sparse.macs() / 1e9 == pytest.approx(gmacs, rel=1e-2)
 
 
-def test_the_default_place_is_a_quarter_of_the_depth():
+def test_the_default_place_is_a_third_of_the_depth():
     places = {
         depth: sparsify(sharp_vit(depth=depth), SaiTConfig()).method.stages[0]
         for depth in (2, 4, 12, 16)
     }
-    assert places == {2: 1, 4: 1, 12: 3, 16: 4}
+    assert places == {2: 1, 4: 1, 12: 4, 16: 5}
 
 
 @pytest.mark.parametrize("where", ["end", "mid"])
@@ -675,7 +675,8 @@ def test_info_names_the_score(tmp_path, capsys):
 
     names = {}
     for name, pool in (("class", {}), ("average", {"class_token": False, "global_pool": "avg"})):
-        sparse_vit(sharp_vit(**pool)).save_pretrained(tmp_path / name)
+        sparse = sparse_vit(sharp_vit(**pool), score="cls_value_norm")
+        sparse.save_pretrained(tmp_path / name)
         with pytest.raises(SystemExit) as done:
             main(["info", str(tmp_path / name)])
         assert not done.value.code

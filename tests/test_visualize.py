@@ -15,7 +15,8 @@ from PIL import Image
 
 import vitrim
 from tests.conftest import images, tiny_vit
-from vitrim import DynamicViTConfig
+from vitrim import DynamicViTConfig, STViTConfig
+from vitrim.cli import show
 from vitrim.tools import report, visualize
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -91,6 +92,121 @@ def test_panels_follow_the_trace(trace):
             ]
             is_grey = bool((patch.max(-1) == patch.min(-1)).all())
             assert is_grey == (place not in stage.kept[1].tolist())
+
+
+def test_patches_have_the_colour_of_the_semantic_token_that_looks_most():
+    looks_SN = torch.zeros(3, 4)
+    leader = [2, 0, 1, 0]
+    for place, token in enumerate(leader):
+        looks_SN[token, place] = 0.5
+        looks_SN[(token + 1) % 3, place] = 0.3
+    picture = colourful()
+    before = np.asarray(picture).astype(float)
+    shown = np.asarray(visualize.assignment(picture, looks_SN, (2, 2))).astype(float)
+    colours = visualize.token_colours(3)
+    assert len(set(colours)) == 3
+    for place, token in enumerate(leader):
+        row, column = divmod(place, 2)
+        patch = np.s_[16 * row + 2 : 16 * row + 14, 16 * column + 2 : 16 * column + 14]
+        tinted = (before[patch] + np.array(colours[token])) / 2
+        assert np.abs(shown[patch] - tinted).max() <= 1
+    # Lines part different tokens and nothing else.
+    assert (shown[2:14, 16] == 255).all()
+    assert (shown[16, 2:14] == 255).all()
+    assert (shown[16, 18:30] < 255).any(-1).all()
+
+
+def test_panels_show_semantic_tokens():
+    sparse = vitrim.sparsify(tiny_vit(), STViTConfig(semantic_tokens=(2, 3))).eval()
+    trace = sparse.trace(images(2))
+    found = visualize.panels(colourful(), trace, 1)
+    assert [panel.title for panel in found] == ["input", "stage 1, before block 3"]
+    assert found[1].caption == "6 semantic tokens for 16 patches"
+    large = found[0].image
+    expected = visualize.assignment(large, trace.stages[0].assignment[1], (4, 4))
+    assert np.array_equal(np.asarray(found[1].image), np.asarray(expected))
+
+
+def test_histogram_bars_stand_where_the_counts_are():
+    shown = np.asarray(visualize.histogram([0, 10, 10, 19], 19, side=240)).astype(int)
+    blue = (shown == (31, 111, 235)).all(-1)
+    heights = blue.sum(0)
+    left, right = 24, 228
+    step = (right - left) / 20
+    middle = [round(left + (count + 0.5) * step) for count in range(20)]
+    assert heights[middle[10]] > 1.9 * heights[middle[0]]
+    assert heights[middle[0]] == heights[middle[19]] > 50
+    assert all(heights[middle[count]] == 0 for count in range(20) if count not in (0, 9, 10, 19))
+
+
+@pytest.mark.parametrize("counts", [[0], [196], [0, 0], [5, 100, 196]])
+def test_histograms_of_extreme_counts(counts):
+    shown = np.asarray(visualize.histogram(counts, 196))
+    assert shown.shape == (320, 320, 3)
+    assert ((shown == (31, 111, 235)).all(-1).any(0)).sum() >= 1
+
+
+def test_histograms_follow_the_trace(trace):
+    counts = [[9, 5, 3], [9, 7, 5]]
+    found = visualize.histograms(counts, trace, side=200)
+    assert [panel.title for panel in found] == [
+        f"stage {number + 1}, before block {stage.block}"
+        for number, stage in enumerate(trace.stages)
+    ]
+    assert [panel.caption for panel in found] == [
+        "9 ± 0 of 16 patches",
+        "6 ± 1 of 16 patches",
+        "4 ± 1 of 16 patches",
+    ]
+    assert visualize.lay_out(found).width > 3 * 200
+
+
+def test_easiest_images_come_first():
+    assert visualize.easiest_first([[9, 5], [8, 2], [9, 2], [3, 9]]) == [1, 2, 0, 3]
+
+
+def shown_by(config, folder, count=3):
+    """What ``vitrim show`` writes for some images, and the page's headings."""
+    sparse = vitrim.sparsify(tiny_vit(), config, generator=torch.Generator().manual_seed(3)).eval()
+    data_config = {"mean": MEAN, "std": STD}
+    shown = [show.ShownImage(f"picture {i}.png", x, None) for i, x in enumerate(images(count))]
+    show.draw(sparse, show.Found(data_config, None, shown), folder, lambda _: None)
+    page = (folder / "page.html").read_text()
+    parse(page)
+    files = sorted(path.name for path in folder.glob("*.png"))
+    return sparse, files, re.findall(r"<h3>(.*?)</h3>", page), page
+
+
+def test_show_orders_adaptive_images_from_easy_to_hard(tmp_path):
+    config = DynamicViTConfig(stages=(1, 2), threshold=0.5)
+    sparse, files, headings, page = shown_by(config, tmp_path, 6)
+    assert files == [*(f"{i + 1:03d}_picture_{i}.png" for i in range(6)), "counts.png"]
+    counts = [
+        [int(stage.counts) for stage in sparse.trace(image[None]).stages] for image in images(6)
+    ]
+    order = visualize.easiest_first(counts)
+    assert len({counts[place][-1] for place in order}) > 2
+    assert headings == [
+        "Patches that the images kept",
+        "The easiest images, which kept least",
+        "The hardest images, which kept most",
+        *(f"picture {place}.png" for place in order),
+    ]
+    assert "dropped patches are faded" in page
+
+
+def test_show_without_adaptive_counts_keeps_the_order(tmp_path):
+    _, files, headings, page = shown_by(STViTConfig(semantic_tokens=4), tmp_path)
+    assert "counts.png" not in files
+    assert headings == [f"picture {i}.png" for i in range(3)]
+    assert "each colour is a semantic token" in page
+
+
+def test_show_of_one_adaptive_image_has_no_histogram(tmp_path):
+    config = DynamicViTConfig(stages=(1, 2), threshold=0.5)
+    _, files, headings, _ = shown_by(config, tmp_path, 1)
+    assert files == ["001_picture_0.png"]
+    assert headings == ["picture 0.png"]
 
 
 def test_names_of_classes(trace):

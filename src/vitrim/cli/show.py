@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from vitrim.cli import common
 from vitrim.errors import InputError
 from vitrim.model import SparseModel
 from vitrim.tools import report, visualize
+
+_ENDS = 4
+"""How many of the easiest and of the hardest images are shown first."""
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,57 @@ def _read(dataset: Any, index: int, names: Callable[[int], str], found: Found) -
 
 
 def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int], None]) -> None:
-    """Write a PNG strip per image and ``page.html`` with all of them, after all are drawn."""
+    """Write a PNG strip per image and ``page.html`` with all of them, after all are drawn.
+
+    Where the counts depend on the image, ``counts.png`` shows their histogram, and the page has it
+    first, then the easiest and the hardest images, then all of them in that order.
+    """
     device = next(model.parameters()).device
     mean, std = found.data_config["mean"], found.data_config["std"]
-    strips, files = [], {}
+    strips: list[tuple[str, list[visualize.Panel]]] = []
+    files, counts = {}, []
     for number, shown in enumerate(found.images, 1):
-        # One by one: adaptive methods take single images, and drawing takes longer anyway.
         trace = model.trace(shown.pixels.unsqueeze(0).to(device))
         picture = visualize.denormalize(shown.pixels, mean, std)
         row = visualize.panels(picture, trace, 0, class_names=found.class_names, truth=shown.truth)
-        buffer = io.BytesIO()
-        visualize.lay_out(row).save(buffer, "PNG", optimize=True)
         stem = Path(shown.name).stem.replace(" ", "_")
-        files[f"{number:03d}_{stem}.png"] = buffer.getvalue()
+        files[f"{number:03d}_{stem}.png"] = _png(row)
         strips.append((Path(shown.name).name, row))
+        counts.append([int(stage.counts[0]) for stage in trace.stages])
         advance(number)
-    note = f"{model.method.name} on {model.backbone.__class__.__name__}: dropped patches are faded."
+    means = "each colour is a semantic token, on the patches that it looks at most"
+    if trace.stages[0].assignment is None:
+        means = "dropped patches are faded"
+    if len(strips) > 1 and model.method.counts(trace.grid[0] * trace.grid[1]) is None:
+        histograms = visualize.histograms(counts, trace)
+        files["counts.png"] = _png(histograms)
+        strips = _by_difficulty(strips, counts, histograms)
+    note = f"{model.method.name} on {model.backbone.__class__.__name__}: {means}."
     page = report.gallery("What the model looks at", note, strips)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, content)
     write_atomic(folder / "page.html", page.encode())
+
+
+def _by_difficulty(
+    strips: list[tuple[str, list[visualize.Panel]]],
+    counts: list[list[int]],
+    histograms: list[visualize.Panel],
+) -> list[tuple[str, list[visualize.Panel]]]:
+    """The histograms, the easiest and the hardest images, and then all, easiest first."""
+    ordered = [strips[place] for place in visualize.easiest_first(counts)]
+    ends = [replace(row[-1], title=name) for name, row in ordered]
+    shown = min(_ENDS, len(ends) // 2)
+    return [
+        ("Patches that the images kept", histograms),
+        ("The easiest images, which kept least", ends[:shown]),
+        ("The hardest images, which kept most", ends[::-1][:shown]),
+        *ordered,
+    ]
+
+
+def _png(row: Sequence[visualize.Panel]) -> bytes:
+    buffer = io.BytesIO()
+    visualize.lay_out(row).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

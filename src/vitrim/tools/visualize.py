@@ -1,10 +1,12 @@
-"""Pictures of what a sparse model looks at: dropped patches fade, stage by stage.
+"""Pictures of what a sparse model looks at: dropped patches fade, stage by stage; where semantic
+tokens replace the patches, each has a colour; histograms say how many patches images kept.
 
 Drawn with Pillow alone. The picture shown is the model's own input, with the normalisation undone.
 """
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,11 @@ _FADE = 0.88
 """Weight of the paper colour where a patch was dropped; the rest is its grey image."""
 _LINE = 0.30
 """Opacity of the grid lines."""
+_TINT = 0.5
+"""Opacity of the semantic tokens' colours."""
+_BAR = (31, 111, 235)
+_GOLDEN = 0.6180339887498949
+_BINS = 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ def panels(
 ) -> list[Panel]:
     """Image ``i`` of a traced batch, then the same image after each stage.
 
+    A stage whose semantic tokens replace the patches shows who looks at what.
+
     Args:
         image: what the model saw, with the normalisation undone.
         trace: of the batch.
@@ -75,13 +84,19 @@ def panels(
     large = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
     found = [Panel(large, "input", _prediction(trace, i, class_names, truth))]
     for number, stage in enumerate(trace.stages, 1):
+        title = f"stage {number}, before block {stage.block}"
+        if stage.assignment is not None:
+            looks_SN = stage.assignment[i]
+            caption = f"{len(looks_SN)} semantic tokens for {num_patches} patches"
+            found.append(Panel(assignment(large, looks_SN, trace.grid), title, caption))
+            continue
         keep = torch.zeros(num_patches, dtype=torch.bool)
         keep[stage.kept[i].cpu()] = True
         kept = int(keep.sum())
         found.append(
             Panel(
                 fade(large, keep.view(rows, columns)),
-                f"stage {number}, before block {stage.block}",
+                title,
                 f"{kept} of {num_patches} patches ({100 * kept / num_patches:.0f}%)",
             )
         )
@@ -107,6 +122,107 @@ def fade(image: Image.Image, keep: Tensor) -> Image.Image:
     for row in range(1, rows):
         draw.line([(0, row * height // rows), (width, row * height // rows)], _PAPER)
     return Image.blend(shown, lined, _LINE)
+
+
+def assignment(image: Image.Image, looks_SN: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """``image`` tinted patch by patch with the colour of the semantic token that looks at the patch
+    most; white lines part what belongs to different ones.
+
+    Args:
+        image: the picture.
+        looks_SN: how much each semantic token looks at each patch (``StageTrace.assignment``).
+        grid: rows and columns of the patch grid.
+    """
+    rows, columns = grid
+    leader = looks_SN.float().argmax(0).view(rows, columns).cpu()
+    colours = torch.tensor(token_colours(len(looks_SN)), dtype=torch.uint8)
+    # One pixel per patch, enlarged: sharp edges at the patch borders.
+    tint = Image.fromarray(colours[leader].numpy()).resize(image.size, Image.Resampling.NEAREST)
+    shown = Image.blend(image.convert("RGB"), tint, _TINT)
+    draw = ImageDraw.Draw(shown)
+    width, height = image.size
+    thick = max(1, width // (40 * columns))
+    for row, column in (leader[:, 1:] != leader[:, :-1]).nonzero().tolist():
+        x = (column + 1) * width // columns
+        draw.line([(x, row * height // rows), (x, (row + 1) * height // rows)], _PAPER, thick)
+    for row, column in (leader[1:] != leader[:-1]).nonzero().tolist():
+        y = (row + 1) * height // rows
+        draw.line(
+            [(column * width // columns, y), ((column + 1) * width // columns, y)], _PAPER, thick
+        )
+    return shown
+
+
+def token_colours(count: int) -> list[tuple[int, int, int]]:
+    """``count`` colours; those of neighbouring numbers are far apart."""
+    found = []
+    for number in range(count):
+        lightness = (0.45, 0.6, 0.75)[number % 3]
+        colour = colorsys.hls_to_rgb(number * _GOLDEN % 1, lightness, 0.85)
+        found.append((round(255 * colour[0]), round(255 * colour[1]), round(255 * colour[2])))
+    return found
+
+
+def histogram(counts: Sequence[int], num_patches: int, side: int = 320) -> Image.Image:
+    """How many images kept how many of ``num_patches`` patches; a line marks the mean.
+
+    Args:
+        counts: kept patches, one number per image.
+        num_patches: right end of the axis.
+        side: width and height in pixels.
+    """
+    per_bar = max(1, -(-num_patches // _BINS))
+    bars = torch.bincount(torch.tensor(list(counts)) // per_bar)
+    size = max(12, side // 20)
+    font = ImageFont.load_default(size)
+    left, right, top, bottom = 2 * size, side - size, 2 * size, side - 2 * size
+    step, rise = (right - left) / (num_patches + 1), (bottom - top) / int(bars.max())
+    canvas = _plain((side, side), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for place, bar in enumerate(bars.tolist()):
+        if bar:
+            start, end = place * per_bar, min((place + 1) * per_bar, num_patches + 1)
+            across = (left + start * step + 1, max(left + end * step - 1, left + start * step + 2))
+            draw.rectangle([across[0], bottom - bar * rise, across[1], bottom], _BAR)
+    draw.line([(left, bottom), (right, bottom)], _SOFT_INK)
+    mean = left + (sum(counts) / len(counts) + 0.5) * step
+    draw.line([(mean, top - size // 2), (mean, bottom)], _INK, 2)
+    for number in (0, num_patches // 2, num_patches):
+        middle = left + (number + 0.5) * step
+        draw.text((middle, bottom + size // 3), str(number), _SOFT_INK, font, anchor="ma")
+    draw.text((left - size // 3, top), str(int(bars.max())), _SOFT_INK, font, anchor="rm")
+    draw.text((left, size // 4), "images", _SOFT_INK, font)
+    return canvas
+
+
+def histograms(counts: Sequence[Sequence[int]], trace: Trace, side: int = 320) -> list[Panel]:
+    """A histogram per stage of the patches that each of several images kept.
+
+    Args:
+        counts: per image, the kept patches after each stage.
+        trace: of any of the images: says where the stages and how large the grid is.
+        side: width and height of each picture in pixels.
+    """
+    num_patches = trace.grid[0] * trace.grid[1]
+    found = []
+    for number, stage in enumerate(trace.stages):
+        kept = [per_stage[number] for per_stage in counts]
+        spread = torch.tensor(kept, dtype=torch.float64)
+        found.append(
+            Panel(
+                histogram(kept, num_patches, side),
+                f"stage {number + 1}, before block {stage.block}",
+                f"{spread.mean():.0f} ± {spread.std(correction=0):.0f} of {num_patches} patches",
+            )
+        )
+    return found
+
+
+def easiest_first(counts: Sequence[Sequence[int]]) -> list[int]:
+    """Places of the images in the order of what they kept: least at the last stage first, and where
+    that is equal at the stages before.
+    """
+    return sorted(range(len(counts)), key=lambda place: list(counts[place])[::-1])
 
 
 def lay_out(row: Sequence[Panel]) -> Image.Image:

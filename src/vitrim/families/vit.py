@@ -242,12 +242,24 @@ class ViT:
         tokens, or the model's attention pooling, then its classifier (the mean of its two).
         """
         model = self.backbone
-        x = model.norm(x_BNC)
-        pooled = x.mean(1) if model.attn_pool is None else model.attn_pool(x)
-        pooled = model.head_drop(model.fc_norm(pooled))
+        pooled = self.patch_pool(x_BNC)
         logits: Tensor = model.head(pooled)
         second = getattr(model, "head_dist", None)
         return logits if second is None else (logits + second(pooled)) / 2
+
+    def patch_pool(self, x_BNC: Tensor) -> Tensor:
+        """(B, C): what the classifier of :meth:`patch_head` reads."""
+        model = self.backbone
+        x = model.norm(x_BNC)
+        pooled = x.mean(1) if model.attn_pool is None else model.attn_pool(x)
+        features: Tensor = model.head_drop(model.fc_norm(pooled))
+        return features
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
+        assert tokens.keep_BN is None
+        features: Tensor = self.backbone.forward_head(self.backbone.norm(tokens.x), pre_logits=True)
+        return features
 
     def _masked_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
         model, keep = self.backbone, tokens.keep_all

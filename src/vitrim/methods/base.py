@@ -69,6 +69,8 @@ class DenseOutput:
     patch_attention: Tensor | None = None
     """(B, N): what the class token pays to each patch token in the last block, mean over heads
     (received attention where there is no class token); where the method asked for it."""
+    pooled_features: Tensor | None = None
+    """(B, C): what the classifier reads; where the method asked for it."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from vitrim import losses
 from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
+from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.methods.base import DenseOutput, Dial, Method, Recorder, StageTrace, TrainingOutput
 from vitrim.pooling import POOLINGS
@@ -87,6 +88,9 @@ class STViTConfig:
     """Weight of the cross entropy. The released code has this term alone."""
     distill_weight: float = 0.5
     """Ours: weight of KL(teacher || student) on the logits, where there is a teacher."""
+    feature_weight: float = 0.0
+    """Ours, for adapting on few images: weight of the squared error of what the classifier reads
+    against what the teacher's reads."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class STViTConfig:
         require(2 <= generation <= 4, f"generation_layers is {generation}; expected 2, 3 or 4")
         scale = self.layer_scale
         require(scale is None or scale > 0, f"layer_scale is {scale}; expected more than 0")
-        for name in ("classification", "distill"):
+        for name in ("classification", "distill", "feature"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
@@ -116,6 +120,14 @@ class STViTConfig:
             f"semantic_tokens is {wanted}, which is no square number; give (rows, columns)",
         )
         return side, side
+
+
+@dataclass(frozen=True)
+class STViTOutput(TrainingOutput):
+    """A training forward: the same computation as inference."""
+
+    features_BC: Tensor
+    """What the classifier reads."""
 
 
 class STViT(Method):
@@ -170,6 +182,11 @@ class STViT(Method):
         return (rows * columns,)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        semantic = self._run(family, images, recorder)
+        return family.head(semantic) if self.config.keep_prefix else family.patch_head(semantic.x)
+
+    def _run(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tokens:
+        """The semantic tokens after the last block, behind the prefix if it is kept."""
         tokens = family.stem(images)
         if not self.config.keep_prefix:
             tokens = Tokens.of(tokens.patches, 0)
@@ -181,7 +198,7 @@ class STViT(Method):
         log_size = self._log_size(semantic, tokens.num_patches)
         for block in range(self.stages[0], family.depth):
             semantic = self._self_block(family, block, semantic, log_size)
-        return family.head(semantic) if self.config.keep_prefix else family.patch_head(semantic.x)
+        return semantic
 
     def _generate(
         self, family: ViT, tokens: Tokens, grid: tuple[int, int]
@@ -248,11 +265,20 @@ class STViT(Method):
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
-    ) -> TrainingOutput:
-        return TrainingOutput(self.infer(family, images))
+    ) -> STViTOutput:
+        semantic = self._run(family, images)
+        if self.config.keep_prefix:
+            return STViTOutput(family.head(semantic), family.pool(semantic))
+        return STViTOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
+
+    @torch.no_grad()
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        tokens = family.dense(images)
+        features = family.patch_features(tokens)
+        return DenseOutput(family.head(tokens), features, pooled_features=family.pool(tokens))
 
     def losses(
-        self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+        self, output: STViTOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         config, parts, weights = self.config, dict[str, Tensor](), dict[str, float]()
         if target is not None:
@@ -261,8 +287,20 @@ class STViT(Method):
         if teacher is not None:
             parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
             weights["distill"] = config.distill_weight
+            if config.feature_weight:
+                parts["feature"] = self._feature_loss(output, teacher)
+                weights["feature"] = config.feature_weight
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return parts | {"total": total}
+
+    def _feature_loss(self, output: STViTOutput, teacher: DenseOutput) -> Tensor:
+        wanted = teacher.pooled_features
+        if wanted is None:
+            raise ConfigError(
+                "feature_weight is above 0, so the loss needs what the teacher's classifier reads; "
+                "ask the teacher through the method's teach"
+            )
+        return F.mse_loss(output.features_BC.float(), wanted.float())
 
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
         prefix = family.num_prefix if self.config.keep_prefix else 0

@@ -34,6 +34,16 @@ def hard_keep(
     return hard + (soft - soft.detach())
 
 
+def with_noise(
+    score_BN: Tensor, deviation: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """The scores with normal noise, to choose by; without gradients where there is noise."""
+    if deviation == 0:
+        return score_BN
+    noise = torch.empty_like(score_BN).normal_(std=deviation, generator=generator)
+    return score_BN.detach() + noise
+
+
 def top_k(score_BN: Tensor, count: int) -> Tensor:
     """(B, count) positions of the best scores, in no order that a caller may rely on."""
     return torch.topk(score_BN, count, dim=1, sorted=False).indices

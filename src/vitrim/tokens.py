@@ -91,7 +91,7 @@ class Tokens:
         return grid.scatter(1, self.index_BN, values)
 
     def places(self) -> list[Tensor]:
-        """Per image: the original places of its patch tokens, sorted; under a mask the kept ones."""
+        """Per image: the original places of its patch tokens, sorted; of the kept under a mask."""
         if self.keep_BN is None:
             return [places.sort().values for places in self.index_BN]
         kept = zip(self.index_BN, self.keep_BN > 0.5, strict=True)

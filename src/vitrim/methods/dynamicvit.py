@@ -83,6 +83,9 @@ class DynamicViTConfig:
     score_weight: float = 0.0
     """Ours: weight of a loss that teaches the predictors to keep the tokens that matter most to
     the dense teacher's prediction (``ViT.saliency``), for adapting on few images. Paper: none."""
+    score_noise: float = 0.0
+    """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
+    being kept when training chooses, so that the backbone meets other choices. Paper: none."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -100,6 +103,8 @@ class DynamicViTConfig:
         for name in ("classification", "ratio", "distill", "token", "score"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        noise = self.score_noise
+        require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
         require(
             self.sampling != "top_k" or self.score_weight > 0,
             'sampling="top_k" teaches the predictors by the score loss alone; set score_weight',
@@ -238,7 +243,9 @@ class DynamicViT(Method):
     ) -> Tokens:
         """The tokens that go on in training: under a mask, or gathered as at inference."""
         if self.config.sampling == "top_k":
-            return tokens.gather(sampling.top_k(log_probs[..., 0], count))
+            log_odds = log_probs[..., 0] - log_probs[..., 1]
+            log_odds = sampling.with_noise(log_odds, self.config.score_noise, generator)
+            return tokens.gather(sampling.top_k(log_odds, count))
         keep_BN = sampling.hard_keep(
             log_probs,
             noise=self.config.sampling == "gumbel",

@@ -112,6 +112,9 @@ class SPViTConfig:
     score_weight: float = 0.0
     """Ours: weight of a loss that teaches the selectors to keep the tokens that matter most to the
     dense teacher's prediction (``ViT.saliency``), for adapting on few images. Authors: none."""
+    score_noise: float = 0.0
+    """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
+    being kept when training chooses, so that the backbone meets other choices. Authors: none."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -126,6 +129,8 @@ class SPViTConfig:
         for name in ("classification", "ratio", "distill", "token", "score"):
             weight = getattr(self, f"{name}_weight")
             require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        noise = self.score_noise
+        require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
         require(
             self.sampling != "top_k" or self.score_weight > 0,
             'sampling="top_k" teaches the selectors by the score loss; set score_weight',
@@ -323,7 +328,8 @@ class SPViT(Method):
         """The tokens that go on in inference, and the package of the others."""
         if self.config.inference == "top_k":
             assert isinstance(tokens, Tokens)
-            return self._keep_best(family, tokens, scores, self._fixed_counts(num_patches)[stage])
+            count = self._fixed_counts(num_patches)[stage]
+            return self._keep_best(family, tokens, scores, _log_odds(scores), count)
         if self.config.inference == "threshold":
             keep = scores.keep_score > self.config.threshold
         else:
@@ -338,9 +344,10 @@ class SPViT(Method):
             return select(tokens.with_prefix(prefix), keep_BN)
         return select(tokens, keep_BN, prefix[:, tokens.num_prefix :])
 
-    def _keep_best(self, family: ViT, tokens: Tokens, scores: Scores, count: int) -> Tokens:
-        """The ``count`` tokens likeliest to be kept, and the package of the others."""
-        ranks = scores.log_probs[..., 0] - scores.log_probs[..., 1]
+    def _keep_best(
+        self, family: ViT, tokens: Tokens, scores: Scores, ranks: Tensor, count: int
+    ) -> Tokens:
+        """The ``count`` tokens that rank highest, and the package of the others."""
         if tokens.keep_BN is not None:
             ranks = ranks.masked_fill(tokens.keep_BN < 0.5, -torch.inf)
         best = sampling.top_k(ranks, count)
@@ -408,7 +415,8 @@ class SPViT(Method):
             count = self._fixed_counts(num_patches)[stage]
             if count == tokens.num_patches:
                 return tokens
-            return self._keep_best(family, tokens, scores, count)
+            ranks = sampling.with_noise(_log_odds(scores), config.score_noise, generator)
+            return self._keep_best(family, tokens, scores, ranks, count)
         keep_BN = sampling.hard_keep(
             scores.log_probs,
             noise=config.sampling == "gumbel",
@@ -480,6 +488,10 @@ class SPViT(Method):
         config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
         config.ratios(len(self.stages))
         self.config = config
+
+
+def _log_odds(scores: Scores) -> Tensor:
+    return scores.log_probs[..., 0] - scores.log_probs[..., 1]
 
 
 def _masked(tokens: Tokens, keep_BN: Tensor) -> Tokens:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, InputError, STViTConfig, calibrate, from_pretrained, sparsify
+from vitrim.attention import cross_attention
 from vitrim.families import family_of
 from vitrim.methods.base import DenseOutput
 from vitrim.pooling import POOLINGS
@@ -363,3 +364,14 @@ def test_configs_that_do_not_fit_the_backbone():
     assert sparse(images(1, size=40)).shape == (1, 10)
     with pytest.raises(InputError):
         sparse(images(1, size=33))
+
+
+def test_attention_record_heeds_what_was_added_to_the_logits():
+    attention = tiny_vit().blocks[0].attn
+    query, memory = (
+        torch.randn(2, 3, 32, generator=seeded(0)),
+        torch.randn(2, 5, 32, generator=seeded(1)),
+    )
+    bias = torch.tensor([0.0, 3.0, -3.0, 1.0, 0.0])
+    _, record = cross_attention(attention, query, memory, bias)
+    torch.testing.assert_close(record.weights() @ record.v_BHND, record.context_BHQD)

@@ -400,3 +400,20 @@ def test_trace_is_deterministic_in_training_mode_too():
 def test_threshold_mode_has_no_ratio_to_set():
     with pytest.raises(ConfigError, match=r"follow the threshold 0\.5"):
         sparse_vit(threshold=0.5).set_keep_ratio(0.7)
+
+
+def test_noise_varies_what_training_chooses_and_nothing_else():
+    sparse = sparse_vit(sampling="top_k", score_noise=5.0).train()
+    plain = sparse_vit(sampling="top_k").train()
+
+    def kept(model, seed):
+        output = model.method.train_forward(model.family, X, seeded(seed))
+        return output.decisions[0].keep_BN
+
+    assert torch.equal(kept(sparse, 1), kept(sparse, 1))
+    assert not torch.equal(kept(sparse, 1), kept(sparse, 2))
+    assert torch.equal(kept(plain, 1), kept(plain, 2))
+    assert kept(sparse, 1).sum(1).tolist() == kept(plain, 1).sum(1).tolist()
+    assert torch.equal(sparse.eval()(X), plain.eval()(X))
+    with pytest.raises(ConfigError, match="score_noise is -1"):
+        DynamicViTConfig(score_noise=-1)

@@ -226,6 +226,14 @@ def test_mass_is_monotone_and_enough(size, seed, one, other):
     assert (counts[0] <= counts[1]).all()
 
 
+def test_mass_one_keeps_what_rounding_would_lose():
+    method = sparse_vit(min_kept=0, mass=1.0).method
+    falling = torch.tensor([[1.0, 1e-9, 1e-9, 0.0]])  # the first alone sums to 1 in floats
+    assert method._ranks_kept(falling, "mass").all()
+    method.set_selector("mass", 0.999)
+    assert method._ranks_kept(falling, "mass").sum() == 1
+
+
 def test_guards_on_the_count():
     for selector, strict in (("mass", 1e-3), ("threshold", 90.0)):
         counts = {}

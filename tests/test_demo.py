@@ -15,6 +15,7 @@ import vitrim
 from tests.conftest import tiny_vit
 from tests.test_visualize import parse
 from vitrim import CheckpointError
+from vitrim.methods import METHODS
 from vitrim.tools import demo
 from vitrim.tools.demo import run_demo
 from vitrim.train.recipe import load_recipe
@@ -25,20 +26,19 @@ from vitrim.train.shipped import DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS, digits_b
 def finished(tmp_path_factory):
     """A demo's folder, its summary and the parts that showed progress."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    recipe = load_recipe(
-        demo.RECIPE,
-        [
-            "model.weights=none",
-            "model.kwargs={img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, "
-            "num_classes=10}",
-            "data.length=64",
-            "data.val_length=20",
-            "data.batch_size=32",
-            "run.epochs=1",
-            "run.precision=fp32",
-            "run.tensorboard=false",
-        ],
-    )
+    changes = [
+        "model.weights=none",
+        "model.kwargs={img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2, "
+        "num_classes=10}",
+        "data.length=64",
+        "data.val_length=20",
+        "data.batch_size=32",
+        "run.epochs=1",
+        "run.precision=fp32",
+        "run.tensorboard=false",
+    ]
+    own = {"digits-stvit": ["method.semantic_tokens=4"], "digits-sait": ["method.min_kept=1"]}
+    recipes = [load_recipe(name, changes + own.get(name, [])) for name in demo.RECIPES]
     parts: dict[str, list[int]] = {}
 
     @contextmanager
@@ -49,31 +49,54 @@ def finished(tmp_path_factory):
     lines = run_demo(
         folder,
         seconds=20,
-        recipe=recipe,
+        recipes=recipes,
         test_images=120,
         rounds=1,
         slice_seconds=0,
+        tolerance=0.5,
         progress=progress,
     )
     return folder, lines, parts
 
 
-def test_folder_holds_report_results_and_checkpoint(finished):
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_folder_holds_report_results_and_a_checkpoint_per_method(finished):
     folder, _, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint",
+        "checkpoints",
         "report.html",
         "results.json",
     ]
-    sparse = vitrim.from_pretrained(folder / "checkpoint")
-    results = json.loads((folder / "results.json").read_text())
-    assert sparse.config.keep_ratio == results["trained_keep_ratio"] == 0.6
-    assert results["evaluation"]["images"] == 120
-    assert results["evaluation"]["macs"]["mean"] == sparse.macs()
-    assert {entry["keep_ratio"] for entry in results["sweep"]} == {0.6, *demo.RATIOS}
-    assert len(results["benchmark"]) == len(demo.BATCHES) * (1 + len({0.6, *demo.RATIOS}))
-    described = json.loads((folder / "checkpoint" / "config.json").read_text())
-    assert described["metrics"]["test"] == results["evaluation"]
+    results = results_of(folder)
+    main = {point["method"]: point for point in results["points"] if point["is_main"]}
+    assert list(main) == list(METHODS)
+    assert len(results["benchmark"]) == len(demo.BATCHES) * (1 + len(results["points"]))
+    for name, point in main.items():
+        sparse = vitrim.from_pretrained(folder / "checkpoints" / name)
+        assert sparse.method.name == name
+        assert point["images"] == 120
+        described = json.loads((folder / "checkpoints" / name / "config.json").read_text())
+        assert described["metrics"]["test"].items() <= point.items()
+
+
+def test_budgets_are_calibrated(finished):
+    folder, _, _ = finished
+    for point in results_of(folder)["points"]:
+        if point["budget"] is not None:
+            # a tiny model that has hardly learned costs what its coarse steps allow
+            assert point["macs"]["mean"] < 1.1 * point["dense_macs"]
+            assert point["name"] == f"{point['method']} {point['budget']}"
+        else:
+            assert point["method"] == "stvit"
+    costs = {
+        method: [p["macs"]["mean"] for p in results_of(folder)["points"] if p["method"] == method]
+        for method in METHODS
+    }
+    low, high = demo.BUDGETS.index(min(demo.BUDGETS)), demo.BUDGETS.index(max(demo.BUDGETS))
+    assert all(cost[low] < cost[high] for cost in costs.values() if len(cost) > 1)
 
 
 def test_the_dense_model_is_the_one_before_training(finished):
@@ -84,55 +107,53 @@ def test_the_dense_model_is_the_one_before_training(finished):
     from vitrim.train.task import create_dense
 
     folder, _, _ = finished
-    results = json.loads((folder / "results.json").read_text())
-    recipe = recipe_from_plain(results["recipe"])
-    config = vitrim.from_pretrained(folder / "checkpoint").data_config
+    results = results_of(folder)
+    recipe = recipe_from_plain(results["recipes"]["dynamicvit"])
+    config = vitrim.from_pretrained(folder / "checkpoints" / "dynamicvit").data_config
     loader = eval_loader("digits/test", config, 60, length=120)
     found = evaluate_dense(create_dense(recipe.model, recipe.run.seed), loader)
-    assert dataclasses.asdict(found.dense) == results["evaluation"]["dense"]
+    for point in results["points"]:
+        assert dataclasses.asdict(found.dense) == point["dense"]
 
 
 def test_summary_has_six_lines_with_what_was_measured(finished):
     folder, lines, _ = finished
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(folder)
     assert len(lines) == 6
-    assert [line.split()[0] for line in lines] == [
-        "data",
-        "dense",
-        "sparse",
-        "difference",
-        "speed-up",
-        "report",
-    ]
+    assert [line.split()[0] for line in lines] == ["dense", *METHODS]
     assert not any("\n" in line for line in lines)
-    found = results["evaluation"]
-    assert f"{found['dense']['top1']:.2f}% top-1" in lines[1]
-    assert f"{found['sparse']['top1']:.2f}% top-1" in lines[2]
-    assert f"{found['paired']['difference']:+.2f} points" in lines[3]
-    own = next(row for row in results["benchmark"] if row["name"] == "0.6")
-    assert own["batch"] == demo.BATCHES[0]
-    assert f"{own['speedup']['median']:.2f}x" in lines[4]
+    main = {point["method"]: point for point in results["points"] if point["is_main"]}
+    for line in lines[1:]:
+        point = main[line.split()[0]]
+        assert f"{point['sparse']['top1']:.2f}% top-1" in line
+        assert f"{point['paired']['difference']:+.2f} points" in line
+        row = next(row for row in results["benchmark"] if row["name"] == point["name"])
+        assert row["batch"] == demo.BATCHES[0]
+        assert f"{row['speedup']['median']:.2f}x" in line
+    assert "report.html" in lines[-1]
 
 
 def test_report_is_whole_and_self_contained(finished):
     folder, _, _ = finished
     page = (folder / "report.html").read_text()
     found = parse(page)
-    assert len(found.pictures) == 6 * 4
+    assert len(found.pictures) >= 6 * 5 * 2
     assert all(address.startswith("data:image/png;base64,") for address in found.pictures)
     assert page.count("<svg") == 2
-    assert page.count("<circle") == 2 * (1 + len({0.6, *demo.RATIOS}))
+    points = 1 + len(results_of(folder)["points"])
+    assert page.count("<title>") == 1 + 2 * points
+    assert all(f"What {method} looks at" in page for method in METHODS)
     assert 'name="viewport"' in page
     assert not re.search(r"https?://", page)
 
 
 def test_every_part_shows_progress_to_its_end(finished):
     _, _, parts = finished
-    assert len(parts) == 5
+    assert len(parts) == 5 + 4
     assert all(numbers == sorted(numbers) for numbers in parts.values())
     assert parts["making the test images"][-1] == 120
-    assert parts["evaluating dense and sparse"][-1] == 120
-    assert parts["fine-tuning the sparse model"][-1] == 100
+    assert parts["fine-tuning with dynamicvit"][-1] == 100
+    assert parts["evaluating methods and budgets"][-1] == 5
 
 
 def test_shipped_model_is_loaded_from_half_precision(tmp_path):

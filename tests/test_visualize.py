@@ -280,23 +280,22 @@ def test_gallery_is_self_contained(trace):
 
 
 def test_chart_places_points():
-    points = [
-        report.Point(10, 90, "low"),
-        report.Point(20, 95, "high", is_trained=True),
-        report.Point(30, 96, "dense", is_base=True),
-    ]
-    chart = report.chart(points, "cost", "worth <")
+    line = [report.Point(10, 90, "low"), report.Point(20, 95, "high <", is_main=True)]
+    series = [report.Series("dense", [report.Point(30, 96, "dense")]), report.Series("own", line)]
+    chart = report.chart(series, "cost", "worth <")
     parse(chart)
-    dots = [
-        tuple(map(float, match))
-        for match in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', chart)
-    ]
-    assert len(dots) == 3
-    (x1, y1, r1), (x2, y2, r2), (x3, y3, _) = dots
+    found = re.findall(
+        r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)" fill="(#\w+)" stroke', chart
+    )
+    (x3, y3, _), (x1, y1, r1), (x2, y2, r2) = (tuple(map(float, dot[:3])) for dot in found)
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
     assert (y1 - y2) == pytest.approx(5 * (y2 - y3), abs=0.6)
     assert r2 > r1
+    colours = [dot[3] for dot in found]
+    assert colours[0] != colours[1] == colours[2]
     assert "worth &lt;" in chart
+    assert "<title>high &lt;</title>" in chart
+    assert chart.count(">own</text>") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The whole job in a few minutes, offline: data, dense model, fine-tuning, measures, report.
+"""The whole job in a few minutes, offline: data, dense model, five methods, measures, report.
 
 Everything that the summary and the report say was measured in the same run on the same machine.
 """
@@ -13,32 +13,38 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from vitrim.calibrate import calibrate
 from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.config import to_plain
+from vitrim.errors import ConfigError
+from vitrim.methods import METHODS
 from vitrim.model import SparseModel
-from vitrim.tools import report, visualize
 from vitrim.tools.benchmark import Row, benchmark
-from vitrim.tools.evaluate import Accuracy, Evaluation, Paired, evaluate
+from vitrim.tools.evaluate import Accuracy, Evaluation, Setting, evaluate_settings
 
 if TYPE_CHECKING:
     from vitrim.train.recipe import Recipe
 
-RECIPE = "digits-dynamicvit"
-MAX_SECONDS = 120.0
-"""Of training, where neither the caller nor the recipe says."""
+RECIPES = tuple(f"digits-{name}" for name in METHODS)
+MAX_SECONDS = 36.0
+"""Of training per method, where neither the caller nor the recipe says."""
 BATCHES = (64, 1)
 """Images per call that are timed; the first is the summary's."""
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-"""Keep ratios of the curves, besides the trained one."""
+BUDGETS = (0.55, 0.8, 0.4)
+"""Shares of the dense model's MACs; the first is the summary's."""
 DENSE = "dense"
+_CALIBRATION_IMAGES = 200
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Given a label and a total, a context that yields what takes the number done so far."""
+Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @contextmanager
@@ -47,22 +53,44 @@ def _silent(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One method at one cost."""
+
+    method: str
+    budget: float | None
+    """None where the method's cost is fixed."""
+    sparse: SparseModel
+    evaluation: Evaluation
+    """Paired with the dense model as it was before."""
+
+    @property
+    def name(self) -> str:
+        """Of the candidate in the benchmark."""
+        return self.method if self.budget is None else f"{self.method} {self.budget}"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether the summary speaks of it."""
+        return self.budget in (None, BUDGETS[0])
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a demo measured."""
 
-    recipe: Recipe
-    ratio: float
-    """That the model was trained for."""
-    evaluation: Evaluation
-    """At the trained ratio."""
+    recipes: dict[str, Recipe]
+    """By method."""
+    train_seconds: dict[str, float]
+    """The same."""
+    points: list[Point]
     dense: Accuracy
-    """Of the dense model as it was before."""
-    paired: Paired
-    """The trained ratio against that dense model."""
-    sweep: dict[float, Evaluation]
-    """At each ratio of the curves; the same weights throughout."""
     rows: list[Row]
-    train_seconds: float
+    batches: Batches
+    """The test images."""
+
+    def main(self, method: str) -> Point:
+        """The method's point that the summary speaks of."""
+        return next(point for point in self.points if point.method == method and point.is_main)
 
     def row(self, name: str, batch: int) -> Row:
         """The benchmark of a candidate at a batch size."""
@@ -73,56 +101,62 @@ def run_demo(
     output: Path,
     *,
     seconds: float | None = None,
-    recipe: Recipe | None = None,
+    recipes: Sequence[Recipe] | None = None,
     test_images: int = 2000,
-    rounds: int = 9,
-    slice_seconds: float = 0.15,
+    rounds: int = 7,
+    slice_seconds: float = 0.12,
+    tolerance: float = 0.01,
     progress: ProgressBar = _silent,
 ) -> list[str]:
     """Run the demo, write its folder, and return the six lines of its summary.
 
-    The folder gets ``report.html``, ``results.json`` and ``checkpoint/``; earlier ones in it are
-    replaced.
+    The folder gets ``report.html``, ``results.json`` and ``checkpoints/``, one for each method;
+    earlier ones in it are replaced.
 
     Args:
         output: the folder.
-        seconds: limit of the training time; None takes the recipe's.
-        recipe: another recipe for the embedded data set; None takes the packaged one.
+        seconds: limit of the training time of each method; None takes the recipe's.
+        recipes: other recipes for the embedded data set; None takes the packaged ones.
         test_images: pictures of the test split to evaluate on.
         rounds: of the benchmark.
         slice_seconds: length of a benchmark's turn.
+        tolerance: relative difference of a mean cost from its budget, on the calibration images.
         progress: shows how far each part is.
 
     Raises:
         MissingExtraError: the ``demo`` extra is not installed.
     """
+    from vitrim.tools.demo_page import report_page, summary
     from vitrim.train.recipe import load_recipe
     from vitrim.train.task import create_dense
 
     started = time.monotonic()
-    recipe = recipe or load_recipe(RECIPE)
-    limit = seconds or recipe.run.max_seconds or MAX_SECONDS
-    recipe = replace(recipe, run=replace(recipe.run, max_seconds=limit))
-    dense = create_dense(recipe.model, recipe.run.seed).eval()
-    sparse, train_seconds = _train(recipe, limit, progress)
-    batches = _test_batches(sparse, test_images, progress)
-    evaluation, sweep = _evaluate(sparse, dense, batches, progress)
-    rows = _benchmark(sparse, dense, sorted(sweep), rounds, slice_seconds, progress)
-    assert evaluation.dense is not None
-    assert evaluation.paired is not None
+    found = list(recipes or map(load_recipe, RECIPES))
+    dense = create_dense(found[0].model, found[0].run.seed).eval()
+    trained, train_seconds = {}, {}
+    for recipe in found:
+        limit = seconds or recipe.run.max_seconds or MAX_SECONDS
+        recipe = replace(recipe, run=replace(recipe.run, max_seconds=limit))
+        sparse, took = _train(recipe, limit, progress)
+        trained[sparse.method.name], train_seconds[sparse.method.name] = sparse, took
+    data_config = next(iter(trained.values())).data_config
+    batches = _images("digits/test", data_config, test_images, "making the test images", progress)
+    points = _measure(trained, dense, data_config, batches, tolerance, progress)
+    assert points[0].evaluation.dense is not None
     outcome = Outcome(
-        recipe=recipe,
-        ratio=float(sparse.config.keep_ratio),
-        evaluation=evaluation,
-        dense=evaluation.dense,
-        paired=evaluation.paired,
-        sweep=sweep,
-        rows=rows,
+        recipes=dict(zip(trained, found, strict=True)),
         train_seconds=train_seconds,
+        points=points,
+        dense=points[0].evaluation.dense,
+        rows=_benchmark(points, dense, batches, rounds, slice_seconds, progress),
+        batches=batches,
     )
-    page = report_page(outcome, _strips(sparse, batches))
+    page = report_page(outcome)
     output.mkdir(parents=True, exist_ok=True)
-    sparse.save_pretrained(output / "checkpoint", metrics={"test": evaluation.to_dict()})
+    for name in trained:
+        point = outcome.main(name)
+        metrics = {"test": point.evaluation.to_dict()}
+        point.sparse.save_pretrained(output / "checkpoints" / name, metrics=metrics)
     results = _results(outcome) | {"total_seconds": time.monotonic() - started}
     write_atomic(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     write_atomic(output / "report.html", page.encode())
@@ -138,7 +172,7 @@ def _train(recipe: Recipe, limit: float, progress: ProgressBar) -> tuple[SparseM
     total_steps = max(1, steps_per_epoch * recipe.run.epochs)
     with (
         tempfile.TemporaryDirectory() as folder,
-        progress("fine-tuning the sparse model", 100) as advance,
+        progress(f"fine-tuning with {recipe.method.name}", 100) as advance,
     ):
 
         def on_progress(record: dict[str, Any]) -> None:
@@ -149,56 +183,88 @@ def _train(recipe: Recipe, limit: float, progress: ProgressBar) -> tuple[SparseM
     return sparse, time.monotonic() - started
 
 
-def _test_batches(
-    sparse: SparseModel, count: int, progress: ProgressBar
-) -> list[tuple[Tensor, Tensor]]:
-    """The test split, made once and kept."""
+def _images(
+    source: str, data_config: dict[str, Any], count: int, label: str, progress: ProgressBar
+) -> Batches:
+    """Pictures of the embedded set, made once and kept."""
     from vitrim.train.data import eval_loader
 
-    loader = eval_loader("digits/test", sparse.data_config, 100, length=count)
     batches, made = [], 0
-    with progress("making the test images", count) as advance:
-        for images, labels in loader:
+    with progress(label, count) as advance:
+        for images, labels in eval_loader(source, data_config, 100, length=count):
             batches.append((images, labels))
             made += len(labels)
             advance(made)
     return batches
 
 
-def _evaluate(
-    sparse: SparseModel,
+def _measure(
+    trained: dict[str, SparseModel],
     dense: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    data_config: dict[str, Any],
+    batches: Batches,
+    tolerance: float,
     progress: ProgressBar,
-) -> tuple[Evaluation, dict[float, Evaluation]]:
-    """Against the dense model at the trained ratio; and alone at every ratio of the curves."""
-    count = sum(len(labels) for _, labels in batches)
-    trained = float(sparse.config.keep_ratio)
-    with progress("evaluating dense and sparse", count) as advance:
-        evaluation = evaluate(sparse, batches, dense=dense, progress=advance)
-    sweep = {trained: evaluation}
-    with progress("trying other keep ratios", len(RATIOS)) as advance:
-        for number, ratio in enumerate(RATIOS, 1):
-            if ratio not in sweep:
-                sparse.set_keep_ratio(ratio)
-                sweep[ratio] = evaluate(sparse, batches, dense=False)
+) -> list[Point]:
+    """Every method at every budget that it can meet, on the same images."""
+    seen = _images(  # of the training split, without their labels
+        "digits/train", data_config, _CALIBRATION_IMAGES, "making calibration images", progress
+    )
+    points = []
+    with progress("evaluating methods and budgets", len(trained)) as advance:
+        for number, (name, sparse) in enumerate(trained.items(), 1):
+            found = _at_budgets(sparse, seen, tolerance)
+            settings = {str(budget): _setting(sparse, budget, tolerance) for budget in found}
+            measured = evaluate_settings(sparse, batches, settings, dense=dense)
+            for budget, model in found.items():
+                points.append(Point(name, budget, model, measured[str(budget)]))
             advance(number)
-    sparse.set_keep_ratio(trained)
-    return evaluation, sweep
+    return points
+
+
+def _at_budgets(
+    sparse: SparseModel, seen: Batches, tolerance: float
+) -> dict[float | None, SparseModel]:
+    """A copy for each budget; the model as it is where its cost is fixed."""
+    if not has_dial(sparse):
+        return {None: sparse}
+    calibrate(sparse, seen, macs=BUDGETS, tolerance=tolerance)
+    found: dict[float | None, SparseModel] = {}
+    for budget in BUDGETS:
+        found[budget] = model = copy.deepcopy(sparse)
+        model.set_budget(budget, tolerance=tolerance)
+    return found
+
+
+def _setting(sparse: SparseModel, budget: float | None, tolerance: float) -> Setting:
+    return (
+        (lambda: None)
+        if budget is None
+        else partial(sparse.set_budget, budget, tolerance=tolerance)
+    )
+
+
+def has_dial(sparse: SparseModel) -> bool:
+    """Whether the model's cost can be changed."""
+    try:
+        _ = sparse.method.dial
+    except ConfigError:
+        return False
+    return True
 
 
 def _benchmark(
-    sparse: SparseModel,
+    points: Sequence[Point],
     dense: nn.Module,
-    ratios: Sequence[float],
+    batches: Batches,
     rounds: int,
     slice_seconds: float,
     progress: ProgressBar,
 ) -> list[Row]:
+    """Every point against the dense model, on the test images."""
+    images = torch.cat([images for images, _ in batches])
     candidates: dict[str, nn.Module] = {DENSE: dense}
-    for ratio in ratios:
-        candidates[str(ratio)] = changed = copy.deepcopy(sparse)
-        changed.set_keep_ratio(ratio)
+    candidates |= {point.name: point.sparse for point in points}
     done = 0
     with progress("measuring speed", len(BATCHES)) as advance:
 
@@ -209,153 +275,32 @@ def _benchmark(
 
         return benchmark(
             candidates,
-            sparse.data_config["input_size"],
-            batches=BATCHES,
+            tuple(images.shape[1:]),  # type: ignore[arg-type]
+            batches=[batch for batch in BATCHES if batch <= len(images)],
             dtypes=("fp32",),
             rounds=rounds,
             min_seconds=slice_seconds,
-            max_seconds=20,  # on a machine that is busy with other work
+            max_seconds=25,  # on a machine that is busy with other work
             threads=min(2, os.cpu_count() or 1),
+            images=images,
             progress=on_part,
         )
 
 
-def _strips(
-    sparse: SparseModel, batches: Sequence[tuple[Tensor, Tensor]], count: int = 6
-) -> list[list[visualize.Panel]]:
-    """The first test images, as they come."""
-    images, labels = (tensor[:count] for tensor in batches[0])
-    trace = sparse.trace(images)
-    mean, std = sparse.data_config["mean"], sparse.data_config["std"]
-    return [
-        visualize.panels(
-            visualize.denormalize(image, mean, std),
-            trace,
-            place,
-            class_names=[f"digit {digit}" for digit in range(10)],
-            truth=int(labels[place]),
-            side=256,
-        )
-        for place, image in enumerate(images)
-    ]
-
-
 def _results(outcome: Outcome) -> dict[str, Any]:
     return {
-        "recipe": to_plain(outcome.recipe),
-        "trained_keep_ratio": outcome.ratio,
+        "recipes": {name: to_plain(recipe) for name, recipe in outcome.recipes.items()},
         "train_seconds": outcome.train_seconds,
-        "evaluation": outcome.evaluation.to_dict(),
-        "sweep": [
-            {"keep_ratio": ratio, **evaluation.to_dict()}
-            for ratio, evaluation in sorted(outcome.sweep.items())
+        "points": [
+            {
+                "method": point.method,
+                "budget": point.budget,
+                "name": point.name,
+                "is_main": point.is_main,
+                "config": to_plain(point.sparse.config),
+                **point.evaluation.to_dict(),
+            }
+            for point in outcome.points
         ],
         "benchmark": [row.to_dict() for row in outcome.rows],
     }
-
-
-def summary(outcome: Outcome, output: Path, seconds: float) -> list[str]:
-    """Six lines that say what was measured."""
-    found, pair, batch = outcome.evaluation, outcome.paired, BATCHES[0]
-    before, after = outcome.row(DENSE, batch), outcome.row(str(outcome.ratio), batch)
-    quartiles = f"{after.speedup.low:.2f} to {after.speedup.high:.2f}"
-    return [
-        f"data        cluttered digits, {found.images:,} test images; "
-        f"fine-tuned for {outcome.train_seconds:.0f} s at keep ratio {outcome.ratio}",
-        f"dense       {outcome.dense.top1:.2f}% top-1, {found.dense_macs / 1e6:.1f} MMACs, "
-        f"{before.images_per_second:,.0f} images/s",
-        f"sparse      {found.sparse.top1:.2f}% top-1, {found.macs.mean / 1e6:.1f} MMACs, "
-        f"{after.images_per_second:,.0f} images/s",
-        f"difference  {pair.difference:+.2f} points (95%: {pair.low:+.2f} to {pair.high:+.2f}), "
-        f"{pair.won} won, {pair.lost} lost, {pair.agreement:.1f}% the same answer",
-        f"speed-up    {after.speedup.median:.2f}x (quartiles {quartiles}), batch {batch}, fp32, "
-        f"{after.hardware['threads']} threads; efficiency {after.efficiency.median:.2f}",
-        f"report      {output / 'report.html'} after {seconds:.0f} s",
-    ]
-
-
-def report_page(outcome: Outcome, strips: Sequence[Sequence[visualize.Panel]]) -> str:
-    """The report, one self-contained HTML document."""
-    found, pair, batch = outcome.evaluation, outcome.paired, BATCHES[0]
-    own = outcome.row(str(outcome.ratio), batch)
-    hardware = own.hardware
-    parts = [
-        "<h1>A vision transformer that looks only where it matters</h1>",
-        f'<p class="soft">DynamicViT on the embedded data set, measured on {hardware["cpu"]}, '
-        f"{hardware['threads']} threads, torch {hardware['torch']}, {hardware['date'][:10]}.</p>",
-        report.cards(
-            [
-                (f"{own.speedup.median:.2f}x", f"speed-up at batch {batch}"),
-                (f"{pair.difference:+.2f}", "points of top-1 accuracy"),
-                (f"{found.sparse.top1:.1f}%", f"top-1; dense {outcome.dense.top1:.1f}%"),
-                (f"{100 * found.macs.mean / found.dense_macs:.0f}%", "of the dense model's MACs"),
-            ]
-        ),
-        "<h2>Results</h2>",
-        _result_table(outcome),
-        f'<p class="soft">The model was fine-tuned for {outcome.train_seconds:.0f} seconds at keep '
-        f"ratio {outcome.ratio}; the other ratios use the same weights. Against the dense model on "
-        f"the same {found.images:,} test images it wins {pair.won} and loses {pair.lost}: "
-        f"{pair.difference:+.2f} points, with a 95% confidence interval from {pair.low:+.2f} to "
-        f"{pair.high:+.2f}.</p>",
-        "<h2>What accuracy costs</h2>",
-        _charts(outcome),
-        "<h2>What the model looks at</h2>",
-        '<p class="soft">The first images of the test set, as they come. Faded patches are '
-        "dropped before the block named, and no later block computes them.</p>",
-        *(report.strip(panels) for panels in strips),
-        "<h2>How this was measured</h2>",
-        f"<p>Accuracy: one pass over {found.images:,} test images, dense and sparse on the same "
-        "batches. Time: the candidates take turns in rotating order over "
-        f"{own.rounds} rounds; speed-ups are ratios of times in the same round, their median is "
-        "shown, with the quartiles in small print. Images per second and efficiency are at batch "
-        f"{batch}. Efficiency is the speed-up over the ratio of the MACs: 1 means that all work "
-        "saved was time saved. results.json has all numbers.</p>",
-    ]
-    return report.page("vitrim demo", "\n".join(parts))
-
-
-def _result_table(outcome: Outcome) -> str:
-    head = ["model", "top-1 %", "MMACs", *(f"speed-up\nbatch {batch}" for batch in BATCHES)]
-    head += ["images/s\nefficiency"]
-    base = outcome.row(DENSE, BATCHES[0])
-    speed = f"{base.images_per_second:,.0f}"
-    rows = [["dense", f"{outcome.dense.top1:.2f}", f"{base.macs / 1e6:.1f}", "1", "1", speed]]
-    for ratio, evaluation in sorted(outcome.sweep.items(), reverse=True):
-        timed = [outcome.row(str(ratio), batch) for batch in BATCHES]
-        name = f"keep {ratio}" + ("\ntrained" if ratio == outcome.ratio else "")
-        rows.append(
-            [
-                name,
-                f"{evaluation.sparse.top1:.2f}",
-                f"{timed[0].macs / 1e6:.1f}",
-                *(
-                    f"{row.speedup.median:.2f}\n{row.speedup.low:.2f} to {row.speedup.high:.2f}"
-                    for row in timed
-                ),
-                f"{timed[0].images_per_second:,.0f}\n{timed[0].efficiency.median:.2f}",
-            ]
-        )
-    return report.table(head, rows)
-
-
-def _charts(outcome: Outcome) -> str:
-    def points(x_of: Callable[[Row], float]) -> list[report.Point]:
-        base = x_of(outcome.row(DENSE, BATCHES[0]))
-        found = [report.Point(base, outcome.dense.top1, "dense", is_base=True)]
-        for ratio, evaluation in outcome.sweep.items():
-            x, trained = x_of(outcome.row(str(ratio), BATCHES[0])), ratio == outcome.ratio
-            found.append(report.Point(x, evaluation.sparse.top1, f"{ratio}", is_trained=trained))
-        return found
-
-    charts = [
-        report.chart(points(lambda row: row.macs / 1e6), "MMACs per image", "top-1 %"),
-        report.chart(
-            points(lambda row: row.images_per_second),
-            f"images per second, batch {BATCHES[0]}",
-            "top-1 %",
-        ),
-    ]
-    figures = "".join(f"<figure>{chart}</figure>" for chart in charts)
-    note = "Numbers at the dots are keep ratios; the large dot is the one trained for."
-    return f'<div class="charts">{figures}</div><p class="soft">{note}</p>'

@@ -118,17 +118,30 @@ class Point:
 
     x: float
     y: float
-    label: str
-    is_base: bool = False
-    """The dense model: drawn hollow, and left out of the line."""
-    is_trained: bool = False
-    """The ratio that was trained for: drawn larger."""
+    note: str
+    """Shown when the pointer rests on it."""
+    is_main: bool = False
+    """Drawn larger."""
 
 
-def chart(points: Sequence[Point], x_name: str, y_name: str) -> str:
-    """Points joined by a line, as inline SVG."""
-    width, height, left, right, top, bottom = 520, 360, 58, 18, 34, 50
-    x_ticks, y_ticks = ticks([p.x for p in points], 5), ticks([p.y for p in points], 5)
+@dataclass(frozen=True)
+class Series:
+    """Dots of one colour, joined by a line where there are several."""
+
+    name: str
+    points: Sequence[Point]
+
+
+_COLOURS = ("#1c2028", "#1f6feb", "#d1580c", "#1a7f4b", "#9a3fbf", "#b8860b", "#c2255c", "#0b8a94")
+
+
+def chart(series: Sequence[Series], x_name: str, y_name: str) -> str:
+    """Series of dots in the order of their colours, as inline SVG with a legend."""
+    width, left, right, bottom = 520, 58, 18, 50
+    legend_rows = math.ceil(len(series) / 3)
+    top, height = 18 + 20 * legend_rows, 326 + 20 * legend_rows
+    every = [point for one in series for point in one.points]
+    x_ticks, y_ticks = ticks([p.x for p in every], 5), ticks([p.y for p in every], 5)
 
     def place_x(value: float) -> float:
         return left + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (width - left - right)
@@ -154,15 +167,20 @@ def chart(points: Sequence[Point], x_name: str, y_name: str) -> str:
         f'<g transform="translate(15 {(top + height - bottom) / 2:.0f}) rotate(-90)">'
         f"{_text(0, 0, y_name, 'middle')}</g>"
     )
-    line = sorted((point for point in points if not point.is_base), key=lambda point: point.x)
-    path = "L".join(f"{place_x(point.x):.1f} {place_y(point.y):.1f}" for point in line)
-    parts.append(f'<path d="M{path}" fill="none" stroke="#1f6feb" stroke-width="2"/>')
-    for point in points:
-        x, y = place_x(point.x), place_y(point.y)
-        look = 'fill="#fff" stroke="#1c2028"' if point.is_base else 'fill="#1f6feb" stroke="#fff"'
-        radius = 7 if point.is_trained else 5
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {look} stroke-width="2"/>')
-        parts.append(_text(x, y - 12, point.label, "middle", "#1c2028"))
+    for number, one in enumerate(series):
+        colour = _COLOURS[number % len(_COLOURS)]
+        x, y = left + 8 + number % 3 * 150, 16 + number // 3 * 20
+        parts.append(f'<circle cx="{x}" cy="{y - 5}" r="5" fill="{colour}"/>')
+        parts.append(_text(x + 10, y, one.name, "start", "#1c2028"))
+        line = sorted(one.points, key=lambda point: point.x)
+        path = "L".join(f"{place_x(point.x):.1f} {place_y(point.y):.1f}" for point in line)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for point in line:
+            parts.append(
+                f'<circle cx="{place_x(point.x):.1f}" cy="{place_y(point.y):.1f}" '
+                f'r="{7 if point.is_main else 4.5}" fill="{colour}" stroke="#fff" '
+                f'stroke-width="1.5"><title>{html.escape(point.note)}</title></circle>'
+            )
     return "".join([*parts, "</svg>"])
 
 

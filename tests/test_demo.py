@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
         rounds=1,
         slice_seconds=0,
         tolerance=0.5,
+        threads=1,
         progress=progress,
     )
     return folder, lines, parts

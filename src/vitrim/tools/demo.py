@@ -106,6 +106,7 @@ def run_demo(
     rounds: int = 7,
     slice_seconds: float = 0.12,
     tolerance: float = 0.01,
+    threads: int | None = None,
     progress: ProgressBar = _silent,
 ) -> list[str]:
     """Run the demo, write its folder, and return the six lines of its summary.
@@ -121,6 +122,7 @@ def run_demo(
         rounds: of the benchmark.
         slice_seconds: length of a benchmark's turn.
         tolerance: relative difference of a mean cost from its budget, on the calibration images.
+        threads: that speed is measured with; None takes two, where the machine has them.
         progress: shows how far each part is.
 
     Raises:
@@ -148,7 +150,7 @@ def run_demo(
         train_seconds=train_seconds,
         points=points,
         dense=points[0].evaluation.dense,
-        rows=_benchmark(points, dense, batches, rounds, slice_seconds, progress),
+        rows=_benchmark(points, dense, batches, rounds, slice_seconds, threads, progress),
         batches=batches,
     )
     page = report_page(outcome)
@@ -259,6 +261,7 @@ def _benchmark(
     batches: Batches,
     rounds: int,
     slice_seconds: float,
+    threads: int | None,
     progress: ProgressBar,
 ) -> list[Row]:
     """Every point against the dense model, on the test images."""
@@ -281,7 +284,7 @@ def _benchmark(
             rounds=rounds,
             min_seconds=slice_seconds,
             max_seconds=25,  # on a machine that is busy with other work
-            threads=min(2, os.cpu_count() or 1),
+            threads=threads or min(2, os.cpu_count() or 1),
             images=images,
             progress=on_part,
         )

@@ -59,9 +59,12 @@ def in_mode(sparse, mode):
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value_weighting", [True, False])
 @pytest.mark.parametrize("head_weighting", [True, False])
 @each_head
-def test_score_from_fused_attention_is_that_of_the_full_map(head, head_weighting, masked):
+def test_score_from_fused_attention_is_that_of_the_full_map(
+    head, head_weighting, value_weighting, masked
+):
     model = sharp_vit(head)
     family, block = family_of(model), model.blocks[1]
     tokens = family.run_block(0, family.stem(X))
@@ -82,10 +85,15 @@ def test_score_from_fused_attention_is_that_of_the_full_map(head, head_weighting
     share = importance / importance.sum(1, keepdim=True)
     if not head_weighting:
         share = torch.full_like(share, 1 / 2)
-    expected = (share * rows[:, :, 0, patch:]).sum(1)
+    paid = rows[:, :, 0, patch:]
+    if value_weighting:
+        norms, there = v[:, :, patch:].square().sum(-1).sqrt(), visible[:, None, patch:]
+        mean = (norms * there).sum((1, 2)) / (2 * there.sum((1, 2)))
+        paid = paid * norms / mean.view(6, 1, 1)
+    expected = (share * paid).sum(1)
 
     def score(record):
-        return token_score(record, head_weighting)
+        return token_score(record, head_weighting, value_weighting)
 
     _, found = family.attention_half(1, tokens, score)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -30,6 +30,7 @@ CASES = {
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
     "asvit": ASViTConfig(thresholds=0.06),
     "asvit masked": ASViTConfig(thresholds=0.06, mode="mask", head_weighting=False),
+    "asvit values": ASViTConfig(thresholds=0.06, value_weighting=True),
     "sait density": SaiTConfig(selector="density", where="mid"),
     "sait mass": SaiTConfig(min_kept=0, mass=0.6, prune_after=2),
     "sait threshold": SaiTConfig(selector="threshold", min_kept=2, score="cls_value_norm"),

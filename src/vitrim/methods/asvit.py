@@ -20,7 +20,8 @@ receives), any image size (a threshold is rescaled to the number of patches, as 
 the masked softmax cannot be poisoned by dropped keys (see ``attention.masked_softmax``). Tokens are
 dropped before the MLP of the block that scores them: its output for them would be thrown away, so
 the numbers are the same and the MACs fewer. Ours too: ``threshold_factor``, which moves the cost of
-a trained or untrained model, and ``learn_thresholds=False``, which adapts a calibrated one.
+a trained or untrained model, ``learn_thresholds=False``, which adapts a calibrated one, and
+``value_weighting`` of the score, which helps an untrained one.
 
 Untrained, a dense model with calibrated thresholds is a usable start: DeiT-Tiny at 0.65 of its
 MACs, on 96 images that calibrated it, is 0.12 nats from its dense self (mean KL divergence) with
@@ -84,6 +85,9 @@ class ASViTConfig:
     on the kept tokens alone, without the budget loss. Calibrate first."""
     head_weighting: bool = True
     """Weight the heads by the norm of their contexts (the paper); False takes their mean."""
+    value_weighting: bool = False
+    """Ours: also weight a token's attention by the norm of its values, as a token with small values
+    changes little whatever attention it gets (the score of ATS, arXiv 2111.15667)."""
     monotone: bool = True
     """A token that is dropped in training stays dropped; False lets it return, as the authors' code
     does (where it hardly ever happens: what is masked out gets no attention)."""
@@ -140,20 +144,35 @@ def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:
     )
 
 
-def token_score(record: AttentionRecord, head_weighting: bool = True) -> Tensor:
+def token_score(
+    record: AttentionRecord, head_weighting: bool = True, value_weighting: bool = False
+) -> Tensor:
     """(B, N): attention that the class token pays each patch token, in float32 at least.
 
     The heads are weighted by the norm of their context at the token, ``sum_h R_hi A_hi`` with
-    ``R_hi = |context_hi| / sum_h |context_hi|``; or equally. Only one row of the attention map is
-    needed, and the contexts are what fused attention returns anyway. Without a class token, the
-    mean attention that a token receives takes the row's place.
+    ``R_hi = |context_hi| / sum_h |context_hi|``; or equally. With ``value_weighting`` each ``A_hi``
+    is multiplied by ``|value_hi|``, relative to the image's mean over heads and tokens. Only one
+    row of the attention map is needed, and the contexts are what fused attention returns anyway.
+    Without a class token, the mean attention that a token receives takes the row's place.
     """
     attention_BHN = _full(record.patch_attention())
+    if value_weighting:
+        attention_BHN = attention_BHN * _relative_value_norm(record)
     if not head_weighting:
         return attention_BHN.mean(1)
     importance_BHN: Tensor = _full(record.context_BHQD[:, :, record.num_prefix :]).norm(dim=-1)
     share_BHN = importance_BHN / (importance_BHN.sum(1, keepdim=True) + 1e-8)
     return (share_BHN * attention_BHN).sum(1)
+
+
+def _relative_value_norm(record: AttentionRecord) -> Tensor:
+    """(B, H, N): norms of the patch tokens' values over their mean in the image."""
+    norm_BHN: Tensor = _full(record.v_BHND[:, :, record.num_prefix :]).norm(dim=-1)
+    if record.visible_BN is None:
+        return norm_BHN / norm_BHN.mean((1, 2), keepdim=True)
+    visible = record.visible_BN[:, None, record.num_prefix :].to(norm_BHN.dtype)
+    total = (norm_BHN * visible).mean(1, keepdim=True).sum(-1, keepdim=True)
+    return norm_BHN * visible.sum(-1, keepdim=True) / total.clamp(min=1e-8)
 
 
 def straight_through(
@@ -208,7 +227,9 @@ class ASViT(Method):
     def score_name(self) -> str:
         """What scores the tokens, in words."""
         source = "class attention" if self.has_class else "mean received attention"
-        return f"{source}, heads weighted by context norm" if self.config.head_weighting else source
+        if self.config.head_weighting:
+            source += ", heads weighted by context norm"
+        return f"{source}, times the value's norm" if self.config.value_weighting else source
 
     def threshold(self, stage: int, num_patches: int) -> Tensor:
         """The threshold in force (0-dim) for images of ``num_patches`` patches."""
@@ -234,7 +255,12 @@ class ASViT(Method):
 
     def _attend(self, family: ViT, block: int, tokens: AnyTokens) -> tuple[AnyTokens, Tensor]:
         """The attention half of a block, and its score of the patch tokens."""
-        score = partial(token_score, head_weighting=self.config.head_weighting)
+        config = self.config
+        score = partial(
+            token_score,
+            head_weighting=config.head_weighting,
+            value_weighting=config.value_weighting,
+        )
         tokens, scores = family.attention_half(block, tokens, score)
         assert scores is not None
         return tokens, scores

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import images, jitter, seeded, tiny_vit
+from vitrim import packing
 from vitrim.bucketing import COSTS, Costs, divide
 from vitrim.families import family_of
 from vitrim.packing import Layout, PackedTokens, select
@@ -29,8 +30,8 @@ BACKBONES = {
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 COUNTS = (3, 16, 1, 7, 3, 9)
 
-PADS_ALL = Costs(1e9, 1e6, 1.0, 0.0, 0.0, 0.0)
-PADS_NONE = Costs(1.0, 1e9, 1.0, 0.0, 0.0, 0.0)
+PADS_ALL = Costs(call=1e6, pair=1.0, ragged=1e9, tail=0.0, row=0.0, back=0.0)
+PADS_NONE = Costs(call=1.0, pair=1.0, ragged=0.0, tail=0.0, row=1e9, back=0.0)
 
 
 def family_for(backbone: str):
@@ -291,9 +292,9 @@ def test_bfloat16(autocast, backbone, costs, monkeypatch):
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
     costs=st.builds(
         Costs,
-        *[st.floats(1, 1e4)] * 2,
+        st.floats(1, 1e4),
         st.floats(0.01, 2),
-        *[st.floats(0, 5)] * 3,
+        *[st.floats(0, 5)] * 4,
     ),
     threads=st.integers(1, 4),
 )
@@ -303,7 +304,8 @@ def test_no_other_division_is_cheaper(lengths, costs, threads):
 
     def cost(start, stop, padded):
         shape = (stop - start, lengths[stop - 1], 3, threads)
-        return costs.of_padded(*shape) if padded else costs.of_view(*shape)
+        equal = lengths[start] == lengths[stop - 1]
+        return costs.of_padded(*shape, equal=equal) if padded else costs.of_view(*shape)
 
     def is_allowed(start, stop):
         part = lengths[start:stop]
@@ -333,6 +335,24 @@ def test_no_other_division_is_cheaper(lengths, costs, threads):
                 ]
                 cheapest = min(cheapest, sum(options))
     assert sum(cost(*bucket) for bucket in found) == pytest.approx(cheapest)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 10_000])
+def test_slices_of_rows_change_nothing(rows, monkeypatch):
+    monkeypatch.setattr(packing, "SLICE", rows)
+    family, keep = family_for("class token"), keep_of(COUNTS)
+    packed = select(family.stem(images(len(COUNTS))), keep)
+    sizes = []
+    handle = family.backbone.blocks[0].mlp.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
+    found = family.mlp_half(0, packed).x
+    handle.remove()
+    assert sum(sizes) == 45
+    assert max(sizes) <= rows
+    block = family.backbone.blocks[0]
+    expected = packed.x + block.mlp(block.norm2(packed.x))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_dropout_of_attention_is_applied_in_training():

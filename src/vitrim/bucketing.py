@@ -32,9 +32,7 @@ class Costs:
     """
 
     call: float
-    """A call on a view of the packed rows."""
-    padded_call: float
-    """A call on copied, padded rows under a mask."""
+    """A call without its work."""
     pair: float
     """A query and a key."""
     ragged: float
@@ -42,7 +40,9 @@ class Costs:
     tail: float
     """A query and a key beyond the last multiple of 16."""
     row: float
-    """A row, copied to its padded place and, for its context, back."""
+    """A row's queries, keys and values, copied to a padded place."""
+    back: float
+    """A row's context, copied back from a padded place; not so where all are equally long."""
 
     def of_view(self, images: int, length: int, heads: int, threads: int) -> float:
         """Of ``images`` of the same ``length``, as they lie."""
@@ -50,12 +50,14 @@ class Costs:
         query = self.pair * length + (self.ragged + self.tail * tail if tail else 0.0)
         return self.call + images * length * query * heads * _share(images, length, heads, threads)
 
-    def of_padded(self, images: int, longest: int, heads: int, threads: int) -> float:
-        """Of ``images`` copied to the length of the ``longest``."""
+    def of_padded(
+        self, images: int, longest: int, heads: int, threads: int, equal: bool = False
+    ) -> float:
+        """Of ``images`` copied to the length of the ``longest``, or all ``equal`` to it."""
         keys = _padded(longest)
-        work = self.pair * longest * keys + self.row * keys
+        work = (self.pair * longest + self.row) * keys + (0.0 if equal else self.back * longest)
         share = _share(images, longest, heads, threads)
-        return self.padded_call + images * work * heads * share
+        return self.call + images * work * heads * share
 
 
 def _padded(length: int) -> int:
@@ -69,11 +71,11 @@ def _share(images: int, length: int, heads: int, threads: int) -> float:
 
 
 COSTS = {
-    torch.float32: Costs(12_000, 30_000, 3.4, 20.0, 8.0, 60.0),
-    torch.bfloat16: Costs(30_000, 50_000, 4.0, 65.0, 8.0, 50.0),
+    torch.float32: Costs(call=15_000, pair=3.55, ragged=42.0, tail=3.6, row=37.0, back=17.0),
+    torch.bfloat16: Costs(call=20_500, pair=3.7, ragged=118.0, tail=0.0, row=73.0, back=24.0),
 }
 """Measured on an AMD EPYC (Zen 5) core with torch 2.15; other types count as bfloat16."""
-CUDA_COSTS = Costs(20_000, 60_000, 0.01, 0.0, 0.0, 0.1)
+CUDA_COSTS = Costs(call=50_000, pair=0.01, ragged=0.0, tail=0.0, row=0.1, back=0.1)
 """For what varlen does not take. Not measured, for want of a device: few calls are best there."""
 
 
@@ -91,7 +93,7 @@ class Bucket:
     mask: Tensor | None = None
     """(images, 1, 1, padded length): what to add to the logits."""
     back: Tensor | None = None
-    """(num_rows,): place of each packed row among (images * longest) contexts."""
+    """(num_rows,): place of each packed row among (images * longest) contexts; None: the same."""
 
 
 def divide(
@@ -110,8 +112,8 @@ def divide(
             if longest - runs[first][0] > _SPAN:
                 break
             images = ends[last] - starts[first]
-            cost = best[first] + costs.of_padded(images, longest, heads, threads)
-            options.append((cost, (first, True)))
+            cost = costs.of_padded(images, longest, heads, threads, equal=first == last)
+            options.append((best[first] + cost, (first, True)))
         cheapest = min(options)
         best.append(cheapest[0])
         choice.append(cheapest[1])
@@ -125,33 +127,40 @@ def divide(
 
 
 def make_bucket(
-    lengths: Sequence[int], padded: bool, dtype: torch.dtype, device: torch.device
+    lengths: Sequence[int],
+    padded: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    lanes: int = _LANES,
 ) -> Bucket:
-    """The bucket of images of these sorted ``lengths``, ``padded`` or, all being equal, not."""
+    """The bucket of images of these sorted ``lengths``: ``padded`` to a multiple of ``lanes``, or,
+    all being equal, as they lie.
+    """
     images, longest, num_rows = len(lengths), lengths[-1], sum(lengths)
     if not padded:
         return Bucket(images, longest, num_rows)
     ends = torch.tensor(lengths).unsqueeze(1)
     starts = ends.cumsum(0) - ends
-    place = torch.arange(_padded(longest))
+    place = torch.arange(-(-longest // lanes) * lanes)
     visible = place < ends
     rows = starts + place * visible
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
-    back = visible[:, :longest].flatten().nonzero().flatten()
-    rows, mask, back = (
-        table.to(device, non_blocking=True) for table in (rows.flatten(), mask[:, None, None], back)
+    rows, mask = (
+        table.to(device, non_blocking=True) for table in (rows.flatten(), mask[:, None, None])
     )
+    if lengths[0] == longest:
+        return Bucket(images, longest, num_rows, rows, mask)
+    back = visible[:, :longest].flatten().nonzero().flatten().to(device, non_blocking=True)
     return Bucket(images, longest, num_rows, rows, mask, back)
 
 
 def bucketed_attention(qkv_T3HD: Tensor, buckets: list[Bucket], dropout: float) -> Tensor:
     """(rows, H, D): the context of every row, a call per bucket."""
     contexts = []
-    parts = qkv_T3HD.split([bucket.num_rows for bucket in buckets])
+    parts = torch.split(qkv_T3HD, [bucket.num_rows for bucket in buckets])
     for part, bucket in zip(parts, buckets, strict=True):
-        if bucket.rows is not None:
-            part = part.index_select(0, bucket.rows)
-        q, k, v = part.unflatten(0, (bucket.images, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        padded = part if bucket.rows is None else part.index_select(0, bucket.rows)
+        q, k, v = _heads(padded, bucket.images)
         if bucket.rows is not None:
             q = q[:, :, : bucket.longest]
         context = F.scaled_dot_product_attention(q, k, v, bucket.mask, dropout)
@@ -160,3 +169,9 @@ def bucketed_attention(qkv_T3HD: Tensor, buckets: list[Bucket], dropout: float) 
             context = context.index_select(0, bucket.back)
         contexts.append(context)
     return torch.cat(contexts)
+
+
+def _heads(qkv_T3HD: Tensor, images: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, H, N, D) of images of one length."""
+    shape = (images, -1, *qkv_T3HD.shape[1:])
+    return qkv_T3HD.view(shape).permute(2, 0, 3, 1, 4).unbind(0)

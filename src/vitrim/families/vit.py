@@ -28,7 +28,7 @@ from vitrim.attention import (
 )
 from vitrim.errors import InputError
 from vitrim.macs import linear_macs, transformer_block_macs
-from vitrim.packing import AnyTokens, PackedTokens, packed_attention
+from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
 from vitrim.tokens import Tokens
 
 _POOLS = ("token", "avg", "map")
@@ -178,8 +178,14 @@ class ViT:
     def mlp_half(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """The second half of block ``index``: the MLP with its norm and residual."""
         block = self.backbone.blocks[index]
-        x = tokens.x
-        return tokens.with_x(x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+        def half(x: Tensor) -> Tensor:
+            out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            return out
+
+        if isinstance(tokens, PackedTokens):
+            return tokens.with_x(in_slices(half, tokens.x))
+        return tokens.with_x(half(tokens.x))
 
     def cross_half(
         self,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from tests.conftest import images, seeded
 from tests.test_families import VARIANTS, backbone, variant_images
-from vitrim import DynamicViTConfig, sparsify
+from vitrim import DynamicViTConfig, packing, sparsify
 from vitrim.families import family_of
+from vitrim.packing import select
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,3 +71,61 @@ def test_compiled():
     with torch.no_grad():
         compiled = torch.compile(sparse, fullgraph=True)
         torch.testing.assert_close(compiled(x), sparse(x), atol=1e-3, rtol=1e-3)
+
+
+COUNTS = (3, 16, 1, 7, 3, 9)
+
+
+def packed_run(device, dtype, variant="vit"):
+    """Logits and class attention of images with different counts, by packed execution."""
+    family = family_of(backbone(variant).to(device, dtype))
+    rank = torch.rand(len(COUNTS), 16, generator=seeded(0)).argsort(1).argsort(1)
+    keep = (rank < torch.tensor(COUNTS).unsqueeze(1)).to(device)
+    with torch.no_grad():
+        tokens = select(family.stem(images(len(COUNTS)).to(device, dtype)), keep)
+        tokens, score = family.attention_half(0, tokens, lambda r: r.patch_attention().mean(1))
+        tokens = family.mlp_half(0, tokens)
+        for block in range(1, family.depth):
+            tokens = family.run_block(block, tokens)
+        return family.head(tokens), tokens.on_grid(score, 16, 0.0)
+
+
+@pytest.mark.parametrize("variant", ["vit", "qk-norm", "registers-class", "average-pool"])
+def test_packed_is_as_on_the_cpu(variant):
+    for found, expected in zip(
+        packed_run("cuda", torch.float32, variant),
+        packed_run("cpu", torch.float32, variant),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_in_half_precision_is_varlen(dtype, monkeypatch):
+    calls = []
+    varlen = packing.varlen_attn
+    monkeypatch.setattr(packing, "varlen_attn", lambda *args: calls.append(1) or varlen(*args))
+    logits, score = packed_run("cuda", dtype)
+    assert len(calls) == 4
+    expected, expected_score = packed_run("cpu", torch.float32)
+    torch.testing.assert_close(logits.cpu().float(), expected, atol=0.2, rtol=0.1)
+    torch.testing.assert_close(score.cpu().float(), expected_score, atol=0.02, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_stage_synchronises_once(dtype):
+    family = family_of(backbone("vit").cuda().to(dtype))
+    tokens = family.stem(images(6).cuda().to(dtype))
+    keep = (torch.arange(16) < torch.tensor(COUNTS).unsqueeze(1)).cuda()
+    with torch.no_grad():
+        family.head(family.run_block(0, select(tokens, keep)))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                packed = select(tokens, keep)
+                fewer = select(packed, keep.roll(1, 1))
+                family.head(family.run_block(1, family.run_block(0, fewer)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 2

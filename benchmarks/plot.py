@@ -1,42 +1,85 @@
-"""Draws ``results/real_weights.png`` from ``results/real_weights.json`` (needs matplotlib)."""
+"""``real_weights.md`` and ``.png`` from ``real_weights.json`` in results (needs matplotlib)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
+DEIT = "deit_tiny_patch16_224"
 
 # DeiT-Tiny with ToMe off the shelf on the same 1,300 images: GMACs and top-1, figures given to us.
 TOME = [(0.929, 81.3), (0.811, 80.3), (0.735, 80.2), (0.625, 79.2)]
 
 
-def main() -> None:
+def table(models: dict[str, Any]) -> str:
+    """A table per model: every row of the measurements."""
+    lines = []
+    for model, found in models.items():
+        dense = found["dense"]["results"][0]
+        lines += [
+            f"### {model}",
+            "",
+            f"Dense: {dense['dense']['top1']:.2f} top-1 at {dense['dense_macs'] / 1e9:.3f} GMACs.",
+            "",
+            "| | setting | top-1 | against dense (95 %) | won, lost | GMACs: mean ± std | share |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, content in found.items():
+            lines += [] if name == "dense" else [_line(name, row) for row in content["results"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    pair, macs = row["paired"], row["macs"]
+    setting = row["budget"] if "budget" in row else f"r = {row['keep_ratio']}"
+    return (
+        f"| {name} | {setting} | {row['sparse']['top1']:.2f} | {pair['difference']:+.2f} "
+        f"({pair['low']:+.2f} to {pair['high']:+.2f}) | {pair['won']}, {pair['lost']} | "
+        f"{macs['mean'] / 1e9:.3f} ± {macs['std'] / 1e9:.3f} | "
+        f"{macs['mean'] / row['dense_macs']:.3f} |"
+    )
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Accuracy against mean MACs of every method on one model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = json.loads((RESULTS / "real_weights.json").read_text())
-    rows = found["results"]["deit_tiny_patch16_224 dynamicvit-adapt"]
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    macs = [row["macs"]["mean"] / 1e9 for row in rows]
-    top1 = [row["sparse"]["top1"] for row in rows]
-    axes.plot(macs, top1, "o-", label="DynamicViT, adapted at r = 0.7, set at run time")
-    for x, y, row in zip(macs, top1, rows, strict=True):
-        label = row["name"].removeprefix("dynamicvit ")
-        axes.annotate(f"r {label}", (x, y), (6, -12), textcoords="offset points")
-    axes.plot(*zip(*TOME, strict=True), "s--", color="gray", label="ToMe, off the shelf (as given)")
-    dense = rows[0]
+    figure, axes = plt.subplots(figsize=(7.6, 5.0), layout="constrained")
+    for name, content in found.items():
+        if name == "dense" or "at keep ratios" in name:
+            continue
+        rows = sorted(content["results"], key=lambda row: row["macs"]["mean"])
+        macs = [row["macs"]["mean"] / 1e9 for row in rows]
+        free = "training-free" in name
+        style = {"linestyle": ":" if free else "-", "marker": "s" if free else "o"}
+        axes.plot(macs, [row["sparse"]["top1"] for row in rows], label=name, **style)
+    axes.plot(*zip(*TOME, strict=True), "D--", color="gray", label="ToMe, off the shelf (as given)")
+    dense = found["dense"]["results"][0]
     axes.plot(dense["dense_macs"] / 1e9, dense["dense"]["top1"], "k*", markersize=12, label="dense")
     axes.set(
-        xlabel="GMACs per image",
+        xlabel="mean GMACs per image",
         ylabel="top-1 on 1,300 validation images (%)",
-        title="DeiT-Tiny, adapted on 1,000 unlabelled images",
+        title="DeiT-Tiny; adapted and calibrated on 1,000 unlabelled images",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(RESULTS / "real_weights.png", dpi=150)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    models = json.loads((RESULTS / "real_weights.json").read_text())["models"]
+    page = RESULTS / "real_weights.md"
+    start, end = "<!-- tables -->\n", "<!-- end of tables -->"
+    text = page.read_text()
+    before, after = text.split(start)[0], text.split(end)[1]
+    page.write_text(f"{before}{start}\n{table(models)}\n{end}{after}")
+    draw(models[DEIT], RESULTS / "real_weights.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ the constants of the cost model instead (``vitrim/bucketing.py``).
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -200,6 +201,19 @@ class Ways:
         return attend
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed; other C libraries are left as they are.
+
+    Otherwise large blocks go back to the system and are faulted in anew, at up to a sixth of the
+    time, more or less so depending on what ran before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
 def measure(ways: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each way in each round; at least three rounds."""
     names, times = list(ways), {name: [] for name in ways}
@@ -371,9 +385,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=85, help="of measuring, per dtype")
     parser.add_argument("--no-flex", action="store_true", help="leave out what must be compiled")
     parser.add_argument("--note", default="", help="goes into the results")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="leave the C library's allocator as it is"
+    )
     parser.add_argument("--fit", action="store_true", help="measure the cost model's constants")
     options = parser.parse_args()
     device = checked_device(options.device)
+    if not options.return_memory:
+        keep_freed_memory()
     torch.set_num_threads(1 if options.fit else options.threads)
     with torch.inference_mode():
         if options.fit:

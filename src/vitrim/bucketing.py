@@ -71,8 +71,8 @@ def _share(images: int, length: int, heads: int, threads: int) -> float:
 
 
 COSTS = {
-    torch.float32: Costs(call=15_000, pair=3.55, ragged=42.0, tail=3.6, row=37.0, back=17.0),
-    torch.bfloat16: Costs(call=20_500, pair=3.7, ragged=118.0, tail=0.0, row=73.0, back=24.0),
+    torch.float32: Costs(call=19_000, pair=3.75, ragged=86.0, tail=3.0, row=35.0, back=20.0),
+    torch.bfloat16: Costs(call=22_000, pair=3.85, ragged=140.0, tail=0.0, row=62.0, back=27.0),
 }
 """Measured on an AMD EPYC (Zen 5) core with torch 2.15; other types count as bfloat16."""
 CUDA_COSTS = Costs(call=50_000, pair=0.01, ragged=0.0, tail=0.0, row=0.1, back=0.1)

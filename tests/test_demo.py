@@ -144,6 +144,8 @@ def test_report_is_whole_and_self_contained(finished):
     points = 1 + len(results_of(folder)["points"])
     assert page.count("<title>") == 1 + 2 * points
     assert all(f"What {method} looks at" in page for method in METHODS)
+    assert page.count("Patches that 120 images kept") == 3  # AS-ViT, SaiT, SPViT
+    assert page.count("Images that kept least") == page.count("Images that kept most") == 3
     assert 'name="viewport"' in page
     assert not re.search(r"https?://", page)
 

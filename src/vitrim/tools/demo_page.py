@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from vitrim.model import SparseModel
 from vitrim.tools import report, visualize
 from vitrim.tools.benchmark import Row
 from vitrim.tools.demo import BATCHES, BUDGETS, DENSE, Outcome, Point
 
 _PICTURES = 6
+_COUNTED = 500
+"""Images of the histograms."""
 
 
 def summary(outcome: Outcome, output: Path, seconds: float) -> list[str]:
@@ -148,16 +154,35 @@ def _charts(outcome: Outcome) -> str:
 
 
 def _pictures(outcome: Outcome) -> list[str]:
-    """The first test images under each method."""
-    images, labels = (tensor[:_PICTURES] for tensor in outcome.batches[0])
+    """Test images under each method: the first ones, or the easiest and the hardest."""
     parts = []
     for method in outcome.recipes:
         sparse = outcome.main(method).sparse
-        trace = sparse.trace(images)
-        mean, std = sparse.data_config["mean"], sparse.data_config["std"]
         parts.append(f"<h2>What {method} looks at</h2>")
-        for place, image in enumerate(images):
-            panels = visualize.panels(
+        if sparse.macs() is not None:
+            images, labels = (tensor[:_PICTURES] for tensor in outcome.batches[0])
+            parts += _strips(sparse, images, labels)
+            continue
+        images = torch.cat([images for images, _ in outcome.batches])[:_COUNTED]
+        labels = torch.cat([labels for _, labels in outcome.batches])[:_COUNTED]
+        trace = sparse.trace(images)
+        counts = torch.stack([stage.counts for stage in trace.stages], 1).tolist()
+        histograms = visualize.histograms(counts, trace, side=192)
+        parts.append(report.strip(histograms, f"Patches that {len(images)} images kept"))
+        order, half = visualize.easiest_first(counts), _PICTURES // 2
+        for name, places in {"least": order[:half], "most": order[-half:]}.items():
+            parts.append(f"<h3>Images that kept {name}</h3>")
+            parts += _strips(sparse, images[places], labels[places])
+    return parts
+
+
+def _strips(sparse: SparseModel, images: Tensor, labels: Tensor) -> list[str]:
+    """What each stage keeps of the images, stage by stage."""
+    trace = sparse.trace(images)
+    mean, std = sparse.data_config["mean"], sparse.data_config["std"]
+    return [
+        report.strip(
+            visualize.panels(
                 visualize.denormalize(image, mean, std),
                 trace,
                 place,
@@ -165,5 +190,6 @@ def _pictures(outcome: Outcome) -> list[str]:
                 truth=int(labels[place]),
                 side=192,
             )
-            parts.append(report.strip(panels))
-    return parts
+        )
+        for place, image in enumerate(images)
+    ]

@@ -128,11 +128,6 @@ def recorded_attention(
     return merge(attention, x_BNC, context), record
 
 
-def masked_attention(attention: Attention, x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
-    """Timm's attention layer with :func:`masked_softmax` in place of the softmax."""
-    return recorded_attention(attention, x_BNC, 0, False, keep_BN)[0]
-
-
 def cross_attention(
     attention: Attention, query_BSC: Tensor, memory_BNC: Tensor, bias_N: Tensor | None = None
 ) -> tuple[Tensor, AttentionRecord]:

@@ -94,6 +94,15 @@ def _weights_of(content: Mapping[str, Any]) -> StateDict:
     return dict(content)
 
 
+def _check_stages(model: SparseModel, found: int, what: str, advice: str) -> None:
+    """Raise :class:`CheckpointError` unless the file has one of ``what`` for each stage."""
+    num_stages = len(model.method.stages)
+    if found != num_stages:
+        raise CheckpointError(
+            f"the file has {found} {what}, the config {num_stages} stages; pass {advice}"
+        )
+
+
 def _dynamicvit(
     weights: StateDict, architecture: str | None, options: dict[str, Any]
 ) -> SparseModel:
@@ -103,12 +112,7 @@ def _dynamicvit(
     if not found:
         raise CheckpointError("this is no DynamicViT state dict: it has no score_predictor.* key")
     model = SparseModel(backbone, config)
-    num_stages = len(model.method.stages)
-    if len(found) != num_stages:
-        raise CheckpointError(
-            f"the file has {len(found)} predictors, the config "
-            f"{num_stages} stages; pass stages=(...) with {len(found)} blocks"
-        )
+    _check_stages(model, len(found), "predictors", f"stages=(...) with {len(found)} blocks")
     renamed = {}
     for key, tensor in weights.items():
         if key.startswith("score_predictor."):
@@ -131,12 +135,7 @@ def _asvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
             "this is no AS-ViT state dict: it has no score_predictor.*.keep_threshold key"
         )
     model = SparseModel(backbone, from_plain(ASViTConfig, options))
-    num_stages = len(model.method.stages)
-    if len(found) != num_stages:
-        raise CheckpointError(
-            f"the file has {len(found)} thresholds, the config "
-            f"{num_stages} stages; pass stages=(...) with {len(found)} blocks"
-        )
+    _check_stages(model, len(found), "thresholds", f"stages=(...) with {len(found)} blocks")
     renamed = {}
     for key, tensor in weights.items():
         match = pattern.fullmatch(key)
@@ -154,12 +153,8 @@ def _spvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
     if not found:
         raise CheckpointError("this is no SPViT state dict: it has no score_predictor.* key")
     model = SparseModel(backbone, config)
-    num_stages = len(model.method.stages)
-    if len(found) != num_stages:
-        raise CheckpointError(
-            f"the file has {len(found)} selectors, the config {num_stages} stages; pass "
-            f"stages=(...) and keep_ratio=(...) with {len(found)} entries"
-        )
+    advice = f"stages=(...) and keep_ratio=(...) with {len(found)} entries"
+    _check_stages(model, len(found), "selectors", advice)
     renamed = {}
     for key, tensor in weights.items():
         match = head.fullmatch(key)

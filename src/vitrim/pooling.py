@@ -7,6 +7,7 @@ number does not divide it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Pooling(nn.Module):
+class Pooling(nn.Module, ABC):
     """How a map becomes initial centres."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
+    @abstractmethod
     def forward(self, map_BCHW: Tensor, shape: tuple[int, int]) -> Tensor:
         """(B, rows * columns, C)"""
-        raise NotImplementedError
 
     def macs(self, num_patches: int, num_tokens: Any) -> Any:
         """MACs of one image."""

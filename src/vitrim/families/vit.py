@@ -23,7 +23,6 @@ from vitrim.attention import (
     AttentionRecord,
     Score,
     cross_attention,
-    masked_attention,
     recorded_attention,
 )
 from vitrim.errors import InputError
@@ -141,16 +140,16 @@ class ViT:
 
     def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
-        block = self.backbone.blocks[index]
-        if isinstance(tokens, PackedTokens):
-            return self.mlp_half(index, self.attention_half(index, tokens)[0])
+        block: Any = self.backbone.blocks[index]
+        if isinstance(tokens, PackedTokens) or tokens.keep_BN is not None:
+
+            def run(x: Tensor) -> Tensor:
+                return self.mlp_half(index, self.attention_half(index, tokens.with_x(x))[0]).x
+        else:
+            run = block
         if self.backbone.grad_checkpointing and torch.is_grad_enabled():
-            run = _masked_block if tokens.keep_BN is not None else _plain_block
-            keep = tokens.keep_all if tokens.keep_BN is not None else None
-            return tokens.with_x(checkpoint(run, block, tokens.x, keep, use_reentrant=False))
-        if tokens.keep_BN is None:
-            return tokens.with_x(block(tokens.x))
-        return tokens.with_x(_masked_block(block, tokens.x, tokens.keep_all))
+            return tokens.with_x(checkpoint(run, tokens.x, use_reentrant=False))
+        return tokens.with_x(run(tokens.x))
 
     def attention_half(
         self, index: int, tokens: AnyTokens, score: Score | None = None
@@ -373,16 +372,3 @@ class ViT:
         per_query = linear_macs(pool) - linear_macs(pool.kv)
         attention = 2 * pool.latent_len * pool.num_heads * pool.head_dim
         return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * num_pooled
-
-
-def _plain_block(block: Any, x: Tensor, _keep: Tensor | None) -> Tensor:
-    out: Tensor = block(x)
-    return out
-
-
-def _masked_block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
-    """``Block.forward`` with masked attention, from the block's own pieces."""
-    attended = masked_attention(block.attn, block.norm1(x), keep)
-    x = x + block.drop_path1(block.ls1(attended))
-    out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return out

@@ -55,6 +55,8 @@ from vitrim.methods.base import (
     Recorder,
     TrainingOutput,
     check_stages,
+    check_weights,
+    with_total,
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.tokens import Tokens
@@ -118,9 +120,7 @@ class ASViTConfig:
         factor = self.threshold_factor
         require(0 < factor < math.inf, f"threshold_factor is {factor}; expected a positive number")
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        for name in ("classification", "budget", "distill"):
-            weight = getattr(self, f"{name}_weight")
-            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        check_weights(self, "classification", "budget", "distill")
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def start(self, num_stages: int, num_patches: int) -> tuple[float, ...]:
@@ -343,8 +343,7 @@ class ASViT(Method):
         if teacher is not None:
             parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
-        weighted = [getattr(config, f"{name}_weight") * part for name, part in parts.items()]
-        return parts | {"total": torch.stack(weighted).sum()}
+        return with_total(config, parts)
 
     def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
         if self.config.mode == "mask":  # nothing is saved; later scores read the explicit map

@@ -247,6 +247,24 @@ def stage_ratios(keep_ratio: float | tuple[float, ...], num_stages: int) -> tupl
     return tuple(keep_ratio ** (stage + 1) for stage in range(num_stages))
 
 
+def fixed_counts(ratios: Sequence[float], num_patches: int) -> tuple[int, ...]:
+    """Whole patches at each stage, rounded down as the DynamicViT authors do, but at least one."""
+    return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
+
+
+def check_weights(config: Any, *names: str) -> None:
+    """Raise :class:`ConfigError` unless every ``<name>_weight`` of ``config`` is 0 or more."""
+    for name in names:
+        weight = getattr(config, f"{name}_weight")
+        require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+
+
+def with_total(config: Any, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss terms and ``"total"``, their sum weighted by ``<name>_weight`` of ``config``."""
+    weighted = [getattr(config, f"{name}_weight") * part for name, part in parts.items()]
+    return parts | {"total": torch.stack(weighted).sum()}
+
+
 def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> DenseOutput:
     """A teacher's output with the saliency of the tokens that enter ``blocks``."""
     tokens, saliency = family.saliency(images, blocks)
@@ -284,8 +302,7 @@ def selection_losses(
         parts["token"] = _token_loss(output, teacher)
         if config.score_weight:
             parts["score"] = _score_loss(output.decisions, teacher, counts)
-    weighted = [getattr(config, f"{name}_weight") * part for name, part in parts.items()]
-    return parts | {"total": torch.stack(weighted).sum()}
+    return with_total(config, parts)
 
 
 def _token_loss(output: SelectionOutput, teacher: DenseOutput) -> Tensor:

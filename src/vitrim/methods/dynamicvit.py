@@ -44,6 +44,8 @@ from vitrim.methods.base import (
     SelectionOutput,
     check_keep_ratio,
     check_stages,
+    check_weights,
+    fixed_counts,
     quarter_stages,
     salient_teacher,
     selection_losses,
@@ -100,9 +102,7 @@ class DynamicViTConfig:
             f"threshold is {threshold}; expected a probability in [0, 1), or None",
         )
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        for name in ("classification", "ratio", "distill", "token", "score"):
-            weight = getattr(self, f"{name}_weight")
-            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        check_weights(self, "classification", "ratio", "distill", "token", "score")
         noise = self.score_noise
         require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
         require(
@@ -179,8 +179,7 @@ class DynamicViT(Method):
         return None if self.config.threshold is not None else self._fixed_counts(num_patches)
 
     def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
-        ratios = self.config.ratios(len(self.stages))
-        return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
+        return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)

@@ -49,7 +49,15 @@ from vitrim.config import closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
-from vitrim.methods.base import DenseOutput, Dial, Method, Recorder, TrainingOutput
+from vitrim.methods.base import (
+    DenseOutput,
+    Dial,
+    Method,
+    Recorder,
+    TrainingOutput,
+    check_weights,
+    with_total,
+)
 from vitrim.packing import AnyTokens, select
 from vitrim.tokens import Tokens
 
@@ -172,9 +180,7 @@ class SaiTConfig:
             self.attention_temperature > 0,
             f"attention_temperature is {self.attention_temperature}; expected more than 0",
         )
-        for name in ("classification", "attention", "distill"):
-            weight = getattr(self, f"{name}_weight")
-            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        check_weights(self, "classification", "attention", "distill")
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @property
@@ -364,24 +370,20 @@ class SaiT(Method):
     def losses(
         self, output: SaiTOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, parts, weights = self.config, dict[str, Tensor](), dict[str, float]()
+        config, parts = self.config, dict[str, Tensor]()
         passes = [output.logits]
         if output.dense_logits is not None:
             passes.append(output.dense_logits)
         if target is not None:
             terms = [losses.classification_loss(logits, target) for logits in passes]
             parts["classification"] = torch.stack(terms).mean()
-            weights["classification"] = config.classification_weight
         if teacher is not None:
             parts["attention"] = self._attention_loss(output, teacher)
-            weights["attention"] = config.attention_weight
             if config.distill_weight:
                 terms = [losses.distillation_loss(logits, teacher.logits) for logits in passes]
                 parts["distill"] = torch.stack(terms).mean()
-                weights["distill"] = config.distill_weight
         require(len(parts) > 0, "SaiT learns from labels or from a dense teacher; give either")
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return parts | {"total": total}
+        return with_total(config, parts)
 
     def _attention_loss(self, output: SaiTOutput, teacher: DenseOutput) -> Tensor:
         """KL of the teacher's class attention and the student's score, both summing to 1."""

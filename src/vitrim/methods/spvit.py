@@ -51,6 +51,8 @@ from vitrim.methods.base import (
     SelectionOutput,
     check_keep_ratio,
     check_stages,
+    check_weights,
+    fixed_counts,
     quarter_stages,
     salient_teacher,
     selection_losses,
@@ -126,9 +128,7 @@ class SPViTConfig:
         threshold = self.threshold
         require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        for name in ("classification", "ratio", "distill", "token", "score"):
-            weight = getattr(self, f"{name}_weight")
-            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        check_weights(self, "classification", "ratio", "distill", "token", "score")
         noise = self.score_noise
         require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
         require(
@@ -277,8 +277,7 @@ class SPViT(Method):
         return self._fixed_counts(num_patches) if self.config.inference == "top_k" else None
 
     def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
-        ratios = self.config.ratios(len(self.stages))
-        return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
+        return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
 
     def _drops_nothing(self, stage: int, num_patches: int) -> bool:
         """Whether inference is bound to keep everything at ``stage``, which is then skipped."""

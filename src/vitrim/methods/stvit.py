@@ -51,7 +51,16 @@ from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
-from vitrim.methods.base import DenseOutput, Dial, Method, Recorder, StageTrace, TrainingOutput
+from vitrim.methods.base import (
+    DenseOutput,
+    Dial,
+    Method,
+    Recorder,
+    StageTrace,
+    TrainingOutput,
+    check_weights,
+    with_total,
+)
 from vitrim.pooling import POOLINGS
 from vitrim.tokens import Tokens
 
@@ -102,9 +111,7 @@ class STViTConfig:
         require(2 <= generation <= 4, f"generation_layers is {generation}; expected 2, 3 or 4")
         scale = self.layer_scale
         require(scale is None or scale > 0, f"layer_scale is {scale}; expected more than 0")
-        for name in ("classification", "distill", "feature"):
-            weight = getattr(self, f"{name}_weight")
-            require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+        check_weights(self, "classification", "distill", "feature")
         require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @property
@@ -281,18 +288,14 @@ class STViT(Method):
     def losses(
         self, output: STViTOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, parts, weights = self.config, dict[str, Tensor](), dict[str, float]()
+        config, parts = self.config, dict[str, Tensor]()
         if target is not None:
             parts["classification"] = losses.classification_loss(output.logits, target)
-            weights["classification"] = config.classification_weight
         if teacher is not None:
             parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            weights["distill"] = config.distill_weight
             if config.feature_weight:
                 parts["feature"] = self._feature_loss(output, teacher)
-                weights["feature"] = config.feature_weight
-        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        return parts | {"total": total}
+        return with_total(config, parts)
 
     def _feature_loss(self, output: STViTOutput, teacher: DenseOutput) -> Tensor:
         wanted = teacher.pooled_features

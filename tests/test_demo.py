@@ -15,11 +15,12 @@ import vitrim
 from tests.conftest import tiny_vit
 from tests.test_visualize import parse
 from vitrim import CheckpointError
-from vitrim.methods import METHODS
 from vitrim.tools import demo
 from vitrim.tools.demo import run_demo
 from vitrim.train.recipe import load_recipe
 from vitrim.train.shipped import DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS, digits_backbone
+
+NAMES = [name.removeprefix("digits-") for name in demo.RECIPES]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_folder_holds_report_results_and_a_checkpoint_per_method(finished):
     ]
     results = results_of(folder)
     main = {point["method"]: point for point in results["points"] if point["is_main"]}
-    assert list(main) == list(METHODS)
+    assert list(main) == NAMES
     assert len(results["benchmark"]) == len(demo.BATCHES) * (1 + len(results["points"]))
     for name, point in main.items():
         sparse = vitrim.from_pretrained(folder / "checkpoints" / name)
@@ -94,7 +95,7 @@ def test_budgets_are_calibrated(finished):
             assert point["method"] == "stvit"
     costs = {
         method: [p["macs"]["mean"] for p in results_of(folder)["points"] if p["method"] == method]
-        for method in METHODS
+        for method in NAMES
     }
     low, high = demo.BUDGETS.index(min(demo.BUDGETS)), demo.BUDGETS.index(max(demo.BUDGETS))
     assert all(cost[low] < cost[high] for cost in costs.values() if len(cost) > 1)
@@ -121,7 +122,7 @@ def test_summary_has_six_lines_with_what_was_measured(finished):
     folder, lines, _ = finished
     results = results_of(folder)
     assert len(lines) == 6
-    assert [line.split()[0] for line in lines] == ["dense", *METHODS]
+    assert [line.split()[0] for line in lines] == ["dense", *NAMES]
     assert not any("\n" in line for line in lines)
     main = {point["method"]: point for point in results["points"] if point["is_main"]}
     for line in lines[1:]:
@@ -143,7 +144,7 @@ def test_report_is_whole_and_self_contained(finished):
     assert page.count("<svg") == 2
     points = 1 + len(results_of(folder)["points"])
     assert page.count("<title>") == 1 + 2 * points
-    assert all(f"What {method} looks at" in page for method in METHODS)
+    assert all(f"What {method} looks at" in page for method in NAMES)
     assert page.count("Patches that 120 images kept") == 3  # AS-ViT, SaiT, SPViT
     assert page.count("Images that kept least") == page.count("Images that kept most") == 3
     assert 'name="viewport"' in page

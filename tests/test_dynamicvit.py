@@ -35,9 +35,9 @@ def test_counts_follow_the_authors_arithmetic():
     expected = {0.5: (98, 49, 24), 0.6: (117, 70, 42), 0.7: (137, 96, 67), 0.8: (156, 125, 100)}
     for ratio, counts in (expected | {0.9: (176, 158, 142)}).items():
         method.set_keep_ratio(ratio)
-        assert method.counts(196) == counts
+        assert method.counts((14, 14)) == counts
     method.set_keep_ratio((0.5, 0.25, 0.01))
-    assert method.counts(16) == (8, 4, 1)  # never below one
+    assert method.counts((4, 4)) == (8, 4, 1)  # never below one
 
 
 def test_trace_speaks_of_the_original_grid():
@@ -122,7 +122,7 @@ def test_threshold_mode_counts_depend_on_the_image():
             scores = stage.scores[0].nan_to_num(0)
             assert torch.equal(stage.kept[0], (scores > 0.5).nonzero().flatten())
         assert trace.macs.item() == sparse.method.macs(
-            sparse.family, 16, [stage.counts.item() for stage in trace.stages]
+            sparse.family, (4, 4), [stage.counts.item() for stage in trace.stages]
         )
     batch = sparse.trace(images(8, seed=4))
     for image, alone in enumerate(traces):

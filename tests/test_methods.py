@@ -5,6 +5,8 @@ A new method adds its configs to ``CASES``; what is particular to it is tested i
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,8 @@ from vitrim import (
     from_pretrained,
     sparsify,
 )
-from vitrim.methods import METHODS
+from vitrim.families import family_of
+from vitrim.methods import METHODS, method_of_config
 
 X = images(3)
 TARGET = torch.tensor([1, 2, 3])
@@ -61,28 +64,39 @@ KEEPS_ALL = {
 """The same for configs that keep everything, and so must equal the dense model."""
 
 BACKBONES = {
-    "class token": {},
-    "average pool": {"class_token": False, "global_pool": "avg"},
-    "attention pool": {"class_token": False, "global_pool": "map"},
-    "registers": {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
-    "class and registers": {"reg_tokens": 2},
-    "scale and norm": {"init_values": 0.5, "qk_norm": True},
+    "class token": tiny_vit,
+    "average pool": partial(tiny_vit, class_token=False, global_pool="avg"),
+    "attention pool": partial(tiny_vit, class_token=False, global_pool="map"),
+    "registers": partial(tiny_vit, class_token=False, reg_tokens=2, global_pool="avg"),
+    "class and registers": partial(tiny_vit, reg_tokens=2),
+    "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
 }
+"""Name: makes a tiny backbone for images of 32 x 32 pixels, with 10 classes."""
 
-each_case = pytest.mark.parametrize("case", CASES)
-each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+FAMILIES = {name: family_of(make()).name for name, make in BACKBONES.items()}
+METHOD = {name: method_of_config(config) for name, config in CASES.items()}
+PAIRS = [
+    (case, name) for case in CASES for name in BACKBONES if FAMILIES[name] in METHOD[case].families
+]
+"""Every case on every backbone that its method runs on."""
+FIRST = [
+    (case, name)
+    for case, name in PAIRS
+    if name == next(other for other in FAMILIES if FAMILIES[other] == FAMILIES[name])
+]
+"""Every case on one backbone of each family that its method runs on."""
+
+each_pair = pytest.mark.parametrize(("case", "backbone"), PAIRS)
+each_case = pytest.mark.parametrize(("case", "backbone"), FIRST)
 
 
 def sparse_model(case: str, backbone: str = "class token", **kwargs):
     """The case's method on the backbone, with method parameters that decide something."""
-    sparse = sparsify(
-        tiny_vit(**BACKBONES[backbone] | kwargs), CASES[case], generator=seeded(3)
-    ).eval()
-    return sparse
+    return sparsify(BACKBONES[backbone](**kwargs), CASES[case], generator=seeded(3)).eval()
 
 
-def is_fixed(case: str) -> bool:
-    return sparse_model(case).macs() is not None
+def is_fixed(case: str, backbone: str) -> bool:
+    return sparse_model(case, backbone).macs() is not None
 
 
 def test_every_method_is_under_contract():
@@ -91,8 +105,7 @@ def test_every_method_is_under_contract():
     }
 
 
-@each_case
-@each_backbone
+@each_pair
 def test_logits_are_finite_deterministic_and_of_their_shape(case, backbone):
     sparse = sparse_model(case, backbone)
     for batch in (1, 3):
@@ -106,8 +119,7 @@ def test_logits_are_finite_deterministic_and_of_their_shape(case, backbone):
         assert all(stage.counts.shape == (batch,) for stage in trace.stages)
 
 
-@each_case
-@each_backbone
+@each_pair
 def test_images_do_not_see_each_other(case, backbone):
     sparse, x = sparse_model(case, backbone), images(6, seed=8)
     together = sparse(x)
@@ -116,10 +128,9 @@ def test_images_do_not_see_each_other(case, backbone):
     torch.testing.assert_close(sparse(x.flip(0)).flip(0), together, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", KEEPS_ALL)
-@each_backbone
+@pytest.mark.parametrize(("case", "backbone"), [pair for pair in PAIRS if pair[0] in KEEPS_ALL])
 def test_keeping_everything_is_the_dense_model(case, backbone):
-    model = tiny_vit(**BACKBONES[backbone])
+    model = BACKBONES[backbone]()
     dense = model(X)
     sparse = sparsify(model, KEEPS_ALL[case], generator=seeded(3)).eval()
     torch.testing.assert_close(sparse(X), dense, atol=1e-5, rtol=0)
@@ -127,8 +138,7 @@ def test_keeping_everything_is_the_dense_model(case, backbone):
     assert torch.equal(model(X), dense)
 
 
-@each_case
-@each_backbone
+@each_pair
 def test_macs_are_what_torch_counts(case, backbone):
     sparse = sparse_model(case, backbone).requires_grad_(False)  # hooks trip over leaves
     for image in X:
@@ -141,19 +151,18 @@ def test_macs_are_what_torch_counts(case, backbone):
 
 
 @each_case
-def test_saved_and_loaded_it_is_the_same(case, tmp_path):
-    sparse = sparse_model(case)
+def test_saved_and_loaded_it_is_the_same(case, backbone, tmp_path):
+    sparse = sparse_model(case, backbone)
     sparse.save_pretrained(tmp_path / "checkpoint")
     loaded = from_pretrained(tmp_path / "checkpoint").eval()
     assert loaded.config == sparse.config
     assert torch.equal(loaded(X), sparse(X))
 
 
-@each_case
-@each_backbone
+@each_pair
 def test_gradients_reach_what_the_method_learns(case, backbone):
     sparse = sparse_model(case, backbone).train()
-    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit(**BACKBONES[backbone])), X)
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
     parts = sparse.losses(X, TARGET, teacher, seeded(0))
     parts["total"].backward()
     assert all(value.isfinite() for value in parts.values())
@@ -163,9 +172,9 @@ def test_gradients_reach_what_the_method_learns(case, backbone):
 
 
 @each_case
-def test_the_loss_falls(case):
-    sparse = sparse_model(case).train()
-    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit()), X)
+def test_the_loss_falls(case, backbone):
+    sparse = sparse_model(case, backbone).train()
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-3)
     totals = []
     for _ in range(12):
@@ -178,32 +187,32 @@ def test_the_loss_falls(case):
 
 
 @each_case
-def test_training_follows_its_generator(case):
-    sparse = sparse_model(case).train()
-    teacher = sparse.method.teach(vitrim.families.family_of(tiny_vit()), X)
+def test_training_follows_its_generator(case, backbone):
+    sparse = sparse_model(case, backbone).train()
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
     one, same = (sparse.losses(X, TARGET, teacher, seeded(1))["total"] for _ in range(2))
     assert torch.equal(one, same)
 
 
 @each_case
-def test_other_image_sizes(case):
-    sparse = sparse_model(case, dynamic_img_size=True)
+def test_other_image_sizes(case, backbone):
+    sparse = sparse_model(case, backbone, dynamic_img_size=True)
     logits = sparse(images(2, size=48))
     assert logits.shape == (2, 10)
     assert logits.isfinite().all()
 
 
 @each_case
-def test_half_precision(case):
-    sparse = sparse_model(case)
+def test_half_precision(case, backbone):
+    sparse = sparse_model(case, backbone)
     with torch.autocast("cpu", torch.bfloat16):
         assert sparse(X).isfinite().all()
     assert sparse.to(torch.bfloat16)(X.bfloat16()).isfinite().all()
 
 
 @each_case
-def test_dial_moves_the_cost(case):
-    sparse = sparse_model(case)
+def test_dial_moves_the_cost(case, backbone):
+    sparse = sparse_model(case, backbone)
     try:
         dial = sparse.method.dial
     except vitrim.ConfigError as error:
@@ -219,17 +228,17 @@ def test_dial_moves_the_cost(case):
 
 
 @each_case
-def test_compiles(case):
+def test_compiles(case, backbone):
     """With fixed counts the whole forward is one graph."""
-    sparse = sparse_model(case)
+    sparse = sparse_model(case, backbone)
     torch._dynamo.reset()
-    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=is_fixed(case))
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=is_fixed(case, backbone))
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), sparse(X), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if is_fixed(case)])
-def test_exports(case):
-    sparse = sparse_model(case)
+@pytest.mark.parametrize(("case", "backbone"), [pair for pair in FIRST if is_fixed(*pair)])
+def test_exports(case, backbone):
+    sparse = sparse_model(case, backbone)
     program = torch.export.export(sparse, (X,))
     torch.testing.assert_close(program.module()(X), sparse(X), atol=1e-5, rtol=0)

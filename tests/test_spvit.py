@@ -95,7 +95,7 @@ def test_published_costs(size, ratio, gmacs):
     macs = sparse.dense_macs()
     if ratio is not None:
         counts = [round(196 * share) for share in config.ratios(3)]
-        macs = sparse.method.macs(sparse.family, 196, counts)
+        macs = sparse.method.macs(sparse.family, (14, 14), counts)
         assert 0 <= macs - sparse.macs() < 0.006 * macs
     digits = 0.0051 if gmacs > 10 and ratio is not None else 0.00051
     assert macs / 1e9 == pytest.approx(gmacs, abs=digits)
@@ -296,7 +296,7 @@ def test_one_token_kept():
 def test_fixed_counts_are_the_likeliest():
     sparse = decisive(sparse_vit(inference="top_k", keep_ratio=(0.617, 0.369, 0.137)))
     trace = sparse.trace(X)
-    assert sparse.method.counts(196) == (120, 72, 26)
+    assert sparse.method.counts((14, 14)) == (120, 72, 26)
     assert [stage.counts.tolist() for stage in trace.stages] == [[9] * 4, [5] * 4, [2] * 4]
     for stage, count in zip(trace.stages, (9, 5, 2), strict=True):
         best = stage.scores.nan_to_num(-1).topk(count).indices.sort(1).values

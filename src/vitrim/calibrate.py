@@ -6,6 +6,7 @@ measurement; the search brackets the budget and closes in on it, a handful of pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread, check_budget
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
+from vitrim.methods.base import StageTrace
 from vitrim.model import SparseModel, Trace, evaluating
 
 MAX_IMAGES = 256
@@ -224,12 +226,14 @@ def _measure(sparse: SparseModel, batches: Sequence[Tensor]) -> Tensor:
 def _check_finite(sparse: SparseModel, trace: Trace) -> None:
     """Raise :class:`InputError` for scores or logits that mean nothing."""
     what = "" if bool(trace.logits.isfinite().all()) else "logits"
-    alive: int | Tensor = trace.grid[0] * trace.grid[1]
+    before: StageTrace | None = None
     for stage in trace.stages:
         # The scores of what was dropped before are NaN by design; those of the rest must not be.
+        same = before is not None and before.grid == stage.grid
+        alive = before.counts if before is not None and same else math.prod(stage.grid)
         if not what and bool((stage.scores.isfinite().sum(1) < alive).any()):
             what = f"token scores before block {stage.block}"
-        alive = stage.counts
+        before = stage
     if what:
         raise InputError(
             f"the model's {what} hold NaN or infinity; check the weights of its backbone and of "

@@ -17,6 +17,7 @@ from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import DenseOutput, Method, Recorder, StageTrace
+from vitrim.tokens import Grid
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class Trace:
     logits: Tensor
     """(B, classes)"""
     stages: list[StageTrace]
-    """One per stage, in order; places refer to the original patch grid."""
+    """One per stage, in order; places refer to the stage's grid (plain: the patches')."""
     macs: Tensor
     """(B,): multiply-accumulates spent on each image."""
-    grid: tuple[int, int]
+    grid: Grid
     """Rows and columns of the patch grid."""
 
 
@@ -47,6 +48,7 @@ class SparseModel(nn.Module):
         super().__init__()
         self.family = family_of(backbone)
         method_class: Any = method_of_config(config)
+        method_class.check_family(self.family)
         self.backbone = backbone
         self.method: Method = method_class(self.family, config, generator)
         parameter = next(backbone.parameters())
@@ -82,11 +84,10 @@ class SparseModel(nn.Module):
                 self.train()
         with torch.no_grad():
             grid = self.family.grid((images.shape[-2], images.shape[-1]))
-            num_patches = grid[0] * grid[1]
-            recorder = Recorder(num_patches)
+            recorder = Recorder(grid)
             logits = self.method.infer(self.family, images, recorder)
         counts = [stage.counts.double() for stage in recorder.stages]
-        macs = self.method.macs(self.family, num_patches, counts)
+        macs = self.method.macs(self.family, grid, counts)
         macs = torch.as_tensor(macs, dtype=torch.float64, device=logits.device)
         return Trace(logits, recorder.stages, macs.expand(len(images)), grid)
 
@@ -192,22 +193,13 @@ class SparseModel(nn.Module):
 
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
-        num_patches = self._num_patches(image_size)
-        counts = self.method.counts(num_patches)
-        if counts is None:
-            return None
-        return int(self.method.macs(self.family, num_patches, counts))
+        grid = self.family.grid(image_size)
+        counts = self.method.counts(grid)
+        return None if counts is None else int(self.method.macs(self.family, grid, counts))
 
     def dense_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """MACs of the backbone alone on one image of (height, width)."""
-        family, num_patches = self.family, self._num_patches(image_size)
-        num_tokens = num_patches + family.num_prefix
-        blocks = sum(family.block_macs(block, num_tokens) for block in range(family.depth))
-        return int(family.stem_macs(num_patches) + blocks + family.head_macs(num_tokens))
-
-    def _num_patches(self, image_size: tuple[int, int] | None) -> int:
-        rows, columns = self.family.grid(image_size)
-        return rows * columns
+        return self.family.dense_macs(self.family.grid(image_size))
 
     def unwrap(self) -> nn.Module:
         """The plain timm model, with the weights that it has now."""

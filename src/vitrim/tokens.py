@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+Grid = tuple[int, int]
+"""Rows and columns of a grid of positions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -185,8 +186,10 @@ def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
     if sparse.macs() is None:
         return "a number that depends on the image"
     trace = sparse.trace(torch.zeros(1, *image_shape))
-    stages = [f"{int(stage.counts[0])} before block {stage.block}" for stage in trace.stages]
-    return f"{', '.join(stages)}; of {trace.grid[0] * trace.grid[1]}"
+    return ", ".join(
+        f"{int(stage.counts[0])} of {math.prod(stage.grid)} before block {stage.block}"
+        for stage in trace.stages
+    )
 
 
 @app.command("train")

@@ -78,9 +78,9 @@ def stage_table(results: Mapping[str, Evaluation]) -> Table:
     """Patches kept at each stage."""
     first = next(iter(results.values()))
     table = plain_table(
-        f"Patches kept, of {first.num_patches}",
+        "Patches kept",
         "model",
-        *(f"before\nblock {stage.block}" for stage in first.stages),
+        *(f"before block {stage.block},\nof {stage.num_patches}" for stage in first.stages),
     )
     for name, result in results.items():
         kept = [

@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import nn
 
 from vitrim.errors import UnsupportedBackboneError
+from vitrim.families.base import Family
 from vitrim.families.vit import ViT
 
-FAMILIES = (ViT,)
-__all__ = ["FAMILIES", "ViT", "family_of"]
+FAMILIES: tuple[type[Family], ...] = (ViT,)
+__all__ = ["FAMILIES", "Family", "ViT", "family_of"]
 
 
-def family_of(backbone: nn.Module) -> ViT:
+def family_of(backbone: nn.Module) -> Family:
     """The family that runs ``backbone``.
 
     Raises:

@@ -9,6 +9,7 @@ so (other block, attention or pooling types) is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,15 +27,16 @@ from vitrim.attention import (
     recorded_attention,
 )
 from vitrim.errors import InputError
+from vitrim.families.base import Family
 from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 _POOLS = ("token", "avg", "map")
 _MLPS = (Mlp, GluMlp, SwiGLU)
 
 
-class ViT:
+class ViT(Family):
     """Runs one timm vision transformer piece by piece; holds no weights of its own."""
 
     name = "vit"
@@ -71,9 +73,6 @@ class ViT:
                 continue
             return
 
-    def __init__(self, backbone: Any) -> None:
-        self.backbone = backbone
-
     @property
     def depth(self) -> int:
         return len(self.backbone.blocks)
@@ -102,7 +101,7 @@ class ViT:
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
-    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Rows and columns of the patch grid of an image of ``image_size`` (height, width)."""
         height, width = image_size or self.image_size
         rows, columns = self.backbone.patch_embed.dynamic_feat_size((height, width))
@@ -326,6 +325,13 @@ class ViT:
             for x, gradient in zip(inputs, gradients, strict=True)
         )
         return tokens.with_x(tokens.x.detach()), saliency
+
+    def dense_macs(self, grid: Grid) -> int:
+        """MACs of the backbone alone on one image of ``grid`` patches."""
+        num_patches = math.prod(grid)
+        num_tokens = num_patches + self.num_prefix
+        blocks = sum(self.block_macs(block, num_tokens) for block in range(self.depth))
+        return int(self.stem_macs(num_patches) + blocks + self.head_macs(num_tokens))
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""

@@ -59,7 +59,7 @@ from vitrim.methods.base import (
     with_total,
 )
 from vitrim.packing import AnyTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,7 +236,7 @@ class ASViT(Method):
         scale = self.config.threshold_factor * self.native_patches / num_patches
         return _full(self.thresholds[stage]) * scale
 
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
         return None
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -345,7 +345,8 @@ class ASViT(Method):
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
         return with_total(config, parts)
 
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+        num_patches = math.prod(grid)
         if self.config.mode == "mask":  # nothing is saved; later scores read the explicit map
             first = self.stages[0] - 1
             everything = num_patches + family.num_prefix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from vitrim import losses
 from vitrim.config import require
-from vitrim.errors import ConfigError
-from vitrim.families import ViT
+from vitrim.errors import ConfigError, UnsupportedBackboneError
+from vitrim.families import Family, ViT
 from vitrim.packing import AnyTokens
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What one stage decided for a batch; places refer to the original patch grid."""
+    """What one stage decided for a batch; places refer to ``grid``."""
 
     block: int
     """The stage acts before this block (0-based)."""
     scores: Tensor
     """(B, N): the method's score of each original patch, NaN where it was dropped earlier."""
+    grid: Grid
+    """Rows and columns of the places: the patch grid, or the map's where a backbone pools."""
     kept: list[Tensor]
     """Per image: sorted original places of the patches that go on; none where semantic tokens
     replace all patches."""
@@ -42,17 +44,32 @@ class StageTrace:
 class Recorder:
     """Collects a :class:`StageTrace` per stage while a method runs inference."""
 
-    num_patches: int
+    grid: Grid
+    """Of the original patches."""
     stages: list[StageTrace] = field(default_factory=list)
 
     def add(self, block: int, before: AnyTokens, scores: Tensor, after: AnyTokens) -> None:
         """Record that ``before`` was scored, one score per patch token, and ``after`` goes on."""
         if isinstance(before, Tokens) and before.keep_BN is not None:
             scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)
-        grid = before.on_grid(scores.detach().float(), self.num_patches, torch.nan)
-        kept = after.places()
-        counts = torch.tensor([len(places) for places in kept], device=scores.device)
-        self.stages.append(StageTrace(block, grid, kept, counts))
+        score_BN = before.on_grid(scores.detach().float(), math.prod(self.grid), torch.nan)
+        self._append(block, self.grid, score_BN, after.places())
+
+    def add_map(self, block: int, score_BHW: Tensor, keep_BHW: Tensor) -> None:
+        """Record a decision on the whole map that a hierarchical backbone has before a block.
+
+        Args:
+            block: the stage acts before it.
+            score_BHW: of every position.
+            keep_BHW: bool, the positions that get the full computation.
+        """
+        rows, columns = score_BHW.shape[1:]
+        kept = [keep_N.nonzero().squeeze(1) for keep_N in keep_BHW.flatten(1)]
+        self._append(block, (rows, columns), score_BHW.detach().float().flatten(1), kept)
+
+    def _append(self, block: int, grid: Grid, score_BN: Tensor, kept: list[Tensor]) -> None:
+        counts = torch.tensor([len(places) for places in kept], device=score_BN.device)
+        self.stages.append(StageTrace(block, score_BN, grid, kept, counts))
 
 
 @dataclass(frozen=True)
@@ -143,23 +160,37 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type]
     needs_training: ClassVar[str | None] = None
     """The recipe that teaches a selector which knows nothing when new; None: none needs to be."""
+    families: ClassVar[tuple[str, ...]] = ("vit",)
+    """The families of backbones that this form of the method is written for."""
+    refusals: ClassVar[Mapping[str, str]] = {}
+    """Families that it does not run on, by name, and why not or what to use instead."""
     serves_dense: ClassVar[bool] = False
     """Whether the trained backbone is meant to be used dense too, so that validation looks."""
     config: Any
     stages: tuple[int, ...]
 
+    @classmethod
+    def check_family(cls, family: Family) -> None:
+        """Raise :class:`UnsupportedBackboneError` unless the method runs on ``family``."""
+        if family.name not in cls.families:
+            why = cls.refusals.get(family.name, "")
+            raise UnsupportedBackboneError(
+                f"{cls.name} does not run on the family {family.name!r}"
+                f"{f' ({why})' if why else ''}; it serves {', '.join(cls.families)}"
+            )
+
     @abstractmethod
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Logits (B, classes), computing only what is kept; deterministic."""
 
     @abstractmethod
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self, family: Any, images: Tensor, generator: torch.Generator | None = None
     ) -> TrainingOutput:
         """The differentiable forward, with the method's noise."""
 
     @torch.no_grad()
-    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+    def teach(self, family: Any, images: Tensor) -> DenseOutput:
         """What :meth:`losses` wants to know from the dense teacher that ``family`` runs."""
         tokens = family.dense(images)
         return DenseOutput(family.head(tokens), family.patch_features(tokens))
@@ -174,12 +205,16 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
-        """Kept patches after each stage, or None where they depend on the image."""
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+        """Kept patches after each stage, of an image of ``grid`` patches, or None where they depend
+        on the image.
+        """
 
     @abstractmethod
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
-        """MACs of one image, given the kept count after each stage (numbers or tensors)."""
+    def macs(self, family: Any, grid: Grid, counts: Sequence[Any]) -> Any:
+        """MACs of one image of ``grid`` patches, given the kept count after each stage (numbers or
+        tensors).
+        """
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before each training epoch, counted from 0; methods with a schedule listen."""

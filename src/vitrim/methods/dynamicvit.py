@@ -24,6 +24,7 @@ gradients of the code on fixed weights; training on ImageNet was not re-run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -52,7 +53,7 @@ from vitrim.methods.base import (
     stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,8 +176,10 @@ class DynamicViT(Method):
             predictor.reset_parameters(generator)
         self.predictors = nn.ModuleList(predictors)
 
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
-        return None if self.config.threshold is not None else self._fixed_counts(num_patches)
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+        if self.config.threshold is not None:
+            return None
+        return self._fixed_counts(math.prod(grid))
 
     def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
         return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
@@ -199,9 +202,7 @@ class DynamicViT(Method):
         recorder: Recorder | None,
     ) -> AnyTokens:
         """The tokens that go on: the best of a fixed number, or those above the threshold."""
-        counts = self.counts(num_patches)
-        if counts is None:
-            assert self.config.threshold is not None
+        if self.config.threshold is not None:
             score = self.predictors[stage](tokens)[..., 0].exp()
             score_BN = tokens.on_grid(score, num_patches, -1.0)
             keep_BN = score_BN > self.config.threshold
@@ -210,12 +211,13 @@ class DynamicViT(Method):
             kept = select(tokens, keep_BN)
         else:
             assert isinstance(tokens, Tokens)
-            if counts[stage] == tokens.num_patches and not recorder:
+            count = self._fixed_counts(num_patches)[stage]
+            if count == tokens.num_patches and not recorder:
                 return tokens
             score = self.predictors[stage](tokens)[..., 0].exp()
             kept = tokens
-            if counts[stage] < tokens.num_patches:
-                kept = tokens.gather(sampling.top_k(score, counts[stage]))
+            if count < tokens.num_patches:
+                kept = tokens.gather(sampling.top_k(score, count))
         if recorder:
             recorder.add(self.stages[stage], tokens, score, kept)
         return kept
@@ -267,7 +269,8 @@ class DynamicViT(Method):
         ratio, counts = torch.stack(terms).mean(), self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+        num_patches = math.prod(grid)
         total: Any = family.stem_macs(num_patches)
         patches: Any = num_patches
         skips_full = self.config.threshold is None

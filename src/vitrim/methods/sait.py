@@ -59,7 +59,7 @@ from vitrim.methods.base import (
     with_total,
 )
 from vitrim.packing import AnyTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 EPS = 1e-8
 
@@ -242,7 +242,10 @@ class SaiT(Method):
             return score.words.format(attention="the class token")
         return score.words.format(attention="all tokens") + " (the backbone has no class token)"
 
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+        return self._counts(math.prod(grid))
+
+    def _counts(self, num_patches: int) -> tuple[int, ...] | None:
         if self.config.selector == "dense":
             return (num_patches,)
         if self.config.selector == "density":
@@ -251,7 +254,7 @@ class SaiT(Method):
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
-        counts = self.counts(stem.num_patches)
+        counts = self._counts(stem.num_patches)
         if counts == (stem.num_patches,) and not recorder:
             return family.head(family.run_blocks(range(family.depth), stem))
         tokens, score_BN = self._score(family, stem)
@@ -401,11 +404,12 @@ class SaiT(Method):
             sides.reverse()
         return losses.distillation_loss(*sides)
 
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+        num_patches = math.prod(grid)
         num_tokens, block = num_patches + family.num_prefix, self.stages[0] - 1
         kept = counts[0] + family.num_prefix
         total: Any = family.stem_macs(num_patches)
-        if self.counts(num_patches) != (num_patches,):
+        if self._counts(num_patches) != (num_patches,):
             one_row = SCORES[self.config.score].of_class and self.has_class
             width = family.backbone.blocks[block].attn.attn_dim
             total += width * num_tokens * (1 if one_row else num_tokens)

@@ -31,6 +31,7 @@ gradients of the code on fixed weights; training on ImageNet was not re-run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -59,7 +60,7 @@ from vitrim.methods.base import (
     stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,17 +274,17 @@ class SPViT(Method):
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
 
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
-        return self._fixed_counts(num_patches) if self.config.inference == "top_k" else None
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+        return self._fixed_counts(math.prod(grid)) if self.config.inference == "top_k" else None
 
     def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
         return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
 
     def _drops_nothing(self, stage: int, num_patches: int) -> bool:
         """Whether inference is bound to keep everything at ``stage``, which is then skipped."""
-        counts = self.counts(num_patches)
-        if counts is None:
+        if self.config.inference != "top_k":
             return self.config.inference == "threshold" and self.config.threshold == 0
+        counts = self._fixed_counts(num_patches)
         return counts[stage] == (num_patches, *counts)[stage]
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -440,7 +441,8 @@ class SPViT(Method):
         counts = self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+        num_patches = math.prod(grid)
         total: Any = family.stem_macs(num_patches)
         patches: Any = num_patches
         prefix = family.num_prefix

@@ -62,7 +62,7 @@ from vitrim.methods.base import (
     with_total,
 )
 from vitrim.pooling import POOLINGS
-from vitrim.tokens import Tokens
+from vitrim.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +185,7 @@ class STViT(Method):
             f"{grid[0]} x {grid[1]}",
         )
 
-    def counts(self, num_patches: int) -> tuple[int, ...] | None:
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
         rows, columns = self.config.shape
         return (rows * columns,)
 
@@ -202,7 +202,7 @@ class STViT(Method):
         grid = family.grid((images.shape[-2], images.shape[-1]))
         semantic, record = self._generate(family, tokens, grid)
         if recorder:
-            recorder.stages.append(self._trace(record, semantic, tokens.num_patches))
+            recorder.stages.append(self._trace(record, semantic, grid))
         log_size = self._log_size(semantic, tokens.num_patches)
         for block in range(self.stages[0], family.depth):
             semantic = self._self_block(family, block, semantic, log_size)
@@ -259,12 +259,14 @@ class STViT(Method):
         size[semantic.num_prefix :] = num_patches / semantic.num_patches
         return size.log()
 
-    def _trace(self, record: AttentionRecord, semantic: Tokens, num_patches: int) -> StageTrace:
+    def _trace(self, record: AttentionRecord, semantic: Tokens, grid: Grid) -> StageTrace:
         """What each semantic token looks at; no patch goes on as such."""
+        num_patches = math.prod(grid)
         looks_BSN = record.weights()[:, :, semantic.num_prefix :, -num_patches:].float().mean(1)
         nothing = semantic.index_BN.new_empty(0)
         return StageTrace(
             block=self.stages[0],
+            grid=grid,
             scores=looks_BSN.mean(1),
             kept=[nothing] * semantic.num_images,
             counts=semantic.counts_B,
@@ -306,7 +308,8 @@ class STViT(Method):
             )
         return F.mse_loss(output.features_BC.float(), wanted.float())
 
-    def macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
+    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+        num_patches = math.prod(grid)
         prefix = family.num_prefix if self.config.keep_prefix else 0
         semantic, tokens = counts[0] + prefix, num_patches + prefix
         total: Any = family.stem_macs(num_patches) + self.pooling.macs(num_patches, counts[0])

@@ -32,7 +32,7 @@ from vitrim.tools.evaluate import Accuracy, Evaluation, Setting, evaluate_settin
 if TYPE_CHECKING:
     from vitrim.train.recipe import Recipe
 
-RECIPES = tuple(f"digits-{name}" for name in METHODS)
+RECIPES = tuple(f"digits-{name}" for name, form in METHODS.items() if "vit" in form.families)
 MAX_SECONDS = 36.0
 """Of training per method, where neither the caller nor the recipe says."""
 BATCHES = (64, 1)

@@ -59,6 +59,8 @@ class StageKept:
     """How many patches one stage keeps."""
 
     block: int
+    num_patches: int
+    """Patches, or positions of the map, that an image has there if nothing is dropped."""
     kept: Spread
 
 
@@ -72,7 +74,6 @@ class Evaluation:
     """Per image, of the sparse model."""
     dense_macs: int
     """Per image, of its backbone with nothing dropped."""
-    num_patches: int
     stages: tuple[StageKept, ...]
     dense: Accuracy | None = None
     """None where no dense model was asked for."""
@@ -193,15 +194,14 @@ class _Run:
         self.answers = _Answers("sparse")
         self.macs: list[Tensor] = []
         self.counts: list[list[Tensor]] = []
-        self.grid = (0, 0)
-        self.blocks: list[int] = []
+        self.places: list[tuple[int, int]] = []
 
     def add(self, trace: Trace, target: Tensor) -> None:
         """Note a batch."""
         self.answers.add(trace.logits, target)
         self.macs.append(trace.macs.cpu())
         self.counts.append([stage.counts.cpu() for stage in trace.stages])
-        self.grid, self.blocks = trace.grid, [stage.block for stage in trace.stages]
+        self.places = [(stage.block, math.prod(stage.grid)) for stage in trace.stages]
 
     def evaluation(
         self, dense: _Answers | None, dense_macs: int, unreadable: tuple[str, ...]
@@ -215,10 +215,9 @@ class _Run:
             dense_macs=dense_macs,
             macs=Spread.of(torch.cat(self.macs)),
             stages=tuple(
-                StageKept(block, Spread.of(kept))
-                for block, kept in zip(self.blocks, per_stage, strict=True)
+                StageKept(block, num_patches, Spread.of(kept))
+                for (block, num_patches), kept in zip(self.places, per_stage, strict=True)
             ),
-            num_patches=self.grid[0] * self.grid[1],
             paired=None if dense is None else compare(dense, self.answers),
             unreadable=unreadable,
         )

@@ -7,6 +7,7 @@ Drawn with Pillow alone. The picture shown is the model's own input, with the no
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitrim.model import Trace
+from vitrim.tokens import Grid
 
 _PAPER = (255, 255, 255)
 _INK = (28, 32, 40)
@@ -78,17 +80,16 @@ def panels(
         truth: the true class; None when it is not known.
         side: pixels of the longer side of each picture, about (patches stay whole pixels).
     """
-    rows, columns = trace.grid
-    num_patches = rows * columns
-    cell = max(2, round(side / max(rows, columns)))
-    large = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
-    found = [Panel(large, "input", _prediction(trace, i, class_names, truth))]
+    answer = _prediction(trace, i, class_names, truth)
+    found = [Panel(_enlarged(image, trace.grid, side), "input", answer)]
     for number, stage in enumerate(trace.stages, 1):
+        rows, columns = stage.grid
+        num_patches, large = rows * columns, _enlarged(image, stage.grid, side)
         title = f"stage {number}, before block {stage.block}"
         if stage.assignment is not None:
             looks_SN = stage.assignment[i]
             caption = f"{len(looks_SN)} semantic tokens for {num_patches} patches"
-            found.append(Panel(assignment(large, looks_SN, trace.grid), title, caption))
+            found.append(Panel(assignment(large, looks_SN, stage.grid), title, caption))
             continue
         keep = torch.zeros(num_patches, dtype=torch.bool)
         keep[stage.kept[i].cpu()] = True
@@ -101,6 +102,13 @@ def panels(
             )
         )
     return found
+
+
+def _enlarged(image: Image.Image, grid: Grid, side: int) -> Image.Image:
+    """``image`` with a longer side of about ``side`` pixels, whole ones for each patch."""
+    rows, columns = grid
+    cell = max(2, round(side / max(rows, columns)))
+    return image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
 
 
 def fade(image: Image.Image, keep: Tensor) -> Image.Image:
@@ -124,7 +132,7 @@ def fade(image: Image.Image, keep: Tensor) -> Image.Image:
     return Image.blend(shown, lined, _LINE)
 
 
-def assignment(image: Image.Image, looks_SN: Tensor, grid: tuple[int, int]) -> Image.Image:
+def assignment(image: Image.Image, looks_SN: Tensor, grid: Grid) -> Image.Image:
     """``image`` tinted patch by patch with the colour of the semantic token that looks at the patch
     most; white lines part what belongs to different ones.
 
@@ -203,9 +211,9 @@ def histograms(counts: Sequence[Sequence[int]], trace: Trace, side: int = 320) -
         trace: of any of the images: says where the stages and how large the grid is.
         side: width and height of each picture in pixels.
     """
-    num_patches = trace.grid[0] * trace.grid[1]
     found = []
     for number, stage in enumerate(trace.stages):
+        num_patches = math.prod(stage.grid)
         kept = [per_stage[number] for per_stage in counts]
         spread = torch.tensor(kept, dtype=torch.float64)
         found.append(

@@ -1,0 +1,53 @@
+"""What every family offers to the rest of the library, whatever the shape of its backbones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vitrim.tokens import Grid
+
+
+class Family(ABC):
+    """Runs one backbone piece by piece; holds no weights of its own.
+
+    What else a family offers depends on the shape of its backbones: methods are written for the
+    families that they name (``Method.families``).
+    """
+
+    name: ClassVar[str]
+    serves: ClassVar[str]
+    """The backbones that it runs, in words."""
+
+    @staticmethod
+    @abstractmethod
+    def accepts(model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
+
+    @staticmethod
+    @abstractmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the backbone was created for."""
+
+    @abstractmethod
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
+        """Rows and columns of the patches that an image of ``image_size`` is first cut into."""
+
+    @abstractmethod
+    def check_images(self, images: Tensor) -> None:
+        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
+
+    @abstractmethod
+    def dense_macs(self, grid: Grid) -> int:
+        """MACs of the backbone alone on one image of ``grid`` patches."""

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ RATIOS = "0.8,0.7,0.6"
 """Of the paper's rule, for DynamicViT, besides the budgets."""
 TRAINING_FREE = {"asvit": {"value_weighting": "true"}, "sait": {"score": "cls_value_norm"}}
 """Fields other than the defaults; chosen on adaptation images."""
+LOW = 0.5
+"""The budget that has an adaptation of its own; those above it share one."""
+LOW_FIELDS = {"dynamicvit": {"keep_ratio": 0.56}, "spvit": {"keep_ratio": 0.56}}
+"""Fields that set the cost near it, where adapting needs no calibration before."""
+STVIT = {
+    0.65: {"base_layers": 6, "semantic_tokens": 49},
+    0.8: {"base_layers": 8, "semantic_tokens": 64},
+    0.5: {"base_layers": 4, "semantic_tokens": "[6,7]"},
+}
+"""Budget: where STViT's semantic tokens begin and how many there are; chosen on adaptation images.
+Each is a model of its own."""
+STVIT_FREE = {"keep_prefix": "true", "global_centres": "false", "pooling": "avg"}
+STVIT_EPOCHS = 8
 PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold"}}
 """Fields that let the images decide how many tokens they keep, after adapting with fixed counts."""
 
@@ -48,39 +62,86 @@ class Bench:
         return self._evaluate("dense", self.model)
 
     def training_free(self, method: str) -> Any:
-        folder = self.runs / f"{method}-free"
+        if method == "stvit":
+            return self._stvit_rows("free", epochs=0)
+        folder = self._sparsify(method, f"{method}-free", BUDGETS, TRAINING_FREE[method])
+        return self._evaluate(f"{method}-free", folder, *self._budgets)
+
+    def _sparsify(
+        self, method: str, name: str, budgets: Sequence[float], fields: dict[str, Any]
+    ) -> Path:
+        """The calibrated checkpoint, without training."""
+        folder = self.runs / name
         if not folder.exists():
             vitrim(
                 *("sparsify", self.model, "--weights", self.weights, "--method", method),
-                *("--macs", ",".join(map(str, BUDGETS)), "--data", self.adaptation, "-o", folder),
-                *self._changes("", TRAINING_FREE[method]),
+                *("--macs", ",".join(map(str, budgets)), "--data", self.adaptation, "-o", folder),
+                *self._changes("", fields),
             )
-        return self._evaluate(f"{method}-free", folder, *self._budgets)
+        return folder
 
     def adapted(self, method: str) -> dict[str, Any]:
         """The rows of an adapted model, by their names."""
-        run = self.runs / f"{method}-adapt"
-        fields = TRAINING_FREE.get(method, {})
-        model = {"name": self.model, "pretrained": "false", "weights": self.weights}
-        if method == "asvit":  # its thresholds stay as they were calibrated
-            fields, model["checkpoint"] = {}, self.runs / f"{method}-free"
-        data = {"train": self.adaptation, "crop_pct": CROP_PCT[self.model]}
-        parts = {"model": model, "data": data, "method": fields}
-        changes = (word for part, found in parts.items() for word in self._changes(part, found))
-        vitrim("train", f"{method}-adapt", "-o", run, *changes)  # a finished run is left as it is
-        checkpoint = run / "checkpoint"
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        seconds = {"adapt_seconds": round(log[-1]["time"]), "epochs": 1 + log[-1]["epoch"]}
-        rows = {"adapted": self._evaluate(f"{method}-adapt", checkpoint, *self._budgets) | seconds}
+        if method == "stvit":
+            return {"adapted": self._stvit_rows("adapt", STVIT_EPOCHS)}
+        name = f"{method}-adapt"
+        checkpoint, seconds = self._adapt(method, name, *self._start(method, BUDGETS[0]))
+        rows = {"adapted": self._evaluate(name, checkpoint, *self._budgets) | seconds}
+        if method != "sait":  # which is adapted at many densities at once
+            low, low_seconds = self._adapt(method, f"{name}-low", *self._start(method, LOW))
+            found = self._evaluate(f"{name}-low", low, *self._calibrated_at(LOW))
+            rows[f"adapted at {LOW}"] = found | low_seconds
         if method == "dynamicvit":
             ratios = self._evaluate(f"{method}-ratios", checkpoint, "--keep-ratio", RATIOS)
             rows["adapted, at keep ratios"] = ratios | seconds
         if method in PER_IMAGE:
-            other = run / "per-image"
+            other = checkpoint.parent / "per-image"
             from_pretrained(checkpoint, **PER_IMAGE[method]).save_pretrained(other)
             found = self._evaluate(f"{method}-per-image", other, *self._budgets)
             rows["adapted, counts per image"] = found | seconds
         return rows
+
+    def _start(self, method: str, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the recipe's method and model start from, for adapting near a budget."""
+        fields = TRAINING_FREE.get(method, {})
+        if budget == LOW:
+            fields = fields | LOW_FIELDS.get(method, {})
+        if method != "asvit":
+            return fields, {}
+        folder = self.runs / f"{method}-free"  # its thresholds stay as they were calibrated
+        if budget != LOW:
+            return {}, {"checkpoint": folder}
+        record = json.loads((folder / "config.json").read_text())["calibration"]
+        factor = next(point["value"] for point in record if point["budget"] == budget)
+        return {"threshold_factor": factor}, {"checkpoint": folder}
+
+    def _adapt(
+        self, method: str, name: str, fields: dict[str, Any], model: dict[str, Any], *options: Any
+    ) -> tuple[Path, dict[str, Any]]:
+        """The adapted checkpoint, and how long it took; a finished run is left as it is."""
+        run = self.runs / name
+        dense = {"name": self.model, "pretrained": "false", "weights": self.weights}
+        data = {"train": self.adaptation, "crop_pct": CROP_PCT[self.model]}
+        parts = {"model": dense | model, "data": data, "method": fields}
+        changes = (word for part, found in parts.items() for word in self._changes(part, found))
+        vitrim("train", f"{method}-adapt", "-o", run, *changes, *options)
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        seconds = {"adapt_seconds": round(log[-1]["time"]), "epochs": 1 + log[-1]["epoch"]}
+        return run / "checkpoint", seconds
+
+    def _stvit_rows(self, kind: str, epochs: int) -> dict[str, Any]:
+        """One row per budget, each of a model of its own."""
+        rows, more = [], {}
+        for budget, fields in STVIT.items():
+            name = f"stvit-{kind}-{budget}"
+            if epochs:
+                options = ("--set", f"run.epochs={epochs}")
+                checkpoint, more = self._adapt("stvit", name, fields, {}, *options)
+            else:
+                checkpoint = self._sparsify("stvit", name, (budget,), STVIT_FREE | fields)
+            found = self._evaluate(name, checkpoint)
+            rows += [row | {"budget": budget} for row in found["results"]]
+        return {"results": rows} | more
 
     @staticmethod
     def _changes(part: str, fields: dict[str, Any]) -> list[str]:
@@ -89,7 +150,10 @@ class Bench:
 
     @property
     def _budgets(self) -> tuple[Any, ...]:
-        each = (part for budget in BUDGETS for part in ("--macs", budget))
+        return self._calibrated_at(*BUDGETS)
+
+    def _calibrated_at(self, *budgets: float) -> tuple[Any, ...]:
+        each = (part for budget in budgets for part in ("--macs", budget))
         return (*each, "--calibrate-on", self.adaptation)
 
     def _evaluate(self, name: str, model: Any, *options: Any) -> dict[str, Any]:
@@ -123,7 +187,7 @@ def main() -> None:
         rows = models.setdefault(model, {})
         rows["dense"] = bench.dense()
         for method in options.methods:
-            if method in TRAINING_FREE:
+            if method in TRAINING_FREE or method == "stvit":
                 rows[f"{method} training-free"] = bench.training_free(method)
             for name, row in bench.adapted(method).items():
                 rows[f"{method} {name}"] = row

@@ -236,6 +236,17 @@ def test_sparsify_calibrates_and_records(capsys, dense, made, tmp_path):
     assert "without training" in out
 
 
+def test_sparsify_takes_semantic_tokens_that_need_no_training(capsys, dense, made, tmp_path):
+    words = [*("sparsify", *dense, "--method", "stvit", "--set", "keep_prefix=true"), *QUICK]
+    words += ["--set", "semantic_tokens=9", "--macs", "0.9", "--tolerance", "0.1"]
+    words += ["--data", made / "data" / "class1", "-o", tmp_path / "out"]
+    status, _, errors = run(capsys, *words)
+    assert status == 2
+    assert "vitrim train stvit-adapt" in errors
+    assert run(capsys, *words, "--set", "global_centres=false")[0] == 0
+    assert vitrim.from_pretrained(tmp_path / "out").config.keep_prefix
+
+
 def test_sparsify_needs_no_image_for_fixed_counts(capsys, dense, made, tmp_path):
     code, out, err = run(
         capsys,

@@ -108,7 +108,10 @@ def sparsify_command(
         str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
     ],
     method: Annotated[
-        str, typer.Option(help="One that needs no training of its own: asvit or sait.")
+        str,
+        typer.Option(
+            help="One that needs no training of its own: asvit, sait, or stvit with keep_prefix."
+        ),
     ],
     data: Annotated[
         str,
@@ -181,19 +184,20 @@ def _training_free_config(name: str, changes: Sequence[str]) -> Any:
     from vitrim.train.recipe import apply_override
 
     method = method_by_name(name)
-    if method.needs_training is not None:
-        ready = [each for each, other in METHODS.items() if other.needs_training is None]
-        raise ConfigError(
-            f"{name} must learn what to drop, so it cannot do without training; train it: "
-            f"vitrim train {method.needs_training} --data DIR -o DIR. "
-            f"Without training: {', '.join(ready)}"
-        )
     fields: dict[str, Any] = {}
     for change in changes:
         if "=" not in change:
             raise ConfigError(f"--set is {change!r}; write FIELD=VALUE, see vitrim list methods")
         apply_override(fields, change)
-    return from_plain(method.config_class, fields)
+    config: Any = from_plain(method.config_class, fields)
+    if method.must_learn(config):
+        ready = [each for each, other in METHODS.items() if other.needs_training is None]
+        raise ConfigError(
+            f"{name} must learn what to compute, so it cannot do without training; train it: "
+            f"vitrim train {method.needs_training} --data DIR -o DIR. Without training: "
+            f"{', '.join(ready)}; and stvit with keep_prefix=true, global_centres=false"
+        )
+    return config
 
 
 def _report(

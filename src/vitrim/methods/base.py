@@ -179,6 +179,11 @@ class Method(nn.Module, ABC):
                 f"{f' ({why})' if why else ''}; it serves {', '.join(cls.families)}"
             )
 
+    @classmethod
+    def must_learn(cls, config: Any) -> bool:
+        """Whether a model made with ``config`` is of no use before :attr:`needs_training` ran."""
+        return cls.needs_training is not None
+
     @abstractmethod
     def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Logits (B, classes), computing only what is kept; deterministic."""

@@ -185,6 +185,12 @@ class STViT(Method):
             f"{grid[0]} x {grid[1]}",
         )
 
+    @classmethod
+    def must_learn(cls, config: STViTConfig) -> bool:
+        """Behind the trained class token, plain means of the patches are a usable start."""
+        is_new = config.global_centres or config.pooling == "intra_inter" or config.layer_scale
+        return bool(is_new) or not config.keep_prefix
+
     def counts(self, grid: Grid) -> tuple[int, ...] | None:
         rows, columns = self.config.shape
         return (rows * columns,)

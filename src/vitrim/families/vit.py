@@ -20,16 +20,12 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.attention import (
-    AttentionRecord,
-    Score,
-    cross_attention,
-    recorded_attention,
-)
+from vitrim.attention import AttentionRecord, Score, cross_attention
 from vitrim.errors import InputError
+from vitrim.families import blocks
 from vitrim.families.base import Family
 from vitrim.macs import linear_macs, transformer_block_macs
-from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
+from vitrim.packing import AnyTokens, PackedTokens
 from vitrim.tokens import Grid, Tokens
 
 _POOLS = ("token", "avg", "map")
@@ -140,12 +136,10 @@ class ViT(Family):
     def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
         block: Any = self.backbone.blocks[index]
-        if isinstance(tokens, PackedTokens) or tokens.keep_BN is not None:
 
-            def run(x: Tensor) -> Tensor:
-                return self.mlp_half(index, self.attention_half(index, tokens.with_x(x))[0]).x
-        else:
-            run = block
+        def run(x: Tensor) -> Tensor:
+            return blocks.run_block(block, tokens.with_x(x), self.has_class).x
+
         if self.backbone.grad_checkpointing and torch.is_grad_enabled():
             return tokens.with_x(checkpoint(run, tokens.x, use_reentrant=False))
         return tokens.with_x(run(tokens.x))
@@ -163,27 +157,11 @@ class ViT(Family):
         Returns:
             the tokens between the halves, and the score, (B, N) or, packed, (patch rows,).
         """
-        block = self.backbone.blocks[index]
-        x = block.norm1(tokens.x)
-        if isinstance(tokens, PackedTokens):
-            out, scores = packed_attention(block.attn, x, tokens.layout, score, self.has_class)
-        else:
-            keep = None if tokens.keep_BN is None else tokens.keep_all
-            out, record = recorded_attention(block.attn, x, tokens.num_prefix, self.has_class, keep)
-            scores = None if score is None else score(record)
-        return tokens.with_x(tokens.x + block.drop_path1(block.ls1(out))), scores
+        return blocks.attention_half(self.backbone.blocks[index], tokens, self.has_class, score)
 
     def mlp_half(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """The second half of block ``index``: the MLP with its norm and residual."""
-        block = self.backbone.blocks[index]
-
-        def half(x: Tensor) -> Tensor:
-            out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-            return out
-
-        if isinstance(tokens, PackedTokens):
-            return tokens.with_x(in_slices(half, tokens.x))
-        return tokens.with_x(half(tokens.x))
+        return blocks.mlp_half(self.backbone.blocks[index], tokens)
 
     def cross_half(
         self,

@@ -1,0 +1,56 @@
+"""The two halves of timm's standard transformer block, whichever family's backbone it stands in.
+
+Every piece is the block's own sub-module, called as timm calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vitrim.attention import Score, recorded_attention
+from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
+
+
+def run_block(block: Any, tokens: AnyTokens, has_class: bool) -> AnyTokens:
+    """A ``Block``: timm's own (fused) forward, or by halves, masked under a mask or packed."""
+    if isinstance(tokens, PackedTokens) or tokens.keep_BN is not None:
+        return mlp_half(block, attention_half(block, tokens, has_class)[0])
+    return tokens.with_x(block(tokens.x))
+
+
+def attention_half(
+    block: Any, tokens: AnyTokens, has_class: bool, score: Score | None = None
+) -> tuple[AnyTokens, Tensor | None]:
+    """Attention with its norm and residual.
+
+    Args:
+        block: a ``timm.models.vision_transformer.Block``.
+        tokens: what enters it.
+        has_class: whether token 0 is a class token.
+        score: asks for a score of the patch tokens, read off this attention.
+
+    Returns:
+        the tokens between the halves, and the score, (B, N) or, packed, (patch rows,).
+    """
+    x = block.norm1(tokens.x)
+    if isinstance(tokens, PackedTokens):
+        out, scores = packed_attention(block.attn, x, tokens.layout, score, has_class)
+    else:
+        keep = None if tokens.keep_BN is None else tokens.keep_all
+        out, record = recorded_attention(block.attn, x, tokens.num_prefix, has_class, keep)
+        scores = None if score is None else score(record)
+    return tokens.with_x(tokens.x + block.drop_path1(block.ls1(out))), scores
+
+
+def mlp_half(block: Any, tokens: AnyTokens) -> AnyTokens:
+    """The MLP with its norm and residual."""
+
+    def half(x: Tensor) -> Tensor:
+        out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return out
+
+    if isinstance(tokens, PackedTokens):
+        return tokens.with_x(in_slices(half, tokens.x))
+    return tokens.with_x(half(tokens.x))

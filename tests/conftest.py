@@ -30,7 +30,7 @@ def jitter(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and ("norm" in name or "ls" in name or "gamma" in name):
                 parameter.uniform_(0.5, 1.5, generator=generator)
-            elif parameter.ndim == 1 or "token" in name or "latent" in name:
+            elif parameter.ndim == 1 or any(part in name for part in ("token", "latent", "table")):
                 parameter.normal_(std=0.3, generator=generator)
     return model
 
@@ -44,6 +44,21 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
         "embed_dim": 32,
         "depth": 4,
         "num_heads": 2,
+        "num_classes": 10,
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
+def tiny_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> nn.Module:
+    """A small Swin: maps of 32, 16, 8 and 4 positions a side, windows of 4, 10 classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 1,
+        "embed_dim": 8,
+        "depths": (1, 1, 6, 1),
+        "num_heads": (1, 1, 2, 2),
+        "window_size": 4,
         "num_classes": 10,
     }
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()

@@ -172,7 +172,7 @@ def test_gradient_checkpointing_changes_nothing():
         "vit_relpos_small_patch16_224",
         "naflexvit_base_patch16_gap",
         "resnet18",
-        "swin_tiny_patch4_window7_224",
+        "swinv2_tiny_window8_256",
     ],
 )
 def test_unknown_backbones_are_refused_by_name(name):

@@ -1,0 +1,237 @@
+"""Family ``swin``: timm's SwinTransformer (the first version), run piece by piece.
+
+Served: Swin T, S, B and L and the S3 variants, in any image size that timm itself takes: created
+for it, or flexible (``dynamic_img_size=True``); with timm's patch embedding or the convolutional
+stem of ``vitrim.models.conv_stem_swin``. Every piece is timm's own sub-module, called as timm calls
+it, so that a model whose positions all get the full computation gives timm's numbers exactly. What
+cannot be run so is refused by name.
+
+Stages are counted from 0. A stage's downsampling comes before its blocks, as timm builds it. Every
+``grid`` is that of the stem: the rows and columns of the patches that an image is first cut into;
+:meth:`Swin.stage_grid` gives that of a stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, Mlp, PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrim.errors import InputError
+from vitrim.families.base import Family
+from vitrim.feature_map import FeatureMap
+from vitrim.macs import linear_macs
+from vitrim.tokens import Grid
+
+
+class Swin(Family):
+    """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
+
+    name = "swin"
+    serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's class; subclasses with own forwards are not."""
+        return type(model) is SwinTransformer
+
+    @staticmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+        if type(model.patch_embed) is not PatchEmbed:
+            yield f"patch embedding {type(model.patch_embed).__name__} (served: PatchEmbed)"
+        if type(model.head) is not ClassifierHead:
+            yield f"head {type(model.head).__name__} (served: ClassifierHead)"
+        parts = {
+            "stage": (SwinTransformerStage, model.layers),
+            "downsampling": (PatchMerging, [stage.downsample for stage in model.layers[1:]]),
+            "block": (SwinTransformerBlock, [b for stage in model.layers for b in stage.blocks]),
+        }
+        for kind, (served, modules) in parts.items():
+            strangers = {type(m).__name__ for m in modules if type(m) is not served}
+            if strangers:
+                found = ", ".join(sorted(strangers))
+                yield f"{kind} type {found} (served: {served.__name__})"
+                return
+        for block in parts["block"][1]:
+            if type(block.attn) is not WindowAttention:
+                yield f"attention type {type(block.attn).__name__} (served: WindowAttention)"
+            elif type(block.mlp) is not Mlp:
+                yield f"MLP type {type(block.mlp).__name__} (served: Mlp)"
+            else:
+                continue
+            return
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return tuple(len(stage.blocks) for stage in self.backbone.layers)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the backbone was created for."""
+        height, width = self.backbone.patch_embed.img_size
+        return int(height), int(width)
+
+    def block(self, stage: int, index: int) -> Any:
+        """Timm's block ``index`` of a stage."""
+        return self.backbone.layers[stage].blocks[index]
+
+    def stage_dim(self, stage: int) -> int:
+        """Channels of the map in a stage's blocks."""
+        return int(self.block(stage, 0).dim)
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
+        """Rows and columns of the patch grid of an image of ``image_size`` (height, width)."""
+        height, width = image_size or self.image_size
+        rows, columns = self.backbone.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+
+    def stage_grid(self, grid: Grid, stage: int) -> Grid:
+        """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
+        return -(-grid[0] // 2**stage), -(-grid[1] // 2**stage)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
+        backbone, patch_embed = self.backbone, self.backbone.patch_embed
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != backbone.in_chans:
+            raise InputError(
+                f"images have shape {shape}; expected (batch, {backbone.in_chans}, height, width)"
+            )
+        if patch_embed.strict_img_size:
+            if shape[2:] != self.image_size:
+                raise InputError(
+                    f"images are {shape[2]} x {shape[3]} pixels; this backbone takes "
+                    f"{self.image_size[0]} x {self.image_size[1]}. Resize them, or create the "
+                    "backbone with img_size=... or dynamic_img_size=True"
+                )
+        elif not patch_embed.dynamic_img_pad:
+            height, width = patch_embed.patch_size
+            if shape[2] % height or shape[3] % width:
+                raise InputError(
+                    f"images are {shape[2]} x {shape[3]} pixels; both sides must be multiples of "
+                    f"the patch size {height} x {width}"
+                )
+
+    def stem(self, images: Tensor) -> FeatureMap:
+        """The patch embedding: the map before stage 0."""
+        self.check_images(images)
+        return FeatureMap(self.backbone.patch_embed(images))
+
+    def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """What a stage's blocks start from: merged patches, or the same map in stage 0."""
+        return FeatureMap(self.backbone.layers[stage].downsample(fmap.x_BHWC))
+
+    def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
+        """Block ``index`` of a stage on every position: timm's own forward."""
+        block = self.block(stage, index)
+        if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
+            return fmap.with_x(checkpoint(block, fmap.x_BHWC, use_reentrant=False))
+        return fmap.with_x(block(fmap.x_BHWC))
+
+    def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
+        """The first half of a block: window attention with its norm and residual."""
+        block = self.block(stage, index)
+        out: Tensor = x_BHWC + block.drop_path1(block._attn(block.norm1(x_BHWC)))
+        return out
+
+    def channel(self, stage: int, index: int, x: Tensor) -> Tensor:
+        """The second half of a block without residual and drop path, on positions (..., C)."""
+        block = self.block(stage, index)
+        out: Tensor = block.mlp(block.norm2(x))
+        return out
+
+    def drop_path(self, stage: int, index: int) -> nn.Module:
+        """What drops the second half of a block for whole images in training."""
+        module: nn.Module = self.block(stage, index).drop_path2
+        return module
+
+    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """A whole stage: its downsampling and all its blocks."""
+        fmap = self.enter_stage(stage, fmap)
+        for index in range(self.depths[stage]):
+            fmap = self.run_block(stage, index, fmap)
+        return fmap
+
+    def dense(self, images: Tensor) -> FeatureMap:
+        """The map after the last block, every position fully computed."""
+        fmap = self.stem(images)
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+        return fmap
+
+    def head(self, fmap: FeatureMap) -> Tensor:
+        """Logits (B, classes): final norm, pooling and classifier."""
+        model = self.backbone
+        logits: Tensor = model.forward_head(model.norm(fmap.x_BHWC))
+        return logits
+
+    def pool(self, fmap: FeatureMap) -> Tensor:
+        """(B, C): what the classifier of :meth:`head` reads."""
+        model = self.backbone
+        features: Tensor = model.forward_head(model.norm(fmap.x_BHWC), pre_logits=True)
+        return features
+
+    def patch_features(self, fmap: FeatureMap) -> Tensor:
+        """(B, N, C): the positions of the last map after the final norm."""
+        features: Tensor = self.backbone.norm(fmap.x_BHWC).flatten(1, 2)
+        return features
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
+        fmap, levels = self.stem(images), []
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+            levels.append(fmap.x_BHWC.permute(0, 3, 1, 2).contiguous())
+        return levels
+
+    def dense_macs(self, grid: Grid) -> int:
+        """MACs of the backbone alone on one image of ``grid`` patches."""
+        total = self.stem_macs(grid) + self.head_macs()
+        for stage, depth in enumerate(self.depths):
+            total += self.downsample_macs(stage, grid)
+            total += sum(self.block_macs(stage, index, grid) for index in range(depth))
+        return total
+
+    def stem_macs(self, grid: Grid) -> int:
+        """MACs of the patch embedding."""
+        return math.prod(grid) * int(self.backbone.patch_embed.proj.weight.numel())
+
+    def downsample_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of a stage's downsampling; 0 for stage 0, which has none."""
+        downsample = self.backbone.layers[stage].downsample
+        return math.prod(self.stage_grid(grid, stage)) * linear_macs(downsample)
+
+    def block_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of a block; its attention runs on whole windows, so the padding counts there."""
+        positions = math.prod(self.stage_grid(grid, stage))
+        return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
+
+    def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of :meth:`mix`, padding to whole windows included."""
+        block = self.block(stage, index)
+        sides = zip(self.stage_grid(grid, stage), block.window_size, strict=True)
+        positions: int = math.prod(-(-length // window) * window for length, window in sides)
+        width = int(block.attn.proj.in_features)
+        return positions * (linear_macs(block.attn) + 2 * width * int(block.window_area))
+
+    def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
+        """MACs of :meth:`channel` on ``num_positions`` positions (a number or a tensor)."""
+        return linear_macs(self.block(stage, index).mlp) * num_positions
+
+    def head_macs(self) -> int:
+        """MACs of the classifier."""
+        return linear_macs(self.backbone.head)

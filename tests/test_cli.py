@@ -344,6 +344,16 @@ def test_show_takes_the_embedded_data_and_adaptive_models(capsys, made, tmp_path
     assert len(list(output.glob("00*.png"))) == 2
 
 
+def test_show_at_a_budget(capsys, made, tmp_path):
+    image = made / "data" / "class1" / "0.png"
+    for name, budget in (("calibrated", "0.7"), ("calibrated", "0.85")):
+        words = ("show", made / name, image, "-o", tmp_path / budget, "--macs", budget)
+        code, _, err = run(capsys, *words, "--device", "cpu")
+        assert code == 0, err
+    strips = [(tmp_path / budget / "001_0.png").read_bytes() for budget in ("0.7", "0.85")]
+    assert strips[0] != strips[1]
+
+
 # list, info, convert, train
 
 
@@ -537,6 +547,12 @@ def test_wrong_data_are_named(capsys, made, tmp_path):
         (["show", "CKPT", "TMP/none.png", "-o", "TMP/out"], "does not exist"),
         (["show", "CKPT", "DATA/class3/broken.png", "-o", "TMP/out"], "not one image"),
         (["show", "CKPT", "DATA", "-o", "TMP/out", "--keep-ratio", "0"], "(0, 1]"),
+        (["show", "CAL", "DATA", "-o", "TMP/out", "--macs", "0.1"], "no calibration reaches"),
+        (["show", "CKPT", "DATA", "-o", "TMP/out", "--macs", "2"], "at most 1"),
+        (
+            ["show", "CKPT", "DATA", "-o", "TMP/out", "--macs", "0.7", "--keep-ratio", "0.7"],
+            "give one of them",
+        ),
         (["info", "TMP"], "no vitrim checkpoint"),
         (["train", "digits-dynamicvt", "-o", "TMP/out"], "did you mean 'digits-dynamicvit'"),
         (["train", "digits-dynamicvit", "-o", "TMP/out", "--set", "method.name=dynamcvit"], "mean"),

@@ -137,6 +137,10 @@ def show_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
     keep_ratio: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
+    macs: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Mean cost, as a share of the dense model's MACs."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
     device: DeviceOption = None,
 ) -> None:
@@ -146,8 +150,12 @@ def show_command(
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; give a folder")
     sparse = common.require_sparse(common.load_model(model), model)
+    if keep_ratio is not None and macs is not None:
+        raise ConfigError("both --keep-ratio and --macs are given; give one of them")
     if keep_ratio is not None:
         sparse.set_keep_ratio(keep_ratio)
+    if macs is not None:
+        sparse.set_budget(macs)
     found = read_images(sparse, sources, limit)
     with common.progress("drawing", len(found.images)) as advance:
         draw(sparse.to(common.device_of(device)), found, output, advance)

@@ -426,7 +426,7 @@ class SaiT(Method):
         if config.selector == "density":
             return Dial("density", config.density, cheapest=1e-3, dearest=1.0)
         if config.selector == "threshold":
-            return Dial("threshold", config.threshold, cheapest=100.0, dearest=0.0)
+            return Dial("threshold", config.threshold, 100.0, 1e-6, logarithmic=True)
         if config.selector == "mass":
             return Dial("mass", config.mass, cheapest=1e-3, dearest=1.0)
         raise ConfigError(

@@ -64,6 +64,34 @@ def tiny_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> nn.M
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
 
+def tiny_pit(name: str = "pit_s_224", **kwargs: Any) -> nn.Module:
+    """A small PiT: maps of 7, 4 and 2 positions a side from overlapping patches, 10 classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "stride": 4,
+        "base_dims": (16, 16, 16),
+        "depth": (2, 3, 2),
+        "heads": (1, 2, 4),
+        "num_classes": 10,
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
+def tiny_convnext(name: str = "convnext_tiny", **kwargs: Any) -> nn.Module:
+    """A small ConvNeXt: maps of 32, 16, 8 and 4 positions a side, 10 classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "patch_size": 1,
+        "dims": (8, 16, 32, 64),
+        "depths": (1, 1, 6, 1),
+        "num_classes": 10,
+        "pretrained_cfg_overlay": {"input_size": (3, 32, 32)},
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
 def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=seeded(seed))
 

@@ -1,0 +1,222 @@
+"""Family ``convnext``: timm's ConvNeXt, run piece by piece.
+
+Served: ConvNeXt with a patch stem and its MLP on channels-last rows, in any depth, width, kernel
+size, norm, layer scale or none, output stride and head; any image size that timm itself takes. A
+map is kept channels-last: timm's own norms turn it so after the stem, and the permutations before
+and after its convolutions are views. ConvNeXt-V2 (its response norm mixes positions inside the
+MLP), MLPs as convolutions and overlapping stems are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from timm.models.convnext import ConvNeXt as TimmConvNeXt
+from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrim.errors import InputError
+from vitrim.families.base import Family
+from vitrim.feature_map import FeatureMap
+from vitrim.macs import linear_macs
+from vitrim.tokens import Grid
+
+
+class ConvNeXt(Family):
+    """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
+
+    name = "convnext"
+    serves = "timm ConvNeXt, version 1 (convnext_tiny, _small, _base, _large, _xlarge and kin)"
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
+        return type(model) is TimmConvNeXt
+
+    @staticmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+        if [type(module) for module in model.stem][:1] != [nn.Conv2d] or len(model.stem) != 2:
+            yield f"a stem of {len(model.stem)} layers (served: stem_type='patch', one convolution)"
+        if model.head.global_pool.is_identity():
+            yield "global_pool='' (its forward returns a map; create the model with a pool)"
+        for stage in model.stages:
+            if type(stage) is not ConvNeXtStage:
+                yield f"stage type {type(stage).__name__} (served: ConvNeXtStage)"
+                return
+            for block in stage.blocks:
+                if type(block) is not ConvNeXtBlock:
+                    yield f"block type {type(block).__name__} (served: ConvNeXtBlock)"
+                elif block.use_conv_mlp:
+                    yield "conv_mlp=True (served: MLPs of linear layers, conv_mlp=False)"
+                elif type(block.mlp) is not Mlp:
+                    yield f"MLP type {type(block.mlp).__name__} (served: Mlp; so no ConvNeXt-V2)"
+                else:
+                    continue
+                return
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        return tuple(len(stage.blocks) for stage in self.backbone.stages)
+
+    def stage_dim(self, stage: int) -> int:
+        """Channels of the map in ``stage``."""
+        return int(self.backbone.feature_info[stage]["num_chs"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the backbone's weights are meant for (timm's record)."""
+        _, height, width = self.backbone.pretrained_cfg["input_size"]
+        return int(height), int(width)
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
+        """Rows and columns of the map after the stem, from the image's (height, width)."""
+        height, width = image_size or self.image_size
+        rows, columns = self.backbone.stem[0].stride
+        return height // rows, width // columns
+
+    def stage_grid(self, grid: Grid, stage: int) -> Grid:
+        """Rows and columns of the map in ``stage`` of an image with ``grid`` after the stem."""
+        rows, columns = grid
+        for down in (self._downsample(earlier) for earlier in range(stage + 1)):
+            if down is not None:  # a kernel as large as its stride drops the odd row and column
+                rows, columns = rows // down.stride[0], columns // down.stride[1]
+        return rows, columns
+
+    def _downsample(self, stage: int) -> Any:
+        """The convolution between two stages, or None."""
+        downsample = self.backbone.stages[stage].downsample
+        return None if isinstance(downsample, nn.Identity) else downsample[1]
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
+        shape, channels = tuple(images.shape), self.backbone.in_chans
+        if images.ndim != 4 or shape[1] != channels:
+            raise InputError(
+                f"images have shape {shape}; expected (batch, {channels}, height, width)"
+            )
+        if min(self.stage_grid(self.grid((shape[2], shape[3])), len(self.depths) - 1)) < 1:
+            least = self.backbone.feature_info[-1]["reduction"]
+            raise InputError(
+                f"images are {shape[2]} x {shape[3]} pixels; this backbone needs {least} x {least} "
+                "or more"
+            )
+
+    def stem(self, images: Tensor) -> FeatureMap:
+        """The map that an image is first cut into."""
+        self.check_images(images)
+        return _map(self.backbone.stem(images))
+
+    def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """The downsampling before the blocks of ``stage``; nothing where there is none."""
+        return _map(self.backbone.stages[stage].downsample(_nchw(fmap.x_BHWC)))
+
+    def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
+        """Block ``index`` of ``stage``: timm's own forward."""
+        block: Callable[[Tensor], Tensor] = self.backbone.stages[stage].blocks[index]
+        if self.backbone.stages[stage].grad_checkpointing and torch.is_grad_enabled():
+            return _map(checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False))
+        return _map(block(_nchw(fmap.x_BHWC)))
+
+    def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
+        """The part of a block that mixes positions: its depthwise convolution, nothing else."""
+        block = self.backbone.stages[stage].blocks[index]
+        mixed: Tensor = block.conv_dw(_nchw(x_BHWC)).permute(0, 2, 3, 1)
+        return mixed
+
+    def channel(self, stage: int, index: int, x: Tensor) -> Tensor:
+        """The part of a block on each position (..., C) alone, without the residual: norm, MLP and
+        layer scale.
+        """
+        block = self.backbone.stages[stage].blocks[index]
+        out: Tensor = block.mlp(block.norm(x))
+        return out if block.gamma is None else out * block.gamma
+
+    def drop_path(self, stage: int, index: int) -> nn.Module:
+        """The stochastic depth of :meth:`channel`'s branch."""
+        module: nn.Module = self.backbone.stages[stage].blocks[index].drop_path
+        return module
+
+    def head(self, fmap: FeatureMap) -> Tensor:
+        """Logits (B, classes): pooling, norm and classifier, in the model's own order."""
+        logits: Tensor = self.backbone.forward_head(self.backbone.norm_pre(_nchw(fmap.x_BHWC)))
+        return logits
+
+    def patch_features(self, fmap: FeatureMap) -> Tensor:
+        """(B, N, C): each position after the final norm, wherever the model keeps that norm."""
+        model, x = self.backbone, _nchw(fmap.x_BHWC)
+        normed = model.head.norm(x) if hasattr(model.head, "norm") else model.norm_pre(x)
+        features: Tensor = _map(normed).x_BHWC.flatten(1, 2)
+        return features
+
+    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """All of ``stage``, its downsampling first."""
+        fmap = self.enter_stage(stage, fmap)
+        for index in range(self.depths[stage]):
+            fmap = self.run_block(stage, index, fmap)
+        return fmap
+
+    def dense(self, images: Tensor) -> FeatureMap:
+        """The map after the last block."""
+        fmap = self.stem(images)
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+        return fmap
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The map after each stage (B, C, H, W), as timm's ``features_only`` gives them."""
+        levels, fmap = [], self.stem(images)
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+            levels.append(_nchw(fmap.x_BHWC))
+        return levels
+
+    def dense_macs(self, grid: Grid) -> int:
+        """MACs of the backbone alone on one image of ``grid`` patches."""
+        total = self.stem_macs(grid) + self.head_macs()
+        for stage, depth in enumerate(self.depths):
+            blocks = sum(self.block_macs(stage, index, grid) for index in range(depth))
+            total += self.downsample_macs(stage, grid) + blocks
+        return total
+
+    def stem_macs(self, grid: Grid) -> int:
+        """MACs of the stem."""
+        return int(self.backbone.stem[0].weight.numel()) * math.prod(grid)
+
+    def downsample_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of the downsampling before the blocks of ``stage``."""
+        down = self._downsample(stage)
+        positions = math.prod(self.stage_grid(grid, stage))
+        return 0 if down is None else int(down.weight.numel()) * positions
+
+    def block_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of block ``index`` of ``stage``."""
+        positions = math.prod(self.stage_grid(grid, stage))
+        return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
+
+    def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of :meth:`mix` on the whole map."""
+        block = self.backbone.stages[stage].blocks[index]
+        return int(block.conv_dw.weight.numel()) * math.prod(self.stage_grid(grid, stage))
+
+    def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
+        """MACs of :meth:`channel` on ``num_positions`` positions."""
+        return linear_macs(self.backbone.stages[stage].blocks[index].mlp) * num_positions
+
+    def head_macs(self) -> int:
+        """MACs of the classifier."""
+        return linear_macs(self.backbone.head)
+
+
+def _nchw(x_BHWC: Tensor) -> Tensor:
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def _map(x_BCHW: Tensor) -> FeatureMap:
+    return FeatureMap(x_BCHW.permute(0, 2, 3, 1))

@@ -11,7 +11,7 @@ from tests.conftest import golden, golden_input, golden_weights, seeded
 from tests.test_golden_dynamicvit import assert_feature, tolerance
 from vitrim import CheckpointError, SPViTConfig, load_official
 from vitrim.methods.base import DenseOutput
-from vitrim.methods.spvit import Selector
+from vitrim.selector import Selector
 from vitrim.tokens import Tokens
 
 

@@ -13,7 +13,7 @@ from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, SPViTConfig, sparsify
 from vitrim.losses import batch_ratio_loss
 from vitrim.methods.base import DenseOutput
-from vitrim.methods.spvit import Selector
+from vitrim.selector import Scores, Selector, package_of
 from vitrim.tokens import Tokens
 
 X = images(4)
@@ -265,12 +265,13 @@ def test_a_small_total_does_not_blow_up_the_gradient():
     tokens = Tokens.of(torch.randn(1, 4, 32, generator=seeded(0)), 0)
     dropped = torch.tensor([[1.0, 0.0, 0.0, 0.0]], requires_grad=True)
     keep_score = torch.tensor([[1e-6, 0.9, 0.9, 0.9]], requires_grad=True)
-    package = sparse_vit().method._package(tokens, keep_score, dropped)
+    scores = Scores(keep_score, keep_score)
+    package = package_of(tokens, scores, dropped, "keep_weighted")
     torch.testing.assert_close(package, tokens.x[:, 0])
     package.square().sum().backward()
     assert dropped.grad is None
     assert (keep_score.grad * keep_score).abs().max() < 1e-4
-    sparse_vit(package_mode="sum").method._package(tokens, keep_score, dropped).sum().backward()
+    package_of(tokens, scores, dropped, "sum").sum().backward()
     assert dropped.grad.abs().min() > 0
 
 

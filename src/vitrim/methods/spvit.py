@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from vitrim import losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import ViT
-from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     Decision,
     DenseOutput,
@@ -60,6 +59,7 @@ from vitrim.methods.base import (
     stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
+from vitrim.selector import Scores, Selector, masked, package_of
 from vitrim.tokens import Grid, Tokens
 
 
@@ -149,106 +149,6 @@ class SPViTConfig:
         return stage_ratios(self.keep_ratio, num_stages)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """A selector's opinion of each patch token."""
-
-    log_probs: Tensor
-    """(..., 2): log-probabilities of (keep, drop), by which a token is kept."""
-    keep_score: Tensor
-    """(...): mean of the heads' keep probabilities, which weighs a token in the package."""
-
-
-class Selector(nn.Module):
-    """Scores each patch token head by head, from its own slice and the mean slice of the image.
-
-    ``MultiheadPredictorLG`` of the authors' code. Package tokens take part in the mean.
-    """
-
-    def __init__(self, dim: int, num_heads: int, config: SPViTConfig) -> None:
-        super().__init__()
-        width = dim // num_heads
-        require(
-            dim == width * num_heads and width % 2 == 0 and width >= 4,
-            f"{num_heads} heads share {dim} channels; SPViT needs an even number per head, 4 or "
-            "more",
-        )
-        self.num_heads, self.fuse, self.split = num_heads, config.fuse, config.split
-        hidden = max(1, num_heads // 2)
-        self.head_attention = nn.Sequential(
-            nn.Linear(num_heads, hidden), nn.GELU(), nn.Linear(hidden, num_heads), nn.Sigmoid()
-        )
-        embedded = width if config.split == "half" else width // 2
-        copies = range(1 if config.share_heads else num_heads)
-        self.embed = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embedded), nn.GELU())
-            for _ in copies
-        )
-        self.classify = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width, width // 2),
-                nn.GELU(),
-                nn.Linear(width // 2, width // 4),
-                nn.GELU(),
-                nn.Linear(width // 4, 2),
-            )
-            for _ in copies
-        )
-
-    def forward(self, tokens: AnyTokens, packages_BSC: Tensor) -> Scores:
-        """Scores of the patch tokens; under a mask the kept ones are pooled."""
-        slices = self._slices(tokens.patches)
-        local, pooled = self._embedded(slices)
-        total = tokens.sum_per_image(pooled)
-        total = total + self._embedded(self._slices(packages_BSC))[1].sum(1)
-        # A count is at least 1 or exactly 0: the bound only turns 0 / 0 into 0.
-        counts = (tokens.counts_B + packages_BSC.shape[1]).clamp(min=0.5)
-        mean = tokens.spread(total / counts[:, None, None]).to(local.dtype)
-        logits = _per_head(self.classify, torch.cat([local, mean], -1))
-        weights = self.head_attention(slices.mean(-1))
-        weights = (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
-        log_probs = (weights * logits.log_softmax(-1)).sum(-2)
-        probs = (weights * logits.softmax(-1)).sum(-2)
-        if self.fuse == "prob":
-            log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
-        return Scores(log_probs.log_softmax(-1), probs[..., 0])
-
-    def _slices(self, x: Tensor) -> Tensor:
-        """(..., H, D) of (..., C)."""
-        return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-
-    def _embedded(self, slices: Tensor) -> tuple[Tensor, Tensor]:
-        """The local part, and the part that is averaged over the image."""
-        embedded = _per_head(self.embed, slices)
-        if self.split == "shared":
-            return embedded, embedded
-        local, pooled = embedded.chunk(2, -1)
-        return local, pooled
-
-    def macs(self, num_patches: Any, num_packages: int) -> Any:
-        """MACs for one image."""
-        copies = self.num_heads // len(self.embed)
-        embed = copies * linear_macs(self.embed)
-        rest = copies * linear_macs(self.classify) + linear_macs(self.head_attention)
-        return (embed + rest) * num_patches + embed * num_packages
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of width 0.02 and zero biases, as the authors'."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                nn.init.zeros_(module.bias)
-
-
-def _per_head(modules: nn.ModuleList, x: Tensor) -> Tensor:
-    """Each head's slice of ``x`` (..., H, D) through its own module, or all through one."""
-    if len(modules) == 1:
-        shared: Tensor = modules[0](x)
-        return shared
-    parts = [module(part) for module, part in zip(modules, x.unbind(-2), strict=True)]
-    return torch.stack(parts, -2)
-
-
 class SPViT(Method):
     """The method on a plain vision transformer."""
 
@@ -329,7 +229,7 @@ class SPViT(Method):
         if self.config.inference == "top_k":
             assert isinstance(tokens, Tokens)
             count = self._fixed_counts(num_patches)[stage]
-            return self._keep_best(family, tokens, scores, _log_odds(scores), count)
+            return self._keep_best(family, tokens, scores, scores.log_odds, count)
         if self.config.inference == "threshold":
             keep = scores.keep_score > self.config.threshold
         else:
@@ -338,7 +238,7 @@ class SPViT(Method):
         prefix = self._prefix(family, tokens, scores, (~keep).to(scores.keep_score.dtype))
         if self.config.execution == "mask":
             assert isinstance(tokens, Tokens)
-            return _masked(tokens, keep.to(tokens.x.dtype)).with_prefix(prefix)
+            return masked(tokens, keep.to(tokens.x.dtype)).with_prefix(prefix)
         keep_BN = tokens.on_grid(keep, num_patches, False)
         if prefix.shape[1] == tokens.num_prefix:
             return select(tokens.with_prefix(prefix), keep_BN)
@@ -354,34 +254,16 @@ class SPViT(Method):
         keep = torch.zeros_like(ranks).scatter(1, best, 1.0)
         prefix = self._prefix(family, tokens, scores, 1 - keep)
         masks = self.config.execution == "mask" and not self.training
-        kept = _masked(tokens, keep) if masks else tokens.gather(best)
+        kept = masked(tokens, keep) if masks else tokens.gather(best)
         return kept.with_prefix(prefix)
 
     def _prefix(self, family: ViT, tokens: AnyTokens, scores: Scores, dropped: Tensor) -> Tensor:
         """(B, P, C): the prefix tokens with the package of what a stage drops among them."""
         prefix = tokens.prefix_BPC
-        package = self._package(tokens, scores.keep_score, dropped).unsqueeze(1)
+        package = package_of(tokens, scores, dropped, self.config.package_mode).unsqueeze(1)
         if self.config.package_policy == "accumulate" and prefix.shape[1] > family.num_prefix:
             return torch.cat([prefix[:, :-1], prefix[:, -1:] + package], 1)
         return torch.cat([prefix, package], 1)
-
-    def _package(self, tokens: AnyTokens, keep_score: Tensor, dropped: Tensor) -> Tensor:
-        """(B, C): what is dropped, condensed; zero where that is nothing.
-
-        Of the weighted mean, the gradient that ``dropped`` may carry is left out: a kept token's
-        score over the sum of the dropped ones' knows no bound.
-        """
-        mode, x = self.config.package_mode, tokens.patches
-        weights = dropped.to(torch.promote_types(x.dtype, torch.float32))
-        if mode == "keep_weighted":
-            weights = weights.detach()
-        if mode != "mean":
-            weights = weights * keep_score
-        package = tokens.sum_per_image(weights.unsqueeze(-1) * x)
-        if mode != "sum":
-            total = tokens.sum_per_image(weights).unsqueeze(-1)
-            package = package / total.where(total > 0, 1)
-        return package.to(x.dtype)
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
@@ -415,7 +297,7 @@ class SPViT(Method):
             count = self._fixed_counts(num_patches)[stage]
             if count == tokens.num_patches:
                 return tokens
-            ranks = sampling.with_noise(_log_odds(scores), config.score_noise, generator)
+            ranks = sampling.with_noise(scores.log_odds, config.score_noise, generator)
             return self._keep_best(family, tokens, scores, ranks, count)
         keep_BN = sampling.hard_keep(
             scores.log_probs,
@@ -424,7 +306,7 @@ class SPViT(Method):
             generator=generator,
         )
         prefix = self._prefix(family, tokens, scores, 1 - keep_BN)
-        return _masked(tokens, keep_BN).with_prefix(prefix)
+        return masked(tokens, keep_BN).with_prefix(prefix)
 
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
         if not self.config.score_weight:
@@ -489,12 +371,3 @@ class SPViT(Method):
         config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
         config.ratios(len(self.stages))
         self.config = config
-
-
-def _log_odds(scores: Scores) -> Tensor:
-    return scores.log_probs[..., 0] - scores.log_probs[..., 1]
-
-
-def _masked(tokens: Tokens, keep_BN: Tensor) -> Tokens:
-    """The tokens with further ones dropped under the mask."""
-    return tokens.with_keep(keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN)

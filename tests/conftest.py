@@ -49,6 +49,25 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
 
+def tiny_lvvit(name: str = "lvvit_s", **kwargs: Any) -> nn.Module:
+    """A small LV-ViT: 16 patches of 8 pixels, 4 blocks, 10 classes; its stem has seen data."""
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "stem_width": 8,
+        "num_classes": 10,
+    }
+    model = jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+    for statistics, buffer in model.named_buffers():
+        if "running" in statistics:
+            buffer.uniform_(0.5, 1.5, generator=seeded(1))
+    return model
+
+
 def tiny_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> nn.Module:
     """A small Swin: maps of 32, 16, 8 and 4 positions a side, windows of 4, 10 classes."""
     torch.manual_seed(0)
@@ -115,6 +134,12 @@ def golden_weights(case: dict[str, Any]) -> dict[str, Tensor]:
             weights[key] = weights[argument]
         elif rule == "norm":
             weights[key] = 1 + 0.1 * noise
+        elif rule == "mean":
+            weights[key] = 0.1 * noise
+        elif rule == "var":
+            weights[key] = 1 + 0.1 * noise.abs()
+        elif rule == "keep":  # as the constructors make it: a counter
+            weights[key] = torch.zeros(shape, dtype=torch.int64)
         elif rule == "value":
             weights[key] = torch.tensor(recipe["overrides"][key])
         else:

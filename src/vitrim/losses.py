@@ -33,6 +33,15 @@ def kept_token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) ->
     return (error_BN * kept).sum() / kept.sum().clamp(min=1)
 
 
+def kept_token_divergence(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+    """KL(teacher || student) of the kept tokens' logits, mean over them; 0 when nothing is kept."""
+    student = F.log_softmax(_full(student_BNC), -1)
+    teacher = F.log_softmax(_full(teacher_BNC), -1)
+    divergence_BN = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    kept = (keep_BN.detach() > 0.5).to(divergence_BN.dtype)
+    return (divergence_BN * kept).sum() / kept.sum().clamp(min=1)
+
+
 def selection_loss(log_probs_BK2: Tensor, best_BK: Tensor, weight_BK: Tensor) -> Tensor:
     """Negative log-likelihood that the tokens of ``best_BK`` are kept and the others dropped.
 

@@ -12,6 +12,7 @@ Attention runs as ``torch.nn.attention.varlen`` on CUDA in half precision, and e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -214,6 +215,14 @@ class PackedTokens:
         """(B, ...): sum over each image's patch tokens of ``values`` (patch rows, ...)."""
         return self.layout.pad_patches(values).sum(1)
 
+    def max_per_image(self, values: Tensor) -> Tensor:
+        """(B, ...): largest of each image's patch tokens of ``values`` (patch rows, ...); -inf of
+        none.
+        """
+        least = values.new_full((self.num_images, *values.shape[1:]), -math.inf)
+        image = self.layout.image_N.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
+        return least.scatter_reduce(0, image, values, "amax")
+
     def spread(self, per_image: Tensor) -> Tensor:
         """(patch rows, ...): each image's value of ``per_image`` (B, ...) for all its patches."""
         return per_image.index_select(0, self.layout.image_N)
@@ -254,6 +263,8 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
         packages_BPC: tokens to put behind each image's prefix, as further prefix tokens.
     """
     num_images, num_patches = keep_BN.shape
+    if num_images == 1 and isinstance(tokens, Tokens):
+        return _select_one(tokens, keep_BN[0], packages_BPC)
     device, prefix = tokens.x.device, tokens.num_prefix
     order: Sequence[int] = range(num_images)
     if isinstance(tokens, Tokens):
@@ -295,6 +306,17 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
         return PackedTokens(x, packed, index_N)
     x = x.view(num_images, packed.longest, x.shape[1])
     return Tokens(x, packed.num_prefix, index_N.view(num_images, counts[0]))
+
+
+def _select_one(tokens: Tokens, keep_N: Tensor, packages_1PC: Tensor | None) -> Tokens:
+    """:func:`select` for a single image, without a branch on the count, so that it exports."""
+    alive_N = keep_N.index_select(0, tokens.index_BN[0])
+    if tokens.keep_BN is not None:
+        alive_N = alive_N & (tokens.keep_BN[0] > 0.5)
+    kept = tokens.gather(alive_N.nonzero().squeeze(1).unsqueeze(0))
+    if packages_1PC is None:
+        return kept
+    return kept.with_prefix(torch.cat([kept.prefix_BPC, packages_1PC], 1))
 
 
 def _starts(counts: list[int], order: Sequence[int]) -> list[int]:

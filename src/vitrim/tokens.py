@@ -6,6 +6,7 @@ Shape legend, used in the whole library:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,6 +84,15 @@ class Tokens:
             shape = (*self.keep_BN.shape, *[1] * (values.ndim - 2))
             values = values * self.keep_BN.view(shape).to(values.dtype)
         return values.sum(1)
+
+    def max_per_image(self, values: Tensor) -> Tensor:
+        """(B, ...): largest of each image's patch tokens of ``values``; -inf of none."""
+        if self.num_patches == 0:
+            return values.new_full((self.num_images, *values.shape[2:]), -math.inf)
+        if self.keep_BN is not None:
+            shape = (*self.keep_BN.shape, *[1] * (values.ndim - 2))
+            values = values.masked_fill(self.keep_BN.view(shape) < 0.5, -math.inf)
+        return values.amax(1)
 
     def spread(self, per_image: Tensor) -> Tensor:
         """(B, N, ...): each image's value of ``per_image`` (B, ...) for all its patch tokens."""

@@ -11,12 +11,13 @@ from torch import nn
 from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.base import Family
 from vitrim.families.convnext import ConvNeXt
+from vitrim.families.lvvit import LVViT
 from vitrim.families.pit import PiT
 from vitrim.families.swin import Swin
 from vitrim.families.vit import ViT
 
-FAMILIES: tuple[type[Family], ...] = (ViT, PiT, Swin, ConvNeXt)
-__all__ = ["FAMILIES", "ConvNeXt", "Family", "PiT", "Swin", "ViT", "family_of"]
+FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
+__all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> Family:

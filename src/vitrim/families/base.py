@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vitrim import losses
 from vitrim.tokens import Grid
 
 
@@ -21,6 +22,8 @@ class Family(ABC):
     name: ClassVar[str]
     serves: ClassVar[str]
     """The backbones that it runs, in words."""
+    labels_patches: ClassVar[bool] = False
+    """Whether its patch tokens have a classifier of their own."""
 
     @staticmethod
     @abstractmethod
@@ -47,6 +50,19 @@ class Family(ABC):
     @abstractmethod
     def check_images(self, images: Tensor) -> None:
         """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
+
+    @abstractmethod
+    def head(self, state: Any, /) -> Tensor:
+        """Logits (B, classes): what the model answers, given what left its last block."""
+
+    def training_head(self, state: Any, /) -> Tensor:
+        """Logits (B, classes) that losses look at; for most backbones, those of :meth:`head`."""
+        return self.head(state)
+
+    @staticmethod
+    def token_loss(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+        """How far a student's ``patch_features`` are from a teacher's where tokens are kept."""
+        return losses.kept_token_mse(student_BNC, teacher_BNC, keep_BN)
 
     @abstractmethod
     def dense_macs(self, grid: Grid) -> int:

@@ -54,20 +54,9 @@ class ViT(Family):
             yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
         if model.global_pool not in _POOLS:
             yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
-        if not isinstance(model.patch_drop, nn.Identity):
-            yield "patch_drop_rate > 0 (it drops tokens at random; create the model without it)"
         if getattr(model, "distilled_training", False):
             yield "distilled_training=True (its forward returns two logits; switch it off)"
-        for block in model.blocks:
-            if type(block) is not Block:
-                yield f"block type {type(block).__name__} (served: Block)"
-            elif type(block.attn) is not Attention:
-                yield f"attention type {type(block.attn).__name__} (served: Attention)"
-            elif type(block.mlp) not in _MLPS:
-                yield f"MLP type {type(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
-            else:
-                continue
-            return
+        yield from block_obstacles(model)
 
     @property
     def depth(self) -> int:
@@ -339,8 +328,10 @@ class ViT(Family):
         queries = 1 if self.has_class else num_tokens
         return self.backbone.blocks[index].attn.attn_dim * num_tokens * queries
 
-    def head_macs(self, num_tokens: Any) -> Any:
-        """MACs of pooling and classifier, given the number of tokens that reach the head."""
+    def head_macs(self, num_tokens: Any, num_packages: Any = 0) -> Any:
+        """MACs of pooling and classifier, given the number of tokens that reach the head, package
+        tokens, which are pooled like patches, among them.
+        """
         include = self.backbone.pool_include_prefix
         return self.patch_head_macs(num_tokens if include else num_tokens - self.num_prefix)
 
@@ -356,3 +347,19 @@ class ViT(Family):
         per_query = linear_macs(pool) - linear_macs(pool.kv)
         attention = 2 * pool.latent_len * pool.num_heads * pool.head_dim
         return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * num_pooled
+
+
+def block_obstacles(model: Any) -> Iterator[str]:
+    """What keeps the tokens and blocks of a ``VisionTransformer`` from being run one by one."""
+    if not isinstance(model.patch_drop, nn.Identity):
+        yield "patch_drop_rate > 0 (it drops tokens at random; create the model without it)"
+    for block in model.blocks:
+        if type(block) is not Block:
+            yield f"block type {type(block).__name__} (served: Block)"
+        elif type(block.attn) is not Attention:
+            yield f"attention type {type(block.attn).__name__} (served: Attention)"
+        elif type(block.mlp) not in _MLPS:
+            yield f"MLP type {type(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
+        else:
+            continue
+        return

@@ -1,0 +1,92 @@
+"""Family ``lvvit``: LV-ViT, whose patch tokens have a classifier of their own.
+
+Its blocks, norms and tokens are those of timm's vision transformer, and run as the family ``vit``
+runs them. What differs is at both ends: a stem of convolutions, and a head that adds half of the
+largest logit that any patch token gives each class. Of dropped tokens the head sees nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import losses
+from vitrim.families.vit import ViT, block_obstacles
+from vitrim.macs import linear_macs
+from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
+from vitrim.packing import AnyTokens
+from vitrim.tokens import Tokens
+
+
+class LVViT(ViT):
+    """Runs one LV-ViT piece by piece; holds no weights of its own."""
+
+    name = "lvvit"
+    serves = "vitrim's own lvvit_s and lvvit_m, and what timm.create_model makes of these names"
+    labels_patches = True
+
+    @staticmethod
+    def accepts(model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's class; subclasses with own forwards are not."""
+        return type(model) is LVVisionTransformer
+
+    @staticmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+        if type(model.patch_embed) is not ConvStem:
+            yield f"patch embedding {type(model.patch_embed).__name__} (served: ConvStem)"
+        if not isinstance(model.head, nn.Linear) or not isinstance(model.aux_head, nn.Linear):
+            yield "num_classes=0 (both classifiers are needed)"
+        yield from block_obstacles(model)
+
+    @property
+    def pools_patches(self) -> bool:
+        """The largest logit of the patch tokens needs at least one."""
+        return True
+
+    def head(self, tokens: AnyTokens) -> Tensor:
+        """Logits (B, classes) of the class token and of the patch tokens that are kept.
+
+        Package tokens behind the class token say nothing; where no patch is left, the class token
+        speaks alone.
+        """
+        normed = tokens.with_x(self.backbone.norm(tokens.x))
+        best = normed.max_per_image(self.backbone.aux_head(normed.patches))
+        return self._class_logits(normed) + AUX_WEIGHT * best.where(best > -torch.inf, 0)
+
+    def training_head(self, tokens: AnyTokens) -> Tensor:
+        """Logits (B, classes) of the class token alone: the authors' losses see nothing else of
+        the answer, and the patch tokens' logits by the token loss.
+        """
+        return self._class_logits(tokens.with_x(self.backbone.norm(tokens.x)))
+
+    def _class_logits(self, normed: AnyTokens) -> Tensor:
+        model = self.backbone
+        logits: Tensor = model.head(model.head_drop(normed.prefix_BPC[:, 0]))
+        return logits
+
+    def patch_features(self, tokens: Tokens) -> Tensor:
+        """(B, N, classes): the patch tokens' own logits."""
+        model = self.backbone
+        logits: Tensor = model.aux_head(model.norm(tokens.x)[:, tokens.num_prefix :])
+        return logits
+
+    @staticmethod
+    def token_loss(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+        """KL(teacher || student) of the kept patch tokens' logits."""
+        return losses.kept_token_divergence(student_BNC, teacher_BNC, keep_BN)
+
+    def stem_macs(self, num_patches: int) -> int:
+        """MACs of the convolutions; all but the last run at half of the image's resolution."""
+        stem = self.backbone.patch_embed
+        around = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
+        places = (stem.patch_size[0] // 2) * (stem.patch_size[1] // 2)
+        return num_patches * int(places * around + stem.proj.weight.numel())
+
+    def head_macs(self, num_tokens: Any, num_packages: Any = 0) -> Any:
+        """MACs of both classifiers; the second one reads neither prefix nor package tokens."""
+        model, num_patches = self.backbone, num_tokens - self.num_prefix - num_packages
+        return linear_macs(model.head) + linear_macs(model.aux_head) * num_patches

@@ -1,0 +1,7 @@
+"""Backbones that timm does not have, registered with it: importing this makes their names known."""
+
+from __future__ import annotations
+
+from vitrim.models.lvvit import LVVisionTransformer
+
+__all__ = ["LVVisionTransformer"]

@@ -27,6 +27,8 @@ VARIANTS = {
     "max-pool": {"global_pool": "max"},
     "three-stages": {"depths": (2, 2, 3), "num_heads": (1, 2, 2)},
     "drop-path": {"drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1},
+    "conv-stem": {"name": "conv_stem_swin_tiny", "patch_size": 4, "img_size": 64},
+    "conv-stem-padded": {"name": "conv_stem_swin_tiny", "patch_size": 4, "img_size": (61, 43)},
     "flexible": {"dynamic_img_size": True},
     "not-strict": {"strict_img_size": False},
 }

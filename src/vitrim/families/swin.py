@@ -33,7 +33,16 @@ from vitrim.errors import InputError
 from vitrim.families.base import Family
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
+from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.tokens import Grid
+from vitrim.windows import (
+    Keys,
+    WindowRecord,
+    window_cross_attention,
+    window_cross_attention_macs,
+)
+
+_STEMS = (PatchEmbed, SwinConvStem)
 
 
 class Swin(Family):
@@ -50,8 +59,9 @@ class Swin(Family):
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
         """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
-        if type(model.patch_embed) is not PatchEmbed:
-            yield f"patch embedding {type(model.patch_embed).__name__} (served: PatchEmbed)"
+        if type(model.patch_embed) not in _STEMS:
+            name = type(model.patch_embed).__name__
+            yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
         if type(model.head) is not ClassifierHead:
             yield f"head {type(model.head).__name__} (served: ClassifierHead)"
         parts = {
@@ -159,6 +169,34 @@ class Swin(Family):
         module: nn.Module = self.block(stage, index).drop_path2
         return module
 
+    def attend(
+        self,
+        stage: int,
+        index: int,
+        query_BWQC: Tensor,
+        memory_BMC: Tensor,
+        keys: Keys,
+        bias_HQK: Tensor | None = None,
+        project_once: bool = True,
+    ) -> tuple[Tensor, WindowRecord]:
+        """A block's norm and attention between other windows than its own; no residual.
+
+        Args:
+            stage: of the block.
+            index: of the block in its stage.
+            query_BWQC: what asks, window by window.
+            memory_BMC: rows that are looked at.
+            keys: which rows each window looks at.
+            bias_HQK: added to the logits of every window; the block's own biases are not used.
+            project_once: see ``window_cross_attention``.
+
+        Returns:
+            the layer's output (B, W, Q, C), and its inner values.
+        """
+        block = self.block(stage, index)
+        query, memory = block.norm1(query_BWQC), block.norm1(memory_BMC)
+        return window_cross_attention(block.attn, query, memory, keys, bias_HQK, project_once)
+
     def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
         """A whole stage: its downsampling and all its blocks."""
         fmap = self.enter_stage(stage, fmap)
@@ -207,8 +245,13 @@ class Swin(Family):
         return total
 
     def stem_macs(self, grid: Grid) -> int:
-        """MACs of the patch embedding."""
-        return math.prod(grid) * int(self.backbone.patch_embed.proj.weight.numel())
+        """MACs of the patch embedding: one convolution, or several of which each halves the map."""
+        modules = self.backbone.patch_embed.proj.modules()
+        positions, total = math.prod(grid), 0
+        for convolution in reversed([m for m in modules if isinstance(m, nn.Conv2d)]):
+            total += positions * convolution.weight.numel()
+            positions *= math.prod(convolution.stride)
+        return total
 
     def downsample_macs(self, stage: int, grid: Grid) -> int:
         """MACs of a stage's downsampling; 0 for stage 0, which has none."""
@@ -231,6 +274,13 @@ class Swin(Family):
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of :meth:`channel` on ``num_positions`` positions (a number or a tensor)."""
         return linear_macs(self.block(stage, index).mlp) * num_positions
+
+    def attend_macs(
+        self, stage: int, index: int, num_queries: Any, num_rows: Any, num_keys: Any
+    ) -> Any:
+        """MACs of :meth:`attend`: all queries, rows that are projected, keys of each query."""
+        attention = self.block(stage, index).attn
+        return window_cross_attention_macs(attention, num_queries, num_rows, num_keys)
 
     def head_macs(self) -> int:
         """MACs of the classifier."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.models.lvvit import LVVisionTransformer
 
-__all__ = ["LVVisionTransformer"]
+__all__ = ["LVVisionTransformer", "SwinConvStem"]

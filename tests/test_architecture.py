@@ -25,6 +25,7 @@ FLOORS = {
     "bucketing": 0,
     "packing": 0,
     "pooling": 0,
+    "semantic_windows": 0,
     "windows": 0,
     "selector": 0,
     "models": 1,

@@ -34,13 +34,13 @@ from vitrim.families.base import Family
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
-from vitrim.tokens import Grid
-from vitrim.windows import (
+from vitrim.semantic_windows import (
     Keys,
     WindowRecord,
     window_cross_attention,
     window_cross_attention_macs,
 )
+from vitrim.tokens import Grid
 
 _STEMS = (PatchEmbed, SwinConvStem)
 

@@ -1,0 +1,271 @@
+"""Semantic tokens in the windows of a map, and attention between windows of different sizes.
+
+A map is cut into whole windows; its last ones may hang over the border. ``side`` x ``side``
+semantic tokens stand for each window. They are kept window by window, (B, W, S, C) with S tokens in
+each of W windows, or as a map of their own, (B, rows * side, columns * side, C).
+
+Keys and values are projected once per row of a memory, then gathered for each window: windows
+overlap, and a projection per window would repeat the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
+from torch import Tensor
+
+from vitrim.macs import linear_macs
+from vitrim.tokens import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How a map is cut into windows, and how many semantic tokens stand for each."""
+
+    grid: Grid
+    """Rows and columns of the map."""
+    size: Grid
+    """Rows and columns of a window."""
+    side: int
+    """Semantic tokens per side of a window."""
+
+    @property
+    def shape(self) -> Grid:
+        """Rows and columns of windows."""
+        return -(-self.grid[0] // self.size[0]), -(-self.grid[1] // self.size[1])
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def whole(self) -> Grid:
+        """Rows and columns of the map with what its last windows hang over."""
+        return self.shape[0] * self.size[0], self.shape[1] * self.size[1]
+
+    @property
+    def padding(self) -> Grid:
+        """Rows below and columns right of the map that its last windows hang over."""
+        return self.whole[0] - self.grid[0], self.whole[1] - self.grid[1]
+
+    @property
+    def is_padded(self) -> bool:
+        return self.whole != self.grid
+
+    @property
+    def tokens(self) -> Grid:
+        """Rows and columns of semantic tokens."""
+        return self.shape[0] * self.side, self.shape[1] * self.side
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.tokens)
+
+    @property
+    def visible_tokens(self) -> Grid:
+        """Rows and columns of the semantic tokens that stand for at least one position."""
+        rows, columns = (
+            sum(token * size // self.side < length for token in range(tokens))
+            for length, size, tokens in zip(self.grid, self.size, self.tokens, strict=True)
+        )
+        return rows, columns
+
+    def pad(self, x_BHWC: Tensor) -> Tensor:
+        """The map with zeros where the last windows hang over it."""
+        bottom, right = self.padding
+        return F.pad(x_BHWC, (0, 0, 0, right, 0, bottom)) if self.is_padded else x_BHWC
+
+    def split(self, x_BHWC: Tensor) -> Tensor:
+        """(B, W, positions, C): the positions of a whole map, window by window."""
+        return _split(x_BHWC, self.size)
+
+    def join(self, x_BWNC: Tensor) -> Tensor:
+        """The map of :meth:`split`, without what its windows hang over."""
+        rows, columns = self.grid
+        return _join(x_BWNC, self.size, self.whole)[:, :rows, :columns]
+
+    def split_tokens(self, map_BHWC: Tensor) -> Tensor:
+        """(B, W, S, C): a map of semantic tokens, window by window."""
+        return _split(map_BHWC, (self.side, self.side))
+
+    def join_tokens(self, tokens_BWSC: Tensor) -> Tensor:
+        """The map of :meth:`split_tokens`."""
+        return _join(tokens_BWSC, (self.side, self.side), self.tokens)
+
+    def pool(
+        self, x_BHWC: Tensor, pooling: Callable[[Tensor, Grid], Tensor], zeros: bool = False
+    ) -> Tensor:
+        """(B, W, S, C): each window pooled to semantic tokens.
+
+        Beyond the border of the map, pooling sees the border's positions again, so that the largest
+        value of a region is that of its positions in the map; or zeros, if asked for.
+        """
+        map_BCHW = x_BHWC.permute(0, 3, 1, 2)
+        if self.is_padded:
+            bottom, right = self.padding
+            map_BCHW = F.pad(map_BCHW, (0, right, 0, bottom), "constant" if zeros else "replicate")
+        pooled_BSC = pooling(map_BCHW, self.tokens)
+        return self.split_tokens(pooled_BSC.reshape(-1, *self.tokens, pooled_BSC.shape[-1]))
+
+
+def _split(x_BHWC: Tensor, size: Grid) -> Tensor:
+    windows = window_partition(x_BHWC, size)
+    return windows.reshape(x_BHWC.shape[0], -1, math.prod(size), x_BHWC.shape[-1])
+
+
+def _join(x_BWNC: Tensor, size: Grid, whole: Grid) -> Tensor:
+    windows = x_BWNC.reshape(-1, *size, x_BWNC.shape[-1])
+    joined: Tensor = window_reverse(windows, size, *whole)
+    return joined
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Which rows of a memory the queries of each window look at."""
+
+    index_WK: Tensor | None
+    """None: one window, which looks at all rows."""
+    bias_WK: Tensor | None = None
+    """Added to the attention logits: -inf hides a key; None hides none."""
+
+
+def window_places(
+    shape: Grid, size: Grid, reach: Grid, inside: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns (W, K) of the places in a larger window about each window.
+
+    Args:
+        shape: rows and columns of windows.
+        size: of a window.
+        reach: of the larger windows; centred on the small ones, half a place up and left.
+        inside: move the larger windows so that none leaves the map.
+        device: of the result.
+    """
+    axes = []
+    for count, window, wide in zip(shape, size, reach, strict=True):
+        start = torch.arange(count, device=device) * window - (wide - window) // 2
+        if inside:
+            start = start.clamp(0, max(0, count * window - wide))
+        axes.append(start[:, None] + torch.arange(wide, device=device))
+    rows, columns = axes
+    row = rows[:, None, :, None].expand(-1, shape[1], -1, reach[1])
+    column = columns[None, :, None, :].expand(shape[0], -1, reach[0], -1)
+    return row.flatten(2).flatten(0, 1), column.flatten(2).flatten(0, 1)
+
+
+def hiding(hidden: Tensor) -> Tensor:
+    """What to add to attention logits so that keys are not seen where ``hidden`` is true."""
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, -math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """What went on in one layer of attention between windows."""
+
+    q_BWHQD: Tensor
+    k_BWHKD: Tensor
+    mask: Tensor | None
+    """Added to the logits."""
+    keys: Keys
+
+    def weights(self) -> Tensor:
+        """(B, W, H, Q, K)"""
+        q = self.q_BWHQD * self.q_BWHQD.shape[-1] ** -0.5
+        logits = q @ self.k_BWHKD.transpose(-2, -1)
+        if self.mask is not None:
+            logits = logits + self.mask
+        return logits.softmax(-1)
+
+    def looks(self, num_rows: int) -> Tensor:
+        """(B, W, Q, rows): how much each query looks at each row, the mean over heads."""
+        weights_BWQK = self.weights().float().mean(2)
+        if self.keys.index_WK is None:
+            return weights_BWQK
+        index = self.keys.index_WK[None, :, None, :].expand_as(weights_BWQK)
+        rows = weights_BWQK.new_zeros(*index.shape[:3], num_rows)
+        return rows.scatter_add(3, index, weights_BWQK)
+
+
+def window_cross_attention(
+    attention: WindowAttention,
+    query_BWQC: Tensor,
+    memory_BMC: Tensor,
+    keys: Keys,
+    bias_HQK: Tensor | None = None,
+    project_once: bool = True,
+) -> tuple[Tensor, WindowRecord]:
+    """A Swin attention layer used between windows: its projections, split by rows, and no shift.
+
+    Args:
+        attention: its position biases are not used.
+        query_BWQC: what asks, window by window, normalised for attention.
+        memory_BMC: what is looked at, likewise; it gives keys and values.
+        keys: which rows of the memory each window looks at.
+        bias_HQK: added to the logits of every window.
+        project_once: project each row of the memory once; else again for each window that looks at
+            it, which gives the same numbers.
+
+    Returns:
+        the layer's output (B, W, Q, C), and its inner values.
+    """
+    batch, windows, queries, _ = query_BWQC.shape
+    width, heads = attention.proj.in_features, attention.num_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(query_BWQC, weight[:width], bias_q)
+    kv = F.linear(memory_BMC, weight[width:], bias_kv) if project_once else memory_BMC
+    if keys.index_WK is None:
+        kv = kv.unsqueeze(1)
+    else:
+        gathered = kv.index_select(1, keys.index_WK.flatten())
+        kv = gathered.view(batch, *keys.index_WK.shape, -1)
+    if not project_once:
+        kv = F.linear(kv, weight[width:], bias_kv)
+    q = q.view(batch, windows, queries, heads, -1).transpose(2, 3)
+    k, v = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    mask = _mask(keys, bias_HQK, q.dtype)
+    spread = mask
+    if mask is not None and len(mask) > 1:
+        spread = mask.expand(batch, *mask.shape).flatten(0, 1)
+    context = F.scaled_dot_product_attention(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        attn_mask=None if spread is None else spread.expand(-1, -1, queries, -1),
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+    )
+    out = context.transpose(1, 2).reshape(batch, windows, queries, width)
+    out = attention.proj_drop(attention.proj(out))
+    return out, WindowRecord(q, k, mask, keys)
+
+
+def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the logits (W, H, Q, K), some of these 1; None: nothing."""
+    mask = None if keys.bias_WK is None else keys.bias_WK[:, None, None, :]
+    if bias_HQK is not None:
+        mask = bias_HQK[None] if mask is None else mask + bias_HQK
+    return None if mask is None else mask.to(dtype)
+
+
+def window_cross_attention_macs(
+    attention: WindowAttention, num_queries: Any, num_rows: Any, num_keys: Any
+) -> Any:
+    """MACs of :func:`window_cross_attention`.
+
+    Args:
+        attention: the layer.
+        num_queries: of all windows together.
+        num_rows: rows that are projected to keys and values: those of the memory, or those of all
+            windows if each projects its own.
+        num_keys: that each query looks at.
+    """
+    per_row = 2 * attention.qkv.weight.numel() // 3
+    per_query = linear_macs(attention) - per_row
+    attending = 2 * attention.proj.in_features * num_queries * num_keys
+    return per_query * num_queries + per_row * num_rows + attending

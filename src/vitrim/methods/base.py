@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim import losses
@@ -77,9 +78,10 @@ class DenseOutput:
     """What a dense teacher says of a batch."""
 
     logits: Tensor
-    """(B, classes)"""
+    """(B, classes): what the losses look at, ``training_head`` for most methods."""
     patch_features: Tensor
-    """(B, N, C): patch tokens after the final norm."""
+    """(B, N, C): patch tokens after the final norm, or their logits where they have a classifier
+    of their own: what the family's ``token_loss`` compares."""
     saliency: tuple[Tensor, ...] = ()
     """Per block that the method asked for (B, N): how much each patch token entering it matters to
     the prediction; see ``ViT.saliency``."""
@@ -116,11 +118,21 @@ class SelectionOutput(TrainingOutput):
     """A training forward with learned selectors, and their decisions."""
 
     patch_features: Tensor
-    """(B, K, C): patch tokens that reached the end, after the final norm."""
+    """(B, K, C): of the patch tokens that reached the end; see :class:`DenseOutput`."""
     tokens: Tokens
     """The tokens after the last block; says where the features belong, and which are masked."""
     decisions: tuple[Decision, ...]
     """One per stage."""
+    token_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = losses.kept_token_mse
+    """The family's: compares a student's features with a teacher's where tokens are kept."""
+
+
+@dataclass(frozen=True)
+class PooledOutput(TrainingOutput):
+    """A training forward where semantic tokens stand for the patches, which have no features."""
+
+    features_BC: Tensor
+    """What the classifier reads."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,7 @@ class Method(nn.Module, ABC):
     def teach(self, family: Any, images: Tensor) -> DenseOutput:
         """What :meth:`losses` wants to know from the dense teacher that ``family`` runs."""
         tokens = family.dense(images)
-        return DenseOutput(family.head(tokens), family.patch_features(tokens))
+        return DenseOutput(family.training_head(tokens), family.patch_features(tokens))
 
     @abstractmethod
     def losses(
@@ -309,7 +321,7 @@ def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> Dense
     """A teacher's output with the saliency of the tokens that enter ``blocks``."""
     tokens, saliency = family.saliency(images, blocks)
     with torch.no_grad():
-        return DenseOutput(family.head(tokens), family.patch_features(tokens), saliency)
+        return DenseOutput(family.training_head(tokens), family.patch_features(tokens), saliency)
 
 
 def selection_losses(
@@ -345,13 +357,40 @@ def selection_losses(
     return with_total(config, parts)
 
 
+def pooled_losses(
+    config: Any, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
+) -> dict[str, Tensor]:
+    """The losses of a method that compares no patch tokens, by name, and their ``"total"``.
+
+    Args:
+        config: has ``<name>_weight`` for classification, distill and feature.
+        output: of the training forward.
+        target: labels, or None.
+        teacher: what the dense model says, or None; with what its classifier reads for feature.
+    """
+    parts = dict[str, Tensor]()
+    if target is not None:
+        parts["classification"] = losses.classification_loss(output.logits, target)
+    if teacher is not None:
+        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+        if config.feature_weight:
+            wanted = teacher.pooled_features
+            if wanted is None:
+                raise ConfigError(
+                    "feature_weight is above 0, so the loss needs what the teacher's classifier "
+                    "reads; ask the teacher through the method's teach"
+                )
+            parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
+    return with_total(config, parts)
+
+
 def _token_loss(output: SelectionOutput, teacher: DenseOutput) -> Tensor:
     tokens, features = output.tokens, output.patch_features
     index = tokens.index_BN.unsqueeze(-1).expand_as(features)
     keep_BK = tokens.keep_BN
     if keep_BK is None:
         keep_BK = features.new_ones(features.shape[:2])
-    return losses.kept_token_mse(features, teacher.patch_features.gather(1, index), keep_BK)
+    return output.token_loss(features, teacher.patch_features.gather(1, index), keep_BK)
 
 
 def _score_loss(

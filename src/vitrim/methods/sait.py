@@ -210,10 +210,11 @@ class SaiTOutput(TrainingOutput):
 
 
 class SaiT(Method):
-    """The method on a plain vision transformer."""
+    """The method on a plain vision transformer, and on LV-ViT."""
 
     name = "sait"
     config_class = SaiTConfig
+    families = ("vit", "lvvit")
     serves_dense = True
     config: SaiTConfig
 
@@ -472,6 +473,8 @@ class SaiT(Method):
 
 def _ranking(score_BN: Tensor) -> Tensor:
     """(B, N): positions from best to worst; of equal scores the earlier position first."""
+    if torch.compiler.is_exporting():  # runtimes know no stable sort
+        return score_BN.topk(score_BN.shape[1], dim=1).indices
     return score_BN.argsort(dim=1, descending=True, stable=True)
 
 

@@ -38,9 +38,9 @@ counts, depths and positions); training on ImageNet was not re-run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,10 @@ class STViT(Method):
 
     name = "stvit"
     config_class = STViTConfig
+    refusals: ClassVar[Mapping[str, str]] = {
+        "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
+        "patches' place, were never taught to use"
+    }
     needs_training = "stvit-adapt"
     config: STViTConfig
 

@@ -79,6 +79,7 @@ def tiny_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> nn.M
         "num_heads": (1, 1, 2, 2),
         "window_size": 4,
         "num_classes": 10,
+        "drop_path_rate": 0.0,
     }
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
@@ -109,6 +110,17 @@ def tiny_convnext(name: str = "convnext_tiny", **kwargs: Any) -> nn.Module:
         "pretrained_cfg_overlay": {"input_size": (3, 32, 32)},
     }
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
+def norm_operations(model: nn.Module) -> list[int]:
+    """Filled by the forwards that follow: five operations for each value that a LayerNorm reads,
+    as published costs of Swin and its kin count them beside multiply-accumulates.
+    """
+    operations: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _m, x, _y: operations.append(5 * x[0].numel()))
+    return operations
 
 
 def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:

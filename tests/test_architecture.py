@@ -24,6 +24,7 @@ FLOORS = {
     "losses": 0,
     "bucketing": 0,
     "packing": 0,
+    "predictor": 0,
     "pooling": 0,
     "semantic_windows": 0,
     "windows": 0,

@@ -9,7 +9,7 @@ from tests.conftest import golden, golden_input, golden_weights, seeded
 from vitrim import load_official
 from vitrim.attention import masked_softmax
 from vitrim.methods.base import DenseOutput
-from vitrim.methods.dynamicvit import Predictor
+from vitrim.predictor import Predictor
 from vitrim.tokens import Tokens
 
 

@@ -12,13 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
-from tests.conftest import images, seeded, tiny_vit
+from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_swin, tiny_vit
 from vitrim import (
     ASViTConfig,
+    DynamicSpatialConfig,
     DynamicViTConfig,
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
+    STViTSwinConfig,
     from_pretrained,
     sparsify,
 )
@@ -31,6 +33,8 @@ TARGET = torch.tensor([1, 2, 3])
 CASES = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
+    "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=0.6),
+    "dynamic_spatial per predictor": DynamicSpatialConfig(keep_ratio=(0.3, 0.7, 0.5)),
     "asvit": ASViTConfig(thresholds=0.06),
     "asvit masked": ASViTConfig(thresholds=0.06, mode="mask", head_weighting=False),
     "asvit values": ASViTConfig(thresholds=0.06, value_weighting=True),
@@ -41,6 +45,13 @@ CASES = {
     "stvit learned pooling": STViTConfig(semantic_tokens=4, pooling="intra_inter", layer_scale=0.5),
     "stvit with prefix": STViTConfig(
         semantic_tokens=4, pooling="avg", global_centres=False, keep_prefix=True
+    ),
+    "stvit_swin": STViTSwinConfig(window_tokens=4),
+    "stvit_swin learned pooling": STViTSwinConfig(
+        window_tokens=9, pooling="intra_inter", layer_scale=0.5, base_layers=1
+    ),
+    "stvit_swin without centres": STViTSwinConfig(
+        window_tokens=4, global_centres=False, pooling="avg"
     ),
     "spvit": SPViTConfig(stages=(1, 2)),
     "spvit fixed": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
@@ -53,6 +64,7 @@ CASES = {
 KEEPS_ALL = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=1.0),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.0),
+    "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=(1.0, 1.0)),
     "asvit": ASViTConfig(thresholds=1e-9),
     "asvit masked": ASViTConfig(thresholds=1e-9, mode="mask"),
     "sait density": SaiTConfig(selector="density", density=1.0),
@@ -70,6 +82,9 @@ BACKBONES = {
     "registers": partial(tiny_vit, class_token=False, reg_tokens=2, global_pool="avg"),
     "class and registers": partial(tiny_vit, reg_tokens=2),
     "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
+    "lv-vit": tiny_lvvit,
+    "swin": tiny_swin,
+    "convnext": tiny_convnext,
 }
 """Name: makes a tiny backbone for images of 32 x 32 pixels, with 10 classes."""
 
@@ -196,7 +211,8 @@ def test_training_follows_its_generator(case, backbone):
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    sparse = sparse_model(case, backbone, dynamic_img_size=True)
+    flexible = {} if FAMILIES[backbone] == "convnext" else {"dynamic_img_size": True}
+    sparse = sparse_model(case, backbone, **flexible)
     logits = sparse(images(2, size=48))
     assert logits.shape == (2, 10)
     assert logits.isfinite().all()

@@ -14,10 +14,12 @@ from vitrim.errors import (
     VitrimError,
 )
 from vitrim.methods.asvit import ASViTConfig
+from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
 from vitrim.methods.stvit import STViTConfig
+from vitrim.methods.stvit_swin import STViTSwinConfig
 from vitrim.model import SparseModel, Trace, sparsify
 
 __version__ = "0.1.0"
@@ -27,11 +29,13 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "ConfigError",
+    "DynamicSpatialConfig",
     "DynamicViTConfig",
     "InputError",
     "MissingExtraError",
     "SPViTConfig",
     "STViTConfig",
+    "STViTSwinConfig",
     "SaiTConfig",
     "SparseModel",
     "Trace",

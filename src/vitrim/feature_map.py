@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vitrim.tokens import Grid
@@ -26,3 +28,44 @@ class FeatureMap:
     def with_x(self, x_BHWC: Tensor) -> FeatureMap:
         """The same decision on new features."""
         return replace(self, x_BHWC=x_BHWC)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The positions of a batch of maps in two groups, whose sizes are the same in each image."""
+
+    rows: Tensor
+    """(B * N,): rows of the flattened maps, those of the first group before those of the second."""
+    places: Tensor
+    """(B * N,): where each row of the flattened maps is in ``rows``."""
+    num_first: int
+    """Rows in the first group, of all images."""
+
+    @classmethod
+    def best(cls, score_BN: Tensor, count: int) -> Partition:
+        """The ``count`` best positions of each image, and the others."""
+        num_images, num_positions = score_BN.shape
+        order = score_BN.topk(num_positions).indices
+        order = order + torch.arange(num_images, device=order.device).unsqueeze(1) * num_positions
+        rows = torch.cat([order[:, :count].flatten(), order[:, count:].flatten()])
+        numbers = torch.arange(num_images * num_positions, device=rows.device)
+        return cls(rows, torch.empty_like(rows).scatter(0, rows, numbers), num_images * count)
+
+    def run(
+        self,
+        x_BHWC: Tensor,
+        first: Callable[[Tensor], Tensor],
+        second: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """``first`` and ``second``, which work row by row, each on the positions of its group.
+
+        One gather makes both groups contiguous and one puts their results back: on a CPU as fast
+        as adding them into the map in place, and nothing is written twice.
+        """
+        x = x_BHWC.flatten(0, 2).index_select(0, self.rows)
+        out = torch.cat([first(x[: self.num_first]), second(x[self.num_first :])])
+        return out.index_select(0, self.places).view(x_BHWC.shape)
+
+    def first_BN(self, num_images: int) -> Tensor:
+        """(B, N): whether a position is in the first group."""
+        return (self.places < self.num_first).view(num_images, -1)

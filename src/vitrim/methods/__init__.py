@@ -6,13 +6,16 @@ from vitrim.config import closest
 from vitrim.errors import ConfigError
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.base import Method
+from vitrim.methods.dynamic_spatial import DynamicSpatial
 from vitrim.methods.dynamicvit import DynamicViT
 from vitrim.methods.sait import SaiT
 from vitrim.methods.spvit import SPViT
 from vitrim.methods.stvit import STViT
+from vitrim.methods.stvit_swin import STViTSwin
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DynamicViT, ASViT, SaiT, SPViT, STViT)
+    method.name: method
+    for method in (DynamicViT, DynamicSpatial, ASViT, SaiT, SPViT, STViT, STViTSwin)
 }
 
 

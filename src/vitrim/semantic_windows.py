@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitrim.config import require
 from vitrim.macs import linear_macs
 from vitrim.tokens import Grid
 
@@ -75,6 +76,23 @@ class Windows:
             for length, size, tokens in zip(self.grid, self.size, self.tokens, strict=True)
         )
         return rows, columns
+
+    def reach(self, side: int | None, default: float) -> Grid:
+        """Rows and columns of a larger window: ``side`` each, or so many times the window's own;
+        never more than the whole map.
+        """
+        rows, columns = (
+            min(round(default * size) if side is None else side, whole)
+            for size, whole in zip(self.size, self.whole, strict=True)
+        )
+        return rows, columns
+
+    def hidden_tokens(self, device: torch.device) -> Tensor:
+        """(W, S): true for semantic tokens that stand for no position."""
+        rows, columns = self.visible_tokens
+        hidden = torch.ones(1, *self.tokens, 1, dtype=torch.bool, device=device)
+        hidden[:, :rows, :columns] = False
+        return self.split_tokens(hidden)[0, :, :, 0]
 
     def pad(self, x_BHWC: Tensor) -> Tensor:
         """The map with zeros where the last windows hang over it."""
@@ -164,6 +182,54 @@ def hiding(hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, -math.inf)
 
 
+def token_rows(windows: Windows, device: torch.device) -> Tensor:
+    """(W, S): the rows of each window's semantic tokens, if a memory begins with them."""
+    return torch.arange(windows.num_tokens, device=device).view(windows.count, -1)
+
+
+def own_and_near(windows: Windows, reach: Grid, device: torch.device) -> Keys:
+    """Each window's own semantic tokens, and the positions of a larger window that is moved into
+    the map: rows of a memory of all semantic tokens, then all positions. Padding is not seen.
+    """
+    own = token_rows(windows, device)
+    rows, columns = window_places(windows.shape, windows.size, reach, True, device)
+    height, width = windows.grid
+    beyond = (rows >= height) | (columns >= width)
+    near = own.numel() + rows.clamp(max=height - 1) * width + columns.clamp(max=width - 1)
+    hidden = torch.cat([windows.hidden_tokens(device), beyond], 1)
+    bias = hiding(hidden) if windows.is_padded else None
+    return Keys(torch.cat([own, near], 1), bias)
+
+
+def global_centres(
+    tokens: Grid, dim: int, generator: torch.Generator | None = None
+) -> nn.Parameter:
+    """New global centres (S, C) of a map of semantic tokens."""
+    centres = torch.empty(math.prod(tokens), dim)
+    return nn.Parameter(nn.init.trunc_normal_(centres, std=0.02, generator=generator))
+
+
+def resized_centres(centres_SC: Tensor, made_for: Grid, tokens: Grid) -> Tensor:
+    """(1, rows, columns, C): global centres on a map of semantic tokens, interpolated if it is not
+    the one that they were made for.
+    """
+    map_1HWC = centres_SC.view(1, *made_for, -1)
+    if made_for == tokens:
+        return map_1HWC
+    resized = F.interpolate(map_1HWC.permute(0, 3, 1, 2), tokens, mode="bilinear")
+    return resized.permute(0, 2, 3, 1)
+
+
+def tokens_side(window_tokens: int) -> int:
+    """The side of a square number of semantic tokens."""
+    side = math.isqrt(max(window_tokens, 0))
+    require(
+        window_tokens >= 1 and side * side == window_tokens,
+        f"window_tokens is {window_tokens}; expected a square number, such as 4, 9 or 16",
+    )
+    return side
+
+
 @dataclass(frozen=True, slots=True)
 class WindowRecord:
     """What went on in one layer of attention between windows."""
@@ -180,16 +246,25 @@ class WindowRecord:
         logits = q @ self.k_BWHKD.transpose(-2, -1)
         if self.mask is not None:
             logits = logits + self.mask
-        return logits.softmax(-1)
+        weights: Tensor = logits.softmax(-1)
+        return weights
 
-    def looks(self, num_rows: int) -> Tensor:
-        """(B, W, Q, rows): how much each query looks at each row, the mean over heads."""
+    def looks(self, windows: Windows, first_row: int) -> Tensor:
+        """(B, S, N): how much each visible semantic token, in the order of their map, looks at each
+        position, the mean over heads; the positions begin at ``first_row`` of the memory.
+        """
         weights_BWQK = self.weights().float().mean(2)
-        if self.keys.index_WK is None:
-            return weights_BWQK
-        index = self.keys.index_WK[None, :, None, :].expand_as(weights_BWQK)
-        rows = weights_BWQK.new_zeros(*index.shape[:3], num_rows)
-        return rows.scatter_add(3, index, weights_BWQK)
+        last_row = first_row + math.prod(windows.grid)
+        looks = weights_BWQK
+        if self.keys.index_WK is not None:
+            index = self.keys.index_WK[None, :, None, :].expand_as(weights_BWQK)
+            num_rows = max(last_row, int(self.keys.index_WK.max()) + 1)
+            looks = weights_BWQK.new_zeros(*index.shape[:3], num_rows)
+            looks = looks.scatter_add(3, index, weights_BWQK)
+        looks_BWSN = looks[..., first_row:last_row]
+        looks_BWSN = looks_BWSN.reshape(len(looks), windows.count, -1, last_row - first_row)
+        rows, columns = windows.visible_tokens
+        return windows.join_tokens(looks_BWSN)[:, :rows, :columns].flatten(1, 2)
 
 
 def window_cross_attention(

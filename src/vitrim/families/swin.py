@@ -255,8 +255,11 @@ class Swin(Family):
 
     def downsample_macs(self, stage: int, grid: Grid) -> int:
         """MACs of a stage's downsampling; 0 for stage 0, which has none."""
-        downsample = self.backbone.layers[stage].downsample
-        return math.prod(self.stage_grid(grid, stage)) * linear_macs(downsample)
+        return int(self.merge_macs(stage, math.prod(self.stage_grid(grid, stage))))
+
+    def merge_macs(self, stage: int, num_positions: Any) -> Any:
+        """MACs of a stage's downsampling to ``num_positions`` positions (a number or a tensor)."""
+        return linear_macs(self.backbone.layers[stage].downsample) * num_positions
 
     def block_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of a block; its attention runs on whole windows, so the padding counts there."""

@@ -144,6 +144,7 @@ class STViT(Method):
     name = "stvit"
     config_class = STViTConfig
     refusals: ClassVar[Mapping[str, str]] = {
+        "swin": "use stvit_swin, or stvit_r, whose map survives",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use"
     }

@@ -12,17 +12,19 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain, to_plain
+from vitrim.convert_spatial import is_spatial, load_spatial
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.model import SparseModel
 
 StateDict = dict[str, Tensor]
@@ -61,7 +63,7 @@ def load_official(
     """A sparse model with an authors' weights.
 
     Args:
-        state_dict: their state dict, bare or nested under ``model`` or ``model_ema``.
+        state_dict: theirs, bare or nested under ``model``, ``state_dict`` or ``model_ema``.
         system: whose code wrote it: ``"dynamicvit"``, ``"asvit"`` or ``"spvit"``.
         architecture: timm name of the backbone; worked out from the shapes when None.
         method_options: fields of the method's config that the file does not hold, such as
@@ -80,18 +82,47 @@ def load_official(
     return model.eval()
 
 
+def load_dense(
+    state_dict: Mapping[str, Any],
+    architecture: str | None = None,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+) -> nn.Module:
+    """A dense backbone with its authors' published weights: LV-ViT (which timm has not) or DeiT.
+
+    Args:
+        state_dict: theirs, bare or nested under ``model``, ``state_dict`` or ``model_ema``.
+        architecture: timm name, such as ``"lvvit_s"``; worked out from the shapes when None.
+        img_size: of the images to come; positions are interpolated, as timm does, if the weights
+            are for another one. None takes that of the weights.
+
+    Raises:
+        CheckpointError: keys or shapes do not fit; every missing and unexpected key is named.
+        ConfigError: unknown architecture.
+    """
+    weights = _weights_of(state_dict)
+    backbone: Any = _plain_vit(weights, architecture)
+    load_strict(backbone, weights, f"the file for {architecture or 'a dense backbone'}")
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        backbone.set_input_size(img_size=size)
+    backbone.eval()
+    return cast(nn.Module, backbone)
+
+
 def _weights_of(content: Mapping[str, Any]) -> StateDict:
-    for key in ("model", "model_ema"):
+    for key in ("model", "state_dict", "model_ema"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
     strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if strangers or not content:
         raise CheckpointError(
-            "this is no state dict: expected tensors by name, or such a dictionary under 'model' "
-            f"or 'model_ema'; found {', '.join(map(repr, strangers[:5])) or 'nothing'}"
+            "this is no state dict: expected tensors by name, or such a dictionary under 'model', "
+            "'state_dict' or 'model_ema'; found "
+            f"{', '.join(map(repr, strangers[:5])) or 'nothing'}"
         )
-    return dict(content)
+    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
 
 
 def _check_stages(model: SparseModel, found: int, what: str, advice: str) -> None:
@@ -106,6 +137,8 @@ def _check_stages(model: SparseModel, found: int, what: str, advice: str) -> Non
 def _dynamicvit(
     weights: StateDict, architecture: str | None, options: dict[str, Any]
 ) -> SparseModel:
+    if is_spatial(weights):
+        return load_spatial(weights, architecture, options)
     backbone = _plain_vit(weights, architecture)
     config = from_plain(DynamicViTConfig, options)
     found = {int(m[1]) for key in weights if (m := re.match(r"score_predictor\.(\d+)\.", key))}
@@ -146,8 +179,13 @@ def _asvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
 
 
 def _spvit(weights: StateDict, architecture: str | None, options: dict[str, Any]) -> SparseModel:
-    backbone = _plain_vit(weights, architecture)
-    config = from_plain(SPViTConfig, to_plain(SPViTConfig.official()) | options)
+    if any(key.startswith("transformers.") for key in weights):
+        weights, backbone = _pit(weights, architecture)
+        pyramid = to_plain(SPViTPyramidConfig.official()) | options
+        config: Any = from_plain(SPViTPyramidConfig, pyramid)
+    else:
+        backbone = _plain_vit(weights, architecture)
+        config = from_plain(SPViTConfig, to_plain(SPViTConfig.official()) | options)
     head = re.compile(r"(score_predictor\.\d+\.(?:in|out)_conv)\.(\d+)\.(.*)")
     found = {int(m[1]) for key in weights if (m := re.match(r"score_predictor\.(\d+)\.", key))}
     if not found:
@@ -178,8 +216,54 @@ def _spvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
     return model
 
 
+def _pit(weights: StateDict, architecture: str | None) -> tuple[StateDict, nn.Module]:
+    """The weights with the names of a plain transformer's selectors and of timm's poolings, and the
+    PiT whose shapes they have (its patches overlap by half, as all of the authors' do).
+    """
+    renamed, numbers = StateDict(), dict[str, int]()
+    for key, tensor in weights.items():
+        # Theirs counts poolings from the first; timm puts each into the stage that it leads to.
+        key = re.sub(r"^pools\.(\d+)\.", lambda m: f"transformers.{int(m[1]) + 1}.pool.", key)
+        if match := re.fullmatch(r"(transformers\.\d+)\.score_predictor\.0\.(.*)", key):
+            number = numbers.setdefault(match[1], len(numbers))
+            key = f"score_predictor.{number}.{match[2]}"
+        renamed[key] = tensor
+    needed = ("pos_embed", "patch_embed.conv.weight", "transformers.0.blocks.0.mlp.fc1.weight")
+    missing = [key for key in needed if key not in renamed]
+    if missing:
+        raise CheckpointError(f"this is no PiT's state dict: missing {', '.join(missing)}")
+    blocks = {re.match(r"transformers\.(\d+)\.blocks\.(\d+)\.", key) for key in renamed}
+    places = {(int(m[1]), int(m[2])) for m in blocks if m}
+    depth = [sum(s == stage for s, _ in places) for stage in range(1 + max(places)[0])]
+    norms = [f"transformers.{stage}.blocks.0.norm1.weight" for stage in range(len(depth))]
+    dims = [renamed[key].numel() for key in norms]
+    patch = renamed["patch_embed.conv.weight"].shape[-1]
+    # Only a selector says how many heads its stage has; their width is the same in all stages.
+    squeeze = "score_predictor.0.senet.0.weight"
+    seen = int(min(numbers, default="transformers.0").split(".")[1])
+    width = dims[seen] // renamed[squeeze].shape[1] if squeeze in renamed else 48
+    heads = [dim // width for dim in dims]
+    if architecture is None:
+        size = {(32, 2): "ti", (48, 2): "xs", (48, 3): "s", (64, 4): "b"}.get(
+            (width, heads[0]), "s"
+        )
+        architecture = f"pit_{size}_224"
+    side = (renamed["pos_embed"].shape[-1] - 1) * (patch // 2) + patch
+    kwargs: dict[str, Any] = {
+        "img_size": side,
+        "patch_size": patch,
+        "stride": patch // 2,
+        "base_dims": [width] * len(depth),
+        "depth": depth,
+        "heads": heads,
+        "mlp_ratio": renamed[needed[2]].shape[0] / dims[0],
+        "num_classes": renamed["head.weight"].shape[0] if "head.weight" in renamed else 0,
+    }
+    return renamed, create_backbone({"name": architecture, "kwargs": kwargs})
+
+
 def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
-    """The DeiT whose shapes ``weights`` has (the authors use 64 channels per head throughout)."""
+    """The DeiT or LV-ViT whose shapes ``weights`` has (64 channels per head, as all of theirs)."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if key not in weights]
     if missing:
@@ -192,6 +276,8 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
             raise CheckpointError(
                 f"{key} has shape {tuple(weights[key].shape)}; expected {ndim} dimensions"
             )
+    if "patch_embed.conv1.weight" in weights:
+        return _lvvit(weights, architecture)
     dim = weights["cls_token"].shape[-1]
     patch = weights["patch_embed.proj.weight"].shape[-1]
     side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
@@ -212,6 +298,27 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
             kwargs = {k: v for k, v in kwargs.items() if k in defaults and v != defaults[k]}
     else:
         kwargs = {}
+    kwargs |= {"img_size": side * patch, "num_classes": classes}
+    return create_backbone({"name": architecture, "kwargs": kwargs})
+
+
+def _lvvit(weights: StateDict, architecture: str | None) -> nn.Module:
+    """The LV-ViT whose shapes ``weights`` has."""
+    width, dim = weights["patch_embed.conv1.weight"].shape[0], weights["cls_token"].shape[-1]
+    patch = 2 * weights["patch_embed.proj.weight"].shape[-1]  # half of it is in the first stride
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    kwargs: dict[str, Any] = {}
+    if architecture is None:
+        architecture = "lvvit_m" if dim == 512 else "lvvit_s"
+        kwargs = {
+            "patch_size": patch,
+            "stem_width": width,
+            "embed_dim": dim,
+            "depth": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+            "num_heads": max(1, dim // 64),
+            "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        }
+    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
     kwargs |= {"img_size": side * patch, "num_classes": classes}
     return create_backbone({"name": architecture, "kwargs": kwargs})
 

@@ -16,6 +16,7 @@ SOURCE = Path(vitrim.__file__).parent
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "runtime": 0,
     "tokens": 0,
     "feature_map": 0,
     "attention": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "semantic_windows": 0,
     "windows": 0,
     "selector": 0,
+    "sparse_windows": 0,
     "models": 1,
     "families": 1,
     "methods": 2,
@@ -36,6 +38,7 @@ FLOORS = {
     "model": 3,
     "checkpoint": 3,
     "convert": 3,
+    "convert_spatial": 3,
     "calibrate": 3,
     "train": 4,
     "tools": 4,

@@ -95,7 +95,6 @@ def test_its_shape():
     assert family.depths == (2, 3, 2)
     assert family.num_prefix == 2
     assert [family.stage_dim(stage) for stage in range(3)] == [16, 32, 64]
-    assert [family.num_heads(stage) for stage in range(3)] == [1, 2, 4]
     assert family.grid() == family.grid((35, 33)) == (7, 7)
     assert [family.stage_grid((7, 7), stage) for stage in range(3)] == [(7, 7), (4, 4), (2, 2)]
 

@@ -18,6 +18,7 @@ from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.methods.stvit import STViTConfig
 from vitrim.methods.stvit_swin import STViTSwinConfig
 from vitrim.model import SparseModel, Trace, sparsify
@@ -34,6 +35,7 @@ __all__ = [
     "InputError",
     "MissingExtraError",
     "SPViTConfig",
+    "SPViTPyramidConfig",
     "STViTConfig",
     "STViTSwinConfig",
     "SaiTConfig",

@@ -90,10 +90,6 @@ class PiT(Family):
         """Channels of the tokens in a stage's blocks."""
         return int(self.block(stage, 0).norm1.weight.numel())
 
-    def num_heads(self, stage: int) -> int:
-        """Attention heads of a stage's blocks."""
-        return int(self.block(stage, 0).attn.num_heads)
-
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Rows and columns of the patches, which overlap, of an image of (height, width)."""
         conv = self.backbone.patch_embed.conv

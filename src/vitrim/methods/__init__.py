@@ -10,12 +10,13 @@ from vitrim.methods.dynamic_spatial import DynamicSpatial
 from vitrim.methods.dynamicvit import DynamicViT
 from vitrim.methods.sait import SaiT
 from vitrim.methods.spvit import SPViT
+from vitrim.methods.spvit_pyramid import SPViTPyramid
 from vitrim.methods.stvit import STViT
 from vitrim.methods.stvit_swin import STViTSwin
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (DynamicViT, DynamicSpatial, ASViT, SaiT, SPViT, STViT, STViTSwin)
+    for method in (DynamicViT, DynamicSpatial, ASViT, SaiT, SPViT, SPViTPyramid, STViT, STViTSwin)
 }
 
 

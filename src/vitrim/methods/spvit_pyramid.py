@@ -1,0 +1,487 @@
+"""SPViT on pyramids: a selector per stage of PiT and Swin, and a map restored where it is pooled.
+
+Kong et al., "SPViT: Enabling Faster Vision Transformers via Latency-aware Soft Token Pruning", ECCV
+2022 (arXiv 2112.13890); see ``spvit.py`` for the selector and the package token. A pyramid pools
+its map between stages, so a dropped position must have some value there. The authors' code (PiT
+only) hides dropped tokens from the others but lets them run on through all blocks, in evaluation
+too: nothing is saved, and what removing them would mean is left open. It is
+``SPViTPyramidConfig.official()``.
+
+Ours, for PiT and Swin: a dropped position is carried. It keeps the features that it had when it was
+dropped, takes no part in the remaining blocks of its stage, and is put back into the map for the
+next pooling, merging or head. Every stage starts anew from its whole map.
+
+* PiT: kept tokens are gathered behind the prefix tokens and the package token, images of different
+  counts packed, so the rest of the stage costs what a shorter sequence costs. There is one package
+  token: pooling widens it with the prefix tokens, and each stage adds to it what it drops; the
+  blocks before the stage's selector do not see it (all this as in the authors' code).
+* Swin: the linear layers of attention and MLP run on the kept positions alone, nine tenths of a
+  block and more. The products of queries and keys still run on whole windows, in which dropped
+  positions are hidden; that part is not saved. A package token per stage is one more key of every
+  window, and stays as it is.
+
+Training, and inference with ``execution="mask"``, compute all positions, hide the dropped ones as
+keys, and blend: ``keep * computed + (1 - keep) * carried``. So the two executions are the same
+function, and the decision gets a gradient from how much its position gained by staying (on PiT also
+through attention, as in the authors' code).
+
+Stages: by default the authors' for PiT-S, before the middle block of each stage, also for the other
+sizes, where they give none; on Swin, where no code was released, ours: before the first block of
+each stage but the first. Nothing of this was trained on ImageNet by us. We reproduce the forward,
+losses and gradients of the authors' PiT-S on fixed weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import losses, sampling
+from vitrim.config import normalise, require
+from vitrim.families import PiT, Swin
+from vitrim.feature_map import FeatureMap
+from vitrim.methods.base import (
+    DenseOutput,
+    Dial,
+    Method,
+    Recorder,
+    TrainingOutput,
+    check_keep_ratio,
+    check_stages,
+    check_weights,
+    fixed_counts,
+    stage_ratios,
+    with_total,
+)
+from vitrim.packing import AnyTokens, PackedTokens, select
+from vitrim.selector import Selector, masked, package_of
+from vitrim.sparse_windows import Positions, sparse_block, sparse_block_macs
+from vitrim.tokens import Grid, Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SPViTPyramidConfig:
+    """How SPViT is set up on a pyramid."""
+
+    keep_ratio: float | tuple[float, ...] = 0.7
+    """Kept share of each stage's whole map: the target of the ratio loss, and with
+    ``inference="top_k"`` what is kept. One number r gives r, r^2, r^3 ... at the selectors; a tuple
+    gives the share at each (the authors' code: 0.617, 0.369, 0.137)."""
+    stages: tuple[int, ...] | None = None
+    """Blocks before which positions are dropped, counted through all stages, one per stage at most;
+    None takes the middle of each stage on PiT and the start of each but the first on Swin."""
+    inference: Literal["argmax", "threshold", "top_k"] = "argmax"
+    """How inference decides: the likelier class, per image (the paper); a keep score above
+    ``threshold``, per image; or a fixed number, the likeliest."""
+    threshold: float = 0.5
+    """Of ``inference="threshold"``, on the mean of the heads' keep probabilities. In [0, 1)."""
+    execution: Literal["gather", "mask"] = "gather"
+    """Whether inference computes only what is kept, or everything, and hides the rest: the same
+    logits, no saving, and a shape that no image changes."""
+    dropped: Literal["carry", "run"] = "carry"
+    """What the next stage sees of a dropped position: its features when it was dropped (ours), or
+    those after all blocks (the authors' code), which only ``execution="mask"`` computes."""
+    package_mode: Literal["keep_weighted", "mean", "sum"] = "keep_weighted"
+    """The package token: mean of the dropped tokens weighted by their keep scores (the authors'
+    code for PiT); plain mean; or weighted sum."""
+    bounded_package: bool = True
+    """Leave out of the weighted mean the gradient of its decisions, which knows no bound where few
+    tokens are dropped. The authors keep it."""
+    share_heads: bool = True
+    """One selector MLP for all heads (the authors' code) or one per head."""
+    fuse: Literal["log", "prob"] = "log"
+    """What is averaged over the heads to decide: log-probabilities (the authors' code), or
+    probabilities (the paper's equation)."""
+    split: Literal["half", "shared"] = "half"
+    """Whether one half of a token's embedding is local and the other averaged over the image (the
+    authors' code), or the same, half as wide, is both (the paper's equation)."""
+    sampling: Literal["gumbel", "argmax"] = "gumbel"
+    """How training decides: a draw with Gumbel noise (the paper), or the likelier class."""
+    temperature: float = 1.0
+    """Of the relaxed draw. Paper: 1, not annealed."""
+    classification_weight: float = 1.0
+    """Weight of the cross entropy. Authors: 1."""
+    ratio_weight: float = 2.0
+    """Weight of the ratio loss, mean over the selectors. Authors: 2."""
+    distill_weight: float = 0.5
+    """Weight of KL(teacher || student) on the logits. Authors: 0.5."""
+    token_weight: float = 0.5
+    """Weight of the squared error on the positions that the last stage kept. Authors: 0.5."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        normalise(self)
+        check_keep_ratio(self.keep_ratio)
+        if self.stages is not None:
+            check_stages(self.stages)
+            self.ratios(len(self.stages))
+        threshold = self.threshold
+        require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
+        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
+        require(
+            self.dropped == "carry" or self.execution == "mask",
+            'dropped="run" computes dropped positions, so nothing can be removed; set '
+            'execution="mask", or dropped="carry"',
+        )
+        check_weights(self, "classification", "ratio", "distill", "token")
+        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
+
+    @classmethod
+    def official(cls, **changes: Any) -> SPViTPyramidConfig:
+        """The settings of the authors' code for PiT, with ``changes``."""
+        fields: dict[str, Any] = {
+            "keep_ratio": (0.617, 0.369, 0.137),
+            "execution": "mask",
+            "dropped": "run",
+            "bounded_package": False,
+        }
+        return cls(**fields | changes)
+
+    def ratios(self, num_selectors: int) -> tuple[float, ...]:
+        """The kept share of the map at each selector."""
+        return stage_ratios(self.keep_ratio, num_selectors)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selector decided about the whole map of a stage."""
+
+    keep_BN: Tensor
+    """1 for a position that goes on, 0 for one that is dropped; may carry gradients."""
+    package_BC: Tensor
+    """What is dropped, condensed."""
+    best_BK: Tensor | None = None
+    """The kept positions, where their number is fixed."""
+
+
+Choose = Callable[[int, Tokens, Tensor], Choice | None]
+"""Chooses, given which selector it is, the stage's map as tokens, and the packages (B, S, C) beside
+it; None: everything stays."""
+
+
+@dataclass(frozen=True)
+class PyramidOutput(TrainingOutput):
+    """A training forward, and what was decided in it."""
+
+    patch_features: Tensor
+    """(B, N, C): of all positions of the last map."""
+    last_keep_BN: Tensor
+    """(B, N): 1 where the last stage kept a position to the end."""
+    keeps: tuple[Tensor, ...]
+    """Per selector (B, N): 1 for a position of its stage's map that goes on."""
+
+
+class SPViTPyramid(Method):
+    """The method on backbones that pool their map between stages."""
+
+    name = "spvit_pyramid"
+    config_class = SPViTPyramidConfig
+    needs_training = "spvit_pyramid-pit-s"
+    families = ("pit", "swin")
+    refusals: ClassVar[Mapping[str, str]] = {
+        "vit": "a plain vision transformer has no pooling; use SPViTConfig, 'spvit'",
+        "lvvit": "LV-ViT has no pooling between its blocks; use SPViTConfig, 'spvit'",
+        "convnext": "its selector reads attention heads, and ConvNeXt has none; use "
+        "DynamicSpatialConfig, 'dynamic_spatial'",
+    }
+    config: SPViTPyramidConfig
+
+    def __init__(
+        self,
+        family: PiT | Swin,
+        config: SPViTPyramidConfig,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        stages = config.stages or default_stages(family)
+        check_stages(stages, sum(family.depths))
+        config.ratios(len(stages))
+        self.config = config
+        self.stages = stages
+        self._places = places_of(stages, family.depths)
+        """See :func:`places_of`."""
+        selectors = [
+            Selector(family.stage_dim(stage), family.block(stage, 0).attn.num_heads, config)
+            for stage in self._places
+        ]
+        for selector in selectors:
+            selector.reset_parameters(generator)
+        self.selectors = nn.ModuleList(selectors)
+
+    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+        if self.config.inference != "top_k":
+            return None
+        maps = ((-(-grid[0] // 2**stage)) * (-(-grid[1] // 2**stage)) for stage in self._places)
+        return tuple(self._count(number, positions) for number, positions in enumerate(maps))
+
+    def _count(self, number: int, num_positions: int) -> int:
+        """How many positions a selector keeps where the number is fixed."""
+        return fixed_counts(self.config.ratios(len(self.stages)), num_positions)[number]
+
+    def _drops_nothing(self, number: int, num_positions: int) -> bool:
+        """Whether inference is bound to keep everything at a selector, which is then skipped."""
+        if self.config.inference == "top_k":
+            return self._count(number, num_positions) == num_positions
+        return self.config.inference == "threshold" and self.config.threshold == 0
+
+    def infer(self, family: PiT | Swin, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        grid = family.grid((images.shape[-2], images.shape[-1]))
+
+        def choose(number: int, tokens: Tokens, packages_BSC: Tensor) -> Choice | None:
+            skips = self._drops_nothing(number, tokens.num_patches)
+            if skips and not recorder:
+                return None
+            scores = self.selectors[number](tokens, packages_BSC)
+            rank, best = scores.log_probs[..., 0].exp(), None
+            if self.config.inference == "top_k":
+                best = sampling.top_k(scores.log_odds, self._count(number, tokens.num_patches))
+                keep = torch.zeros_like(rank).scatter(1, best, 1.0)
+            elif self.config.inference == "threshold":
+                rank = scores.keep_score
+                keep = (rank > self.config.threshold).to(rank.dtype)
+            else:
+                keep = sampling.hard_keep(scores.log_probs, noise=False)
+            if recorder:
+                shape = (-1, *family.stage_grid(grid, self._stage_of(number)))
+                block = self.stages[number]
+                keep_BHW = (torch.ones_like(keep) if skips else keep).view(shape) > 0.5
+                recorder.add_map(block, rank.view(shape), keep_BHW)
+            if skips:
+                return None
+            package = package_of(tokens, scores, 1 - keep, self.config.package_mode)
+            return Choice(keep, package, best)
+
+        state = self._run(family, images, choose, self.config.execution == "mask")
+        return family.head(state)
+
+    def train_forward(
+        self, family: PiT | Swin, images: Tensor, generator: torch.Generator | None = None
+    ) -> PyramidOutput:
+        config, keeps = self.config, list[Tensor]()
+
+        def choose(number: int, tokens: Tokens, packages_BSC: Tensor) -> Choice:
+            scores = self.selectors[number](tokens, packages_BSC)
+            keep_BN = sampling.hard_keep(
+                scores.log_probs,
+                noise=config.sampling == "gumbel",
+                temperature=config.temperature,
+                generator=generator,
+            )
+            keeps.append(keep_BN)
+            mode, bounded = config.package_mode, config.bounded_package
+            package = package_of(tokens, scores, 1 - keep_BN, mode, bounded=bounded)
+            return Choice(keep_BN, package)
+
+        state = self._run(family, images, choose, masks=True)
+        features = family.patch_features(state)
+        last_has_selector = len(family.depths) - 1 in self._places
+        last_keep = keeps[-1] if last_has_selector else features.new_ones(features.shape[:2])
+        return PyramidOutput(family.training_head(state), features, last_keep, tuple(keeps))
+
+    def _run(self, family: PiT | Swin, images: Tensor, choose: Choose, masks: bool) -> Any:
+        """All blocks; what left the last of them, as the family keeps it."""
+        state: Any = family.stem(images)
+        for stage in range(len(family.depths)):
+            state = family.enter_stage(stage, state)
+            if isinstance(family, PiT):
+                state = self._run_tokens(family, stage, state, choose, masks)
+            else:
+                state = self._run_map(family, stage, state, choose, masks)
+        return state
+
+    def _run_tokens(
+        self, family: PiT, stage: int, entered: Tokens, choose: Choose, masks: bool
+    ) -> Tokens:
+        """The blocks of a stage of PiT, from its whole map to its whole map."""
+        number, place = self._places.get(stage, (0, -1))
+        prefix, packages = entered.prefix_BPC.tensor_split([family.num_prefix], 1)
+        tokens: AnyTokens = entered.with_prefix(prefix)
+        before, choice = entered, None
+        for index in range(family.depths[stage]):
+            if index == place:
+                assert isinstance(tokens, Tokens)
+                before, choice = tokens, choose(number, tokens, packages)
+                if choice is not None:
+                    # The package of earlier stages, if there is one, goes on in this one's.
+                    package = packages.sum(1, keepdim=True) + choice.package_BC.unsqueeze(1)
+                    tokens = _without_dropped(before, choice, package, masks)
+            tokens = family.run_block(stage, index, tokens)
+        if choice is None:
+            assert isinstance(tokens, Tokens)
+            return tokens.with_prefix(torch.cat([tokens.prefix_BPC, packages], 1))
+        if masks:
+            patches = self._blend(choice.keep_BN, tokens.patches, before.patches)
+        else:
+            patches = _put_back(tokens, before.patches)
+        return Tokens.of(patches, 0).with_prefix(tokens.prefix_BPC)
+
+    def _run_map(
+        self, family: Swin, stage: int, fmap: FeatureMap, choose: Choose, masks: bool
+    ) -> FeatureMap:
+        """The blocks of a stage of Swin, from its whole map to its whole map."""
+        depth = family.depths[stage]
+        number, place = self._places.get(stage, (0, depth))
+        for index in range(place):
+            fmap = family.run_block(stage, index, fmap)
+        tokens = Tokens.of(fmap.x_BHWC.flatten(1, 2), 0)
+        choice = None if place == depth else choose(number, tokens, tokens.x[:, :0])
+        if choice is None:
+            for index in range(place, depth):
+                fmap = family.run_block(stage, index, fmap)
+            return fmap
+        row_T = torch.arange(tokens.x.shape[:2].numel(), device=tokens.x.device)
+        if not masks:
+            row_T = _kept_rows(choice, row_T)
+        visible_R = choice.keep_BN.detach().flatten() > 0.5
+        positions = Positions(row_T, visible_R, tokens.num_images, fmap.grid)
+        before_RC = tokens.x.flatten(0, 1)
+        x_TC = before_RC.index_select(0, row_T)
+        for index in range(place, depth):
+            x_TC = sparse_block(family.block(stage, index), x_TC, choice.package_BC, positions)
+        if masks:
+            x_RC = self._blend(choice.keep_BN.flatten(), x_TC, before_RC)
+        else:
+            x_RC = before_RC.index_copy(0, row_T, x_TC)
+        return fmap.with_x(x_RC.view(fmap.x_BHWC.shape))
+
+    def _blend(self, keep: Tensor, computed: Tensor, carried: Tensor) -> Tensor:
+        """The whole map (..., C), where all of it was computed under a mask (...)."""
+        if self.config.dropped == "run":
+            return computed
+        keep = keep.unsqueeze(-1).to(computed.dtype)
+        return keep * computed + (1 - keep) * carried
+
+    def _stage_of(self, number: int) -> int:
+        """Stage of the backbone that a selector stands in."""
+        return list(self._places)[number]
+
+    def losses(
+        self, output: PyramidOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        pairs = zip(output.keeps, self.config.ratios(len(self.stages)), strict=True)
+        terms = [losses.batch_ratio_loss(keep, ratio) for keep, ratio in pairs]
+        parts = {"ratio": torch.stack(terms).mean()}
+        if target is not None:
+            parts["classification"] = losses.classification_loss(output.logits, target)
+        if teacher is not None:
+            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+            parts["token"] = losses.kept_token_mse(
+                output.patch_features, teacher.patch_features, output.last_keep_BN
+            )
+        return with_total(self.config, parts)
+
+    def macs(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> Any:
+        total: Any = family.stem_macs(grid) + family.head_macs()
+        packages = 0
+        for stage, depth in enumerate(family.depths):
+            stage_grid = family.stage_grid(grid, stage)
+            positions = math.prod(stage_grid)
+            number, place = self._places.get(stage, (0, depth))
+            drops = place < depth and not self._drops_nothing(number, positions)
+            place = place if drops else depth
+            kept = counts[number] if drops and self.config.execution == "gather" else positions
+            if isinstance(family, PiT):
+                own = family.num_prefix
+                total = total + family.downsample_macs(stage, grid, own + packages)
+                total = total + place * family.block_macs(stage, 0, positions + own)
+                rest = family.block_macs(stage, 0, kept + own + 1)
+            else:
+                total = total + family.downsample_macs(stage, grid)
+                total = total + place * family.block_macs(stage, 0, grid)
+                rest = sparse_block_macs(family.block(stage, 0), stage_grid, kept)
+            total = total + (depth - place) * rest
+            if drops:
+                total = total + self.selectors[number].macs(positions, packages)  # type: ignore[operator]
+                packages = int(isinstance(family, PiT))
+        return total
+
+    @property
+    def dial(self) -> Dial:
+        """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
+        if self.config.inference != "top_k":
+            value = self.config.threshold if self.config.inference == "threshold" else 0.5
+            return Dial("threshold", value, cheapest=1 - 1e-6, dearest=0.0)
+        ratio = self.config.keep_ratio
+        first = ratio[0] if isinstance(ratio, tuple) else ratio
+        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
+
+    def turn(self, value: float) -> None:
+        if self.config.inference != "top_k":
+            self.config = replace(self.config, inference="threshold", threshold=value)
+        else:
+            self.set_keep_ratio(value)
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Keep another share from now on: one number r for r, r^2, r^3 ..., or one per selector.
+
+        Raises:
+            ConfigError: out of range, or the counts depend on the image.
+        """
+        require(
+            self.config.inference == "top_k",
+            f'with inference="{self.config.inference}" the image decides how many positions are '
+            'kept, not a keep ratio; make the model sparse with inference="top_k" to set ratios',
+        )
+        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
+        config.ratios(len(self.stages))
+        self.config = config
+
+
+def default_stages(family: PiT | Swin) -> tuple[int, ...]:
+    """The blocks before which positions are dropped where the config names none."""
+    starts = accumulate(family.depths, initial=0)
+    pairs = zip(starts, family.depths, strict=False)
+    if isinstance(family, PiT):
+        return tuple(start + depth // 2 for start, depth in pairs)
+    return tuple(start for start, _ in pairs)[1:]
+
+
+def places_of(stages: Sequence[int], depths: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Stage of the backbone: (number of its selector, block of the stage that it stands before)."""
+    starts = list(accumulate(depths, initial=0))
+    places: dict[int, tuple[int, int]] = {}
+    for number, block in enumerate(stages):
+        stage = sum(start <= block for start in starts) - 1
+        require(
+            stage not in places,
+            f"stages are {tuple(stages)}: two of them lie in stage {stage} of the backbone (blocks "
+            f"{starts[stage]} to {starts[stage + 1] - 1}); give one per stage at most",
+        )
+        places[stage] = number, block - starts[stage]
+    return places
+
+
+def _without_dropped(tokens: Tokens, choice: Choice, package_B1C: Tensor, masks: bool) -> AnyTokens:
+    """The tokens that go on in a stage of PiT, and the package behind the prefix tokens."""
+    prefix = torch.cat([tokens.prefix_BPC, package_B1C], 1)
+    if masks:
+        return masked(tokens, choice.keep_BN.to(tokens.x.dtype)).with_prefix(prefix)
+    if choice.best_BK is not None:
+        return tokens.gather(choice.best_BK).with_prefix(prefix)
+    return select(tokens, choice.keep_BN > 0.5, package_B1C)
+
+
+def _put_back(tokens: AnyTokens, map_BNC: Tensor) -> Tensor:
+    """(B, N, C): the map with the present patch tokens in their places."""
+    num_images, num_positions = map_BNC.shape[:2]
+    if isinstance(tokens, PackedTokens):
+        row_T = tokens.layout.image_N * num_positions + tokens.index_N
+    else:
+        start = torch.arange(num_images, device=map_BNC.device).unsqueeze(1) * num_positions
+        row_T = (tokens.index_BN + start).flatten()
+    patches = tokens.patches.reshape(-1, map_BNC.shape[2])
+    return map_BNC.flatten(0, 1).index_copy(0, row_T, patches).view(map_BNC.shape)
+
+
+def _kept_rows(choice: Choice, row_R: Tensor) -> Tensor:
+    """(T,): the rows of the positions that go on, in a batch of maps."""
+    if choice.best_BK is None:
+        return row_R[choice.keep_BN.flatten() > 0.5]
+    start_B = row_R[:: choice.keep_BN.shape[1]]
+    return (choice.best_BK + start_B.unsqueeze(1)).flatten()

@@ -146,6 +146,8 @@ def golden_weights(case: dict[str, Any]) -> dict[str, Tensor]:
             weights[key] = weights[argument]
         elif rule == "norm":
             weights[key] = 1 + 0.1 * noise
+        elif rule == "gamma":
+            weights[key] = 0.5 + 0.1 * noise
         elif rule == "mean":
             weights[key] = 0.1 * noise
         elif rule == "var":

@@ -18,6 +18,7 @@ from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
 from vitrim.methods.base import DenseOutput
 from vitrim.model import SparseModel
+from vitrim.models import LVVisionTransformer
 from vitrim.train.data import digits_data_config, is_digits
 from vitrim.train.recipe import ModelRecipe, Recipe
 from vitrim.train.samples import mix_seed, seeded
@@ -67,7 +68,7 @@ class SparseTask(nn.Module):
 
 
 class DenseTask(nn.Module):
-    """A timm model under cross entropy."""
+    """A timm model under cross entropy, or under its own losses where it has some (LV-ViT)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -76,9 +77,11 @@ class DenseTask(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The cross entropy, as ``"total"``; ``seed`` is not used, as there is no noise."""
+        """Loss terms by name and ``"total"``; ``seed`` is of the mixing that LV-ViT does."""
         if target is None:
             raise ConfigError("dense training needs labels; set data.labels = true")
+        if isinstance(self.model, LVVisionTransformer):
+            return self.model.losses(images, target, generator=torch.Generator().manual_seed(seed))
         return {"total": losses.classification_loss(self.model(images), target)}
 
 

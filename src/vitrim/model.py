@@ -71,6 +71,15 @@ class SparseModel(nn.Module):
             return self.method.train_forward(self.family, images).logits
         return self.method.infer(self.family, images)
 
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The feature pyramid of ``images`` (B, channels, H, W) for heads of dense prediction: the
+        map (B, C, H, W) after each of the backbone's stages, by the inference forward.
+
+        Raises:
+            ConfigError: the method does not keep the backbone's map.
+        """
+        return self.method.features(self.family, images)
+
     def trace(self, images: Tensor) -> Trace:
         """Logits, and what each stage kept, by the inference forward without gradients.
 

@@ -206,6 +206,15 @@ class Method(nn.Module, ABC):
     ) -> TrainingOutput:
         """The differentiable forward, with the method's noise."""
 
+    def features(self, family: Any, images: Tensor) -> list[Tensor]:
+        """The map after each of the backbone's stages (B, C, H, W), computed as :meth:`infer` does;
+        methods that keep a hierarchical backbone's map have them.
+        """
+        raise ConfigError(
+            f"{self.name} on the family {family.name!r} gives no feature maps; methods that keep a "
+            "map in stages do, such as dynamic_spatial on Swin and ConvNeXt"
+        )
+
     @torch.no_grad()
     def teach(self, family: Any, images: Tensor) -> DenseOutput:
         """What :meth:`losses` wants to know from the dense teacher that ``family`` runs."""

@@ -51,7 +51,8 @@ PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold
 class Bench:
     """One model of the table."""
 
-    def __init__(self, assets: Path, runs: Path, model: str) -> None:
+    def __init__(self, assets: Path, runs: Path, model: str, epochs: int | None, low: bool) -> None:
+        self.epochs, self.low = epochs, low
         self.assets, self.runs, self.model = assets, runs / model, model
         self.weights = assets / "weights" / f"{model}.safetensors"
         self.validation = assets / "imagenet-val-1300"
@@ -87,7 +88,7 @@ class Bench:
         name = f"{method}-adapt"
         checkpoint, seconds = self._adapt(method, name, *self._start(method, BUDGETS[0]))
         rows = {"adapted": self._evaluate(name, checkpoint, *self._budgets) | seconds}
-        if method != "sait":  # which is adapted at many densities at once
+        if self.low and method != "sait":  # which is adapted at many densities at once
             low, low_seconds = self._adapt(method, f"{name}-low", *self._start(method, LOW))
             found = self._evaluate(f"{name}-low", low, *self._calibrated_at(LOW))
             rows[f"adapted at {LOW}"] = found | low_seconds
@@ -123,8 +124,11 @@ class Bench:
         dense = {"name": self.model, "pretrained": "false", "weights": self.weights}
         data = {"train": self.adaptation, "crop_pct": CROP_PCT[self.model]}
         parts = {"model": dense | model, "data": data, "method": fields}
+        if self.epochs is not None:
+            parts["run"] = {"epochs": self.epochs}
         changes = (word for part, found in parts.items() for word in self._changes(part, found))
-        vitrim("train", f"{method}-adapt", "-o", run, *changes, *options)
+        if not (run / "checkpoint").exists():
+            vitrim("train", f"{method}-adapt", "-o", run, *changes, *options)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         seconds = {"adapt_seconds": round(log[-1]["time"]), "epochs": 1 + log[-1]["epoch"]}
         return run / "checkpoint", seconds
@@ -135,7 +139,7 @@ class Bench:
         for budget, fields in STVIT.items():
             name = f"stvit-{kind}-{budget}"
             if epochs:
-                options = ("--set", f"run.epochs={epochs}")
+                options = ("--set", f"run.epochs={self.epochs or epochs}")
                 checkpoint, more = self._adapt("stvit", name, fields, {}, *options)
             else:
                 checkpoint = self._sparsify("stvit", name, (budget,), STVIT_FREE | fields)
@@ -179,11 +183,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "real_weights")
     parser.add_argument("--models", nargs="*", default=list(CROP_PCT))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--epochs", type=int, help="Of every adaptation, instead of its recipe's.")
+    parser.add_argument("--no-low", action="store_true", help=f"No adaptation at {LOW} of its own.")
     options = parser.parse_args()
     earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     models: dict[str, Any] = earlier.get("models", {})
     for model in options.models:
-        bench = Bench(options.assets, options.runs, model)
+        bench = Bench(options.assets, options.runs, model, options.epochs, not options.no_low)
         rows = models.setdefault(model, {})
         rows["dense"] = bench.dense()
         for method in options.methods:

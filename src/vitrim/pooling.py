@@ -38,6 +38,8 @@ class MaxPooling(Pooling):
     """The largest value of each channel in a region."""
 
     def forward(self, map_BCHW: Tensor, shape: tuple[int, int]) -> Tensor:
+        if torch.compiler.is_exporting():  # runtimes know pooling by adaptive means, but no maximum
+            return _max_of_regions(map_BCHW, shape)
         return _sequence(F.adaptive_max_pool2d(map_BCHW, shape))
 
 
@@ -98,14 +100,31 @@ def _sequence(map_BCHW: Tensor) -> Tensor:
     return map_BCHW.flatten(2).transpose(1, 2)
 
 
+def _max_of_regions(map_BCHW: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, rows * columns, C): adaptive maximum pooling in slices, one axis after the other."""
+    for axis, parts in zip((2, 3), shape, strict=True):
+        length = map_BCHW.shape[axis]
+        slices = [
+            map_BCHW.narrow(axis, start, end - start).amax(axis)
+            for start, end in _bounds(length, parts)
+        ]
+        map_BCHW = torch.stack(slices, axis)
+    return _sequence(map_BCHW)
+
+
+def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
+    """Where the regions of adaptive pooling start and end along an axis."""
+    return [(part * length // parts, -((part + 1) * length // -parts)) for part in range(parts)]
+
+
 def _regions(map_BCHW: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The regions of adaptive pooling, row by row: which patches lie in each (S, N); centres and
     sizes (S, 2) as (x, y) in a map that reaches from -1 to 1.
     """
     inside, centres, sizes = [], [], []
     for length, parts in zip(map_BCHW.shape[2:], shape, strict=True):
-        part = torch.arange(parts, device=map_BCHW.device)
-        start, end = part * length // parts, -((part + 1) * length // -parts)
+        bounds = torch.tensor(_bounds(length, parts), device=map_BCHW.device)
+        start, end = bounds.unbind(1)
         place = torch.arange(length, device=map_BCHW.device)
         inside.append((place >= start[:, None]) & (place < end[:, None]))
         centres.append((start + end) / length - 1)

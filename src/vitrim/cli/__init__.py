@@ -18,7 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        _app(words)
+        if words[:1] == ["predict"]:  # which needs neither torch nor the packages of the others
+            from vitrim import runtime
+
+            runtime.main(words[1:])
+        else:
+            _app(words)
     except (VitrimError, OSError) as error:
         if debug:
             raise

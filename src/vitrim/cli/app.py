@@ -19,6 +19,7 @@ from vitrim.budget import Calibration
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
 from vitrim.cli.evaluate import eval_command
+from vitrim.cli.export import export_command, predict_command
 from vitrim.cli.measure import bench_command, show_command
 from vitrim.config import to_plain
 from vitrim.errors import InputError, UnsupportedBackboneError
@@ -34,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("sparsify")(sparsify_command)
+app.command("export")(export_command)
+app.command("predict")(predict_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("show")(show_command)

@@ -1,0 +1,142 @@
+"""``vitrim export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from vitrim import runtime
+from vitrim.cli import common, tables
+from vitrim.cli.budgets import calibration_loader
+from vitrim.cli.options import JsonOption
+from vitrim.errors import ConfigError, InputError, VitrimError
+from vitrim.model import SparseModel
+from vitrim.tools import export as exporting
+
+
+class DifferentAnswerError(VitrimError):
+    """An exported network does not answer as the model that it was made of."""
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(exporting.DTYPES)}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a new one.")],
+    dtype: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16 or int8; not every format has all of them.")
+    ] = "fp32",
+    batch: Annotated[
+        str, typer.Option(help="Images per call, or dynamic for any number.")
+    ] = "dynamic",
+    macs: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Mean cost, as a share of the dense model's MACs."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the result beside the model, on --data.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images for --check and int8, of any layout; or digits."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
+    json: JsonOption = None,
+) -> None:
+    """Write a sparse model for another runtime, with its preprocessing and labels.
+
+    vitrim predict runs the result with onnxruntime or OpenVINO alone, without torch.
+    """
+    common.check_writable(json)
+    exporting.check_format(to, dtype)
+    size = _batch(batch)
+    sparse = common.require_sparse(common.load_model(model), model)
+    if macs is not None:
+        sparse.set_budget(macs)
+    seen = _images(sparse, data, images) if data is not None else None
+    if seen is None and (check or dtype == "int8"):
+        raise ConfigError(f"{'--check' if check else 'int8'} needs images; give them by --data")
+    _warn(sparse, seen)
+    config, names = common.data_config_of(sparse, data or ""), common.class_names_of(sparse)
+    common.note(f"exporting to {to} ...")
+    exporting.export(
+        sparse, output, to, data_config=config, dtype=dtype, batch=size, labels=names, images=seen
+    )
+    facts = {"written": str(output), "format": f"{to}, {dtype}", "images per call": batch}
+    if sparse.macs() is None:
+        facts["images per call"] = "1 (the counts depend on the image)"
+    content: dict[str, Any] = {
+        "model": model,
+        "to": to,
+        "dtype": dtype,
+        "batch": batch,
+        "check": None,
+    }
+    if check and seen is not None:
+        found = exporting.check(sparse, output, seen)
+        facts["largest difference of a logit"] = f"{found.difference:.2g}"
+        facts["same answer"] = f"{found.agreement:.1%} of {found.images} images"
+        content["check"] = vars(found)
+    common.out().print(tables.fact_table(facts), markup=False)
+    common.write_json(json, content)
+    if check and dtype == "fp32":
+        _refuse_other_answers(found, output)
+
+
+def predict_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder written by vitrim export.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Classify images with an exported bundle; neither torch nor timm is needed.
+
+    ``vitrim.cli.main`` takes this command before it loads either; here it is for the help.
+    """
+    options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
+    runtime.main([str(bundle), *map(str, images), *options])
+
+
+def _refuse_other_answers(found: exporting.Check, output: Path) -> None:
+    if found.difference > exporting.TOLERANCE or found.agreement < 1:
+        raise DifferentAnswerError(
+            f"{output} differs from the model by {found.difference:.2g} in a logit and answers "
+            f"{1 - found.agreement:.1%} of the images otherwise; {exporting.TOLERANCE:g} and none "
+            "are due. Two scores that are equal to the last digits can be ranked either way; "
+            "otherwise this is a fault of the runtime or of vitrim"
+        )
+
+
+def _batch(word: str) -> int | None:
+    if word == "dynamic":
+        return None
+    if not word.isdigit() or int(word) < 1:
+        raise ConfigError(f"--batch is {word!r}; expected a number of images, or dynamic")
+    return int(word)
+
+
+def _images(sparse: SparseModel, source: str, count: int) -> Tensor:
+    loader = calibration_loader(sparse, common.data_source(source), count, min(count, 32), 0)
+    found = [images for images, _ in loader]
+    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    if not found:
+        raise InputError(f"{source} has not one readable image")
+    return torch.cat(found)
+
+
+def _warn(sparse: SparseModel, images: Tensor | None) -> None:
+    """Say what a user would otherwise find out in production."""
+    if sparse.is_untrained:
+        recipe = sparse.method.needs_training
+        common.note(
+            f"warning: the selectors of this {sparse.method.name} were never trained, so what they "
+            f"keep is arbitrary; train them: vitrim train {recipe}"
+        )
+    if sparse.macs() is None and images is not None and exporting.keeps_everything(sparse, images):
+        common.note(
+            f"warning: this {sparse.method.name} keeps every token of these {len(images)} images, "
+            "so nothing is saved; calibrate it first: vitrim sparsify, or vitrim.calibrate"
+        )

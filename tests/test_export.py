@@ -1,0 +1,204 @@
+"""Exported bundles: as the model, whole or not there, and usable without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrim
+from tests.conftest import images, seeded, tiny_vit
+from vitrim import (
+    ASViTConfig,
+    ConfigError,
+    DynamicViTConfig,
+    InputError,
+    SaiTConfig,
+    SPViTConfig,
+    STViTConfig,
+)
+from vitrim.errors import CheckpointError
+from vitrim.runtime import BUNDLE_FILE, Bundle, prepare
+from vitrim.tools.export import DTYPES, check, export, keeps_everything
+from vitrim.train.data import eval_transform
+
+onnx = pytest.importorskip("onnx")
+for package in ("onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+DATA = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+}
+FIXED = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
+    "sait": SaiTConfig(selector="density", where="mid"),
+    "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
+    "stvit": STViTConfig(semantic_tokens=(2, 3)),
+    "stvit learned pooling": STViTConfig(semantic_tokens=4, pooling="intra_inter"),
+}
+ADAPTIVE = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.5),
+    "asvit": ASViTConfig(thresholds=0.05),
+    "sait": SaiTConfig(min_kept=1, mass=0.6),
+    "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.5),
+}
+
+
+def sparse_vit(config, **kwargs):
+    sparse = vitrim.sparsify(tiny_vit(**kwargs), config, generator=seeded(3)).eval()
+    with torch.no_grad():  # fresh selectors tie to the last digits
+        for parameter in sparse.method.parameters():
+            parameter.mul_(6)
+    return sparse
+
+
+def exported(tmp_path, config, to="onnx", **options):
+    sparse = sparse_vit(config)
+    return sparse, export(sparse, tmp_path / "bundle", to, data_config=DATA, **options)
+
+
+def same(sparse, folder, batch=5):
+    found = check(sparse, folder, images(batch, seed=9))
+    assert found.images == batch
+    assert found.difference < 1e-4
+    assert found.agreement == 1
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_counts_take_any_batch(name, tmp_path):
+    sparse, folder = exported(tmp_path, FIXED[name])
+    assert Bundle(folder).batch is None
+    for batch in (1, 2, 5):
+        same(sparse, folder, batch)
+    operations = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert not operations & {"If", "Loop", "NonZero"}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_counts_per_image_take_one_image(name, tmp_path):
+    sparse, folder = exported(tmp_path, ADAPTIVE[name])
+    assert Bundle(folder).batch == 1
+    counts = {tuple(stage.counts.tolist()) for stage in sparse.trace(images(5, seed=9)).stages}
+    assert any(len(set(stage)) > 1 for stage in counts)
+    same(sparse, folder)
+    operations = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert not operations & {"If", "Loop"}
+
+
+@pytest.mark.parametrize("to", ["pt2", "openvino"])
+@pytest.mark.parametrize("config", [FIXED["dynamicvit"], ADAPTIVE["asvit"]], ids=["fixed", "own"])
+def test_other_formats(to, config, tmp_path):
+    sparse, folder = exported(tmp_path, config, to)
+    same(sparse, folder)
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype"), [(to, dtype) for to, dtypes in DTYPES.items() for dtype in dtypes[1:]]
+)
+def test_other_precisions(to, dtype, tmp_path):
+    sparse, folder = exported(tmp_path, FIXED["stvit"], to, dtype=dtype, images=images(40))
+    found = check(sparse, folder, images(8, seed=9))
+    assert 1e-7 < found.difference < 0.1
+    assert sparse.backbone.head.weight.dtype == torch.float32  # the model is as it was
+
+
+def test_a_batch_that_is_not_a_whole_number_of_calls(tmp_path):
+    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], batch=2)
+    assert Bundle(folder).batch == 2
+    same(sparse, folder, batch=5)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (61, 47), (32, 32), (300, 33)])
+def test_preprocessing_is_the_one_of_evaluation(size):
+    pixels = torch.randint(0, 256, (*size, 3), generator=seeded(1), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    for config in (DATA, DATA | {"interpolation": "bilinear", "crop_pct": 1.0}):
+        wanted = eval_transform(config)(image).numpy()
+        np.testing.assert_allclose(prepare(image, config), wanted, atol=1e-6)
+
+
+def test_the_bundle_says_what_it_is(tmp_path):
+    sparse, folder = exported(tmp_path, FIXED["sait"], labels=[f"class {i}" for i in range(10)])
+    described = json.loads((folder / BUNDLE_FILE).read_text())
+    assert described["model"]["method"] == "sait"
+    assert described["model"]["macs"] == sparse.macs()
+    assert Bundle(folder).labels[3] == "class 3"
+
+
+_WITHOUT_TORCH = """
+import sys
+for name in ("torch", "timm", "torchvision", "typer", "safetensors"):
+    sys.modules[name] = None
+from vitrim.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_predicts_without_torch(tmp_path):
+    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], labels=list("abcdefghij"))
+    noise = torch.randint(0, 256, (50, 40, 3), generator=seeded(2), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "image.png")
+    words = ["predict", str(folder), str(tmp_path / "image.png"), "--top", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "image.png") as image:
+        best = sparse(eval_transform(DATA)(image.convert("RGB"))[None]).argmax()
+    assert f"image.png: {'abcdefghij'[best]} " in done.stdout
+
+
+def test_untrained_thresholds_that_keep_everything_are_noticed():
+    assert keeps_everything(sparse_vit(ASViTConfig(thresholds=1e-9)), images(2))
+    assert not keeps_everything(sparse_vit(ADAPTIVE["asvit"]), images(2))
+
+
+def test_what_cannot_be_exported_says_why(tmp_path):
+    def refused(error, pattern, config=FIXED["sait"], to="onnx", **options):
+        with pytest.raises(error, match=pattern):
+            exported(tmp_path, config, to, **options)
+        assert not list(tmp_path.iterdir())
+
+    refused(ConfigError, "did you mean 'onnx'", to="onx")
+    refused(ConfigError, "executorch is not written yet", to="executorch")
+    refused(ConfigError, "int8 is written by onnx", to="openvino", dtype="int8")
+    refused(ConfigError, "one image at a time, not for 4", ADAPTIVE["asvit"], batch=4)
+    refused(InputError, "32 images or more; found 8", dtype="int8", images=images(8))
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        exported(tmp_path, FIXED["sait"])
+    sparse = sparse_vit(FIXED["sait"])
+    with pytest.raises(ConfigError, match="crop from the centre"):
+        export(sparse, tmp_path / "b", "onnx", data_config=DATA | {"crop_mode": "border"})
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitrim.tools.export._write_onnx", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exported(tmp_path, FIXED["sait"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_bundles(tmp_path):
+    with pytest.raises(CheckpointError, match="no exported bundle"):
+        Bundle(tmp_path)
+    _, folder = exported(tmp_path, FIXED["sait"])
+    (folder / "model.onnx").write_bytes(b"truncated")
+    with pytest.raises(CheckpointError, match="cannot load"):
+        Bundle(folder)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(CheckpointError, match="lacks model"):
+        Bundle(folder)
+    for text, words in (("{", "damaged"), ('{"format": "other", "version": 1}', "lacks batch")):
+        (folder / BUNDLE_FILE).write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            Bundle(folder)

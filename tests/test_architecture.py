@@ -39,6 +39,7 @@ FLOORS = {
     "checkpoint": 3,
     "convert": 3,
     "convert_spatial": 3,
+    "convert_stvit": 3,
     "calibrate": 3,
     "train": 4,
     "tools": 4,

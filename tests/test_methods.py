@@ -12,14 +12,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_swin, tiny_vit
+from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
 from vitrim import (
     ASViTConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
     SaiTConfig,
     SPViTConfig,
+    SPViTPyramidConfig,
     STViTConfig,
+    STViTRConfig,
     STViTSwinConfig,
     from_pretrained,
     sparsify,
@@ -46,6 +48,16 @@ CASES = {
     "stvit with prefix": STViTConfig(
         semantic_tokens=4, pooling="avg", global_centres=False, keep_prefix=True
     ),
+    "stvit_r": STViTRConfig(window_tokens=4, layer_scale=0.5),
+    "stvit_r with everything": STViTRConfig(
+        window_tokens=4,
+        residual=True,
+        global_centres=True,
+        position_convolution=True,
+        layer_scale=0.5,
+        pooling="intra_inter",
+    ),
+    "stvit_r dense": STViTRConfig(form="dense", window_tokens=4, layer_scale=0.5),
     "stvit_swin": STViTSwinConfig(window_tokens=4),
     "stvit_swin learned pooling": STViTSwinConfig(
         window_tokens=9, pooling="intra_inter", layer_scale=0.5, base_layers=1
@@ -58,6 +70,12 @@ CASES = {
     "spvit threshold": SPViTConfig(
         stages=(1, 2), inference="threshold", package_policy="accumulate", package_mode="sum"
     ),
+    "spvit_pyramid": SPViTPyramidConfig(),
+    "spvit_pyramid fixed": SPViTPyramidConfig(inference="top_k", keep_ratio=0.6),
+    "spvit_pyramid threshold": SPViTPyramidConfig(
+        stages=(1, 5), inference="threshold", package_mode="mean", share_heads=False
+    ),
+    "spvit_pyramid masked": SPViTPyramidConfig(execution="mask", dropped="run"),
 }
 """Name: a config for a backbone of 4 blocks and 16 patches."""
 
@@ -72,6 +90,8 @@ KEEPS_ALL = {
     "sait threshold": SaiTConfig(selector="threshold", threshold=0.0),
     "spvit fixed": SPViTConfig(stages=(1, 2), keep_ratio=1.0, inference="top_k"),
     "spvit threshold": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.0),
+    "spvit_pyramid fixed": SPViTPyramidConfig(inference="top_k", keep_ratio=1.0),
+    "spvit_pyramid threshold": SPViTPyramidConfig(inference="threshold", threshold=0.0),
 }
 """The same for configs that keep everything, and so must equal the dense model."""
 
@@ -83,6 +103,7 @@ BACKBONES = {
     "class and registers": partial(tiny_vit, reg_tokens=2),
     "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
     "lv-vit": tiny_lvvit,
+    "pit": tiny_pit,
     "swin": tiny_swin,
     "convnext": tiny_convnext,
 }
@@ -211,8 +232,9 @@ def test_training_follows_its_generator(case, backbone):
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    flexible = {} if FAMILIES[backbone] == "convnext" else {"dynamic_img_size": True}
-    sparse = sparse_model(case, backbone, **flexible)
+    flexible = {"convnext": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
+    options = flexible.get(FAMILIES[backbone], {"dynamic_img_size": True})
+    sparse = sparse_model(case, backbone, **options)
     logits = sparse(images(2, size=48))
     assert logits.shape == (2, 10)
     assert logits.isfinite().all()

@@ -20,6 +20,7 @@ from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
 from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.methods.stvit import STViTConfig
+from vitrim.methods.stvit_r import STViTRConfig
 from vitrim.methods.stvit_swin import STViTSwinConfig
 from vitrim.model import SparseModel, Trace, sparsify
 
@@ -37,6 +38,7 @@ __all__ = [
     "SPViTConfig",
     "SPViTPyramidConfig",
     "STViTConfig",
+    "STViTRConfig",
     "STViTSwinConfig",
     "SaiTConfig",
     "SparseModel",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain, to_plain
 from vitrim.convert_spatial import is_spatial, load_spatial
+from vitrim.convert_stvit import load_stvit_r
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
@@ -64,7 +65,7 @@ def load_official(
 
     Args:
         state_dict: theirs, bare or nested under ``model``, ``state_dict`` or ``model_ema``.
-        system: whose code wrote it: ``"dynamicvit"``, ``"asvit"`` or ``"spvit"``.
+        system: whose code wrote it: ``"dynamicvit"``, ``"asvit"``, ``"spvit"`` or ``"stvit-r"``.
         architecture: timm name of the backbone; worked out from the shapes when None.
         method_options: fields of the method's config that the file does not hold, such as
             ``keep_ratio=0.7`` (DynamicViT's files do not say for which ratio they were trained).
@@ -327,4 +328,5 @@ _CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseM
     "dynamicvit": _dynamicvit,
     "asvit": _asvit,
     "spvit": _spvit,
+    "stvit-r": load_stvit_r,
 }

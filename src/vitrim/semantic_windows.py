@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +199,71 @@ def own_and_near(windows: Windows, reach: Grid, device: torch.device) -> Keys:
     hidden = torch.cat([windows.hidden_tokens(device), beyond], 1)
     bias = hiding(hidden) if windows.is_padded else None
     return Keys(torch.cat([own, near], 1), bias)
+
+
+PadMask = Literal["correct", "official", "off"]
+"""What is hidden of the padding where windows hang over the border: all of it, what the authors'
+masks of STViT-R hide of it, or nothing. In the last two, the memory ends with a row for padding."""
+_HARDLY_SEEN = -1000.0
+"""What the authors add to the logits of what their masks hide."""
+
+
+def position_keys(windows: Windows, reach: Grid, mask: PadMask, device: torch.device) -> Keys:
+    """The positions of a larger window about each window: rows of a memory of all positions."""
+    row = torch.arange(math.prod(windows.grid), device=device)
+    limit = windows.grid
+    return _bordered_keys(windows, windows.size, reach, windows.grid, limit, row, mask)
+
+
+def token_keys(windows: Windows, reach: Grid, mask: PadMask, device: torch.device) -> Keys:
+    """The semantic tokens about each window, ``reach`` rows and columns of their map: rows of a
+    memory of all semantic tokens, window by window.
+    """
+    order = token_order(windows, device)
+    row = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=device))
+    limit = windows.visible_tokens if mask == "correct" else windows.tokens
+    size = (windows.side, windows.side)
+    return _bordered_keys(windows, size, reach, windows.tokens, limit, row, mask)
+
+
+def token_order(windows: Windows, device: torch.device) -> Tensor:
+    """(S,): where each semantic token, window by window, lies on their map, row by row."""
+    places = torch.arange(windows.num_tokens, device=device)
+    return windows.split_tokens(places.view(1, *windows.tokens, 1)).flatten()
+
+
+def _bordered_keys(
+    windows: Windows,
+    size: Grid,
+    reach: Grid,
+    grid: Grid,
+    limit: Grid,
+    row_N: Tensor,
+    mask: PadMask,
+) -> Keys:
+    """The keys of larger windows that may leave a map of ``grid`` places, of which those within
+    ``limit`` can be seen; ``row_N`` says in which row of the memory each place is.
+    """
+    rows, columns = window_places(windows.shape, size, reach, False, row_N.device)
+    seen = (rows >= 0) & (rows < limit[0]) & (columns >= 0) & (columns < limit[1])
+    place = rows.clamp(0, grid[0] - 1) * grid[1] + columns.clamp(0, grid[1] - 1)
+    index = row_N[place]
+    if mask == "correct":
+        return Keys(index, hiding(~seen))
+    index = index.masked_fill(~seen, len(row_N))
+    if mask == "off":
+        return Keys(index)
+    # The authors hide what is beyond the whole windows and, within them, the lower right corner
+    # that is padding; if nothing is padded below (or right), every row (or column) belongs to it.
+    # They count the padding in positions, on the map of semantic tokens too.
+    whole = windows.shape[0] * size[0], windows.shape[1] * size[1]
+    hidden = (rows < 0) | (rows >= whole[0]) | (columns < 0) | (columns >= whole[1])
+    below, right = (
+        axis >= (length - padding if padding else 0)
+        for axis, length, padding in zip((rows, columns), whole, windows.padding, strict=True)
+    )
+    bias = torch.zeros_like(hidden, dtype=torch.float32)
+    return Keys(index, bias.masked_fill(hidden | (below & right), _HARDLY_SEEN))
 
 
 def global_centres(

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp, PatchEmbed
 from timm.models.swin_transformer import (
     PatchMerging,
@@ -145,12 +147,19 @@ class Swin(Family):
         """What a stage's blocks start from: merged patches, or the same map in stage 0."""
         return FeatureMap(self.backbone.layers[stage].downsample(fmap.x_BHWC))
 
-    def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
-        """Block ``index`` of a stage on every position: timm's own forward."""
+    def run_block(
+        self, stage: int, index: int, fmap: FeatureMap, pad_first: bool = False
+    ) -> FeatureMap:
+        """Block ``index`` of a stage on every position: timm's own forward.
+
+        Where windows hang over the border, timm shifts the map before it pads it, and the original
+        Swin code after; ``pad_first`` asks for the latter.
+        """
         block = self.block(stage, index)
+        run = partial(_padded_first, block) if pad_first else block
         if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
-            return fmap.with_x(checkpoint(block, fmap.x_BHWC, use_reentrant=False))
-        return fmap.with_x(block(fmap.x_BHWC))
+            return fmap.with_x(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
+        return fmap.with_x(run(fmap.x_BHWC))
 
     def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
         """The first half of a block: window attention with its norm and residual."""
@@ -197,11 +206,11 @@ class Swin(Family):
         query, memory = block.norm1(query_BWQC), block.norm1(memory_BMC)
         return window_cross_attention(block.attn, query, memory, keys, bias_HQK, project_once)
 
-    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+    def run_stage(self, stage: int, fmap: FeatureMap, pad_first: bool = False) -> FeatureMap:
         """A whole stage: its downsampling and all its blocks."""
         fmap = self.enter_stage(stage, fmap)
         for index in range(self.depths[stage]):
-            fmap = self.run_block(stage, index, fmap)
+            fmap = self.run_block(stage, index, fmap, pad_first)
         return fmap
 
     def dense(self, images: Tensor) -> FeatureMap:
@@ -288,3 +297,13 @@ class Swin(Family):
     def head_macs(self) -> int:
         """MACs of the classifier."""
         return linear_macs(self.backbone.head)
+
+
+def _padded_first(block: Any, x_BHWC: Tensor) -> Tensor:
+    """A block on a map that is padded to whole windows before it is shifted."""
+    height, width = x_BHWC.shape[1:3]
+    rows, columns = block.window_size
+    x = F.pad(block.norm1(x_BHWC), (0, 0, 0, -width % columns, 0, -height % rows))
+    x = x_BHWC + block.drop_path1(block._attn(x)[:, :height, :width])
+    out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
+    return out

@@ -12,11 +12,22 @@ from vitrim.methods.sait import SaiT
 from vitrim.methods.spvit import SPViT
 from vitrim.methods.spvit_pyramid import SPViTPyramid
 from vitrim.methods.stvit import STViT
+from vitrim.methods.stvit_r import STViTR
 from vitrim.methods.stvit_swin import STViTSwin
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (DynamicViT, DynamicSpatial, ASViT, SaiT, SPViT, SPViTPyramid, STViT, STViTSwin)
+    for method in (
+        DynamicViT,
+        DynamicSpatial,
+        ASViT,
+        SaiT,
+        SPViT,
+        SPViTPyramid,
+        STViT,
+        STViTSwin,
+        STViTR,
+    )
 }
 
 

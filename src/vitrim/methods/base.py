@@ -279,6 +279,50 @@ class Method(nn.Module, ABC):
         )
 
 
+class SemanticMethod(Method):
+    """A method whose semantic tokens stand for the patches: no patch features are compared."""
+
+    @torch.no_grad()
+    def teach(self, family: Any, images: Tensor) -> DenseOutput:
+        state = family.dense(images)
+        features = family.patch_features(state)
+        return DenseOutput(family.head(state), features, pooled_features=family.pool(state))
+
+    def losses(
+        self, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        """Classification, distillation and, with a weight above 0, what the classifier reads."""
+        parts = dict[str, Tensor]()
+        if target is not None:
+            parts["classification"] = losses.classification_loss(output.logits, target)
+        if teacher is not None:
+            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+            if self.config.feature_weight:
+                wanted = teacher.pooled_features
+                if wanted is None:
+                    raise ConfigError(
+                        "feature_weight is above 0, so the loss needs what the teacher's "
+                        "classifier reads; ask the teacher through the method's teach"
+                    )
+                parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
+        return with_total(self.config, parts)
+
+    @staticmethod
+    def semantic_trace(block: int, grid: Grid, looks_BSN: Tensor, count: int) -> StageTrace:
+        """The record of a stage at which ``count`` semantic tokens take the places' part.
+
+        Args:
+            block: the first that runs on them.
+            grid: rows and columns of the places.
+            looks_BSN: how much each semantic token looks at each place.
+            count: of the semantic tokens that go on.
+        """
+        nothing = torch.empty(0, dtype=torch.int64, device=looks_BSN.device)
+        counts = torch.full((len(looks_BSN),), count, device=looks_BSN.device)
+        kept = [nothing] * len(looks_BSN)
+        return StageTrace(block, looks_BSN.mean(1), grid, kept, counts, looks_BSN)
+
+
 def quarter_stages(depth: int) -> tuple[int, ...]:
     """A quarter, a half and three quarters of the depth: 3, 6, 9 of 12 blocks."""
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
@@ -363,33 +407,6 @@ def selection_losses(
         parts["token"] = _token_loss(output, teacher)
         if config.score_weight:
             parts["score"] = _score_loss(output.decisions, teacher, counts)
-    return with_total(config, parts)
-
-
-def pooled_losses(
-    config: Any, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
-) -> dict[str, Tensor]:
-    """The losses of a method that compares no patch tokens, by name, and their ``"total"``.
-
-    Args:
-        config: has ``<name>_weight`` for classification, distill and feature.
-        output: of the training forward.
-        target: labels, or None.
-        teacher: what the dense model says, or None; with what its classifier reads for feature.
-    """
-    parts = dict[str, Tensor]()
-    if target is not None:
-        parts["classification"] = losses.classification_loss(output.logits, target)
-    if teacher is not None:
-        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-        if config.feature_weight:
-            wanted = teacher.pooled_features
-            if wanted is None:
-                raise ConfigError(
-                    "feature_weight is above 0, so the loss needs what the teacher's classifier "
-                    "reads; ask the teacher through the method's teach"
-                )
-            parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
     return with_total(config, parts)
 
 

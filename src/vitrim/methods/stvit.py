@@ -46,20 +46,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim import losses
 from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
-from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.methods.base import (
-    DenseOutput,
     Dial,
-    Method,
+    PooledOutput,
     Recorder,
-    StageTrace,
-    TrainingOutput,
+    SemanticMethod,
     check_weights,
-    with_total,
 )
 from vitrim.pooling import POOLINGS
 from vitrim.tokens import Grid, Tokens
@@ -130,15 +125,7 @@ class STViTConfig:
         return side, side
 
 
-@dataclass(frozen=True)
-class STViTOutput(TrainingOutput):
-    """A training forward: the same computation as inference."""
-
-    features_BC: Tensor
-    """What the classifier reads."""
-
-
-class STViT(Method):
+class STViT(SemanticMethod):
     """The method on a plain vision transformer."""
 
     name = "stvit"
@@ -146,7 +133,7 @@ class STViT(Method):
     refusals: ClassVar[Mapping[str, str]] = {
         "swin": "use stvit_swin, or stvit_r, whose map survives",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
-        "patches' place, were never taught to use"
+        "patches' place, were never taught to use",
     }
     needs_training = "stvit-adapt"
     config: STViTConfig
@@ -213,7 +200,10 @@ class STViT(Method):
         grid = family.grid((images.shape[-2], images.shape[-1]))
         semantic, record = self._generate(family, tokens, grid)
         if recorder:
-            recorder.stages.append(self._trace(record, semantic, grid))
+            num_patches, prefix = math.prod(grid), semantic.num_prefix
+            looks_BSN = record.weights()[:, :, prefix:, -num_patches:].float().mean(1)
+            count = semantic.num_patches
+            recorder.stages.append(self.semantic_trace(self.stages[0], grid, looks_BSN, count))
         log_size = self._log_size(semantic, tokens.num_patches)
         for block in range(self.stages[0], family.depth):
             semantic = self._self_block(family, block, semantic, log_size)
@@ -270,54 +260,13 @@ class STViT(Method):
         size[semantic.num_prefix :] = num_patches / semantic.num_patches
         return size.log()
 
-    def _trace(self, record: AttentionRecord, semantic: Tokens, grid: Grid) -> StageTrace:
-        """What each semantic token looks at; no patch goes on as such."""
-        num_patches = math.prod(grid)
-        looks_BSN = record.weights()[:, :, semantic.num_prefix :, -num_patches:].float().mean(1)
-        nothing = semantic.index_BN.new_empty(0)
-        return StageTrace(
-            block=self.stages[0],
-            grid=grid,
-            scores=looks_BSN.mean(1),
-            kept=[nothing] * semantic.num_images,
-            counts=semantic.counts_B,
-            assignment=looks_BSN,
-        )
-
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
-    ) -> STViTOutput:
+    ) -> PooledOutput:
         semantic = self._run(family, images)
         if self.config.keep_prefix:
-            return STViTOutput(family.head(semantic), family.pool(semantic))
-        return STViTOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
-
-    @torch.no_grad()
-    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
-        tokens = family.dense(images)
-        features = family.patch_features(tokens)
-        return DenseOutput(family.head(tokens), features, pooled_features=family.pool(tokens))
-
-    def losses(
-        self, output: STViTOutput, target: Tensor | None, teacher: DenseOutput | None
-    ) -> dict[str, Tensor]:
-        config, parts = self.config, dict[str, Tensor]()
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            if config.feature_weight:
-                parts["feature"] = self._feature_loss(output, teacher)
-        return with_total(config, parts)
-
-    def _feature_loss(self, output: STViTOutput, teacher: DenseOutput) -> Tensor:
-        wanted = teacher.pooled_features
-        if wanted is None:
-            raise ConfigError(
-                "feature_weight is above 0, so the loss needs what the teacher's classifier reads; "
-                "ask the teacher through the method's teach"
-            )
-        return F.mse_loss(output.features_BC.float(), wanted.float())
+            return PooledOutput(family.head(semantic), family.pool(semantic))
+        return PooledOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
 
     def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
         num_patches = math.prod(grid)

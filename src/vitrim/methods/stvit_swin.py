@@ -46,14 +46,11 @@ from vitrim.config import normalise, require
 from vitrim.families import Swin
 from vitrim.feature_map import FeatureMap
 from vitrim.methods.base import (
-    DenseOutput,
     Dial,
-    Method,
     PooledOutput,
     Recorder,
-    StageTrace,
+    SemanticMethod,
     check_weights,
-    pooled_losses,
 )
 from vitrim.pooling import POOLINGS
 from vitrim.semantic_windows import (
@@ -122,7 +119,7 @@ class STViTSwinConfig:
         return tokens_side(self.window_tokens)
 
 
-class STViTSwin(Method):
+class STViTSwin(SemanticMethod):
     """The method on a Swin transformer."""
 
     name = "stvit_swin"
@@ -204,7 +201,11 @@ class STViTSwin(Method):
             fmap = family.run_block(STAGE, index, fmap)
         fmap, record = self._generate(family, fmap, windows)
         if recorder:
-            recorder.stages.append(self._trace(record, windows))
+            looks_BSN = record.looks(windows, windows.num_tokens)
+            count = looks_BSN.shape[1]
+            recorder.stages.append(
+                self.semantic_trace(self.stages[0], windows.grid, looks_BSN, count)
+            )
         for stage in range(STAGE, len(family.depths)):
             first = self.base_layers + 2 if stage == STAGE else 0
             fmap = fmap if stage == STAGE else family.enter_stage(stage, fmap)
@@ -258,36 +259,11 @@ class STViTSwin(Method):
         out = family.channel(stage, index, x)
         return x + family.drop_path(stage, index)(scale2 * out), record
 
-    def _trace(self, record: WindowRecord, windows: Windows) -> StageTrace:
-        """What each semantic token looks at; no position goes on as such."""
-        looks_BSN = record.looks(windows, windows.num_tokens)
-        nothing = torch.empty(0, dtype=torch.int64, device=looks_BSN.device)
-        batch, count = looks_BSN.shape[:2]
-        return StageTrace(
-            block=self.stages[0],
-            grid=windows.grid,
-            scores=looks_BSN.mean(1),
-            kept=[nothing] * batch,
-            counts=torch.full((batch,), count, device=looks_BSN.device),
-            assignment=looks_BSN,
-        )
-
     def train_forward(
         self, family: Swin, images: Tensor, generator: torch.Generator | None = None
     ) -> PooledOutput:
         semantic = self._run(family, images)
         return PooledOutput(family.head(semantic), family.pool(semantic))
-
-    @torch.no_grad()
-    def teach(self, family: Swin, images: Tensor) -> DenseOutput:
-        fmap = family.dense(images)
-        features = family.patch_features(fmap)
-        return DenseOutput(family.head(fmap), features, pooled_features=family.pool(fmap))
-
-    def losses(
-        self, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
-    ) -> dict[str, Tensor]:
-        return pooled_losses(self.config, output, target, teacher)
 
     def counts(self, grid: Grid) -> tuple[int, ...] | None:
         stage_grid = (-(-grid[0] // 2**STAGE), -(-grid[1] // 2**STAGE))

@@ -28,7 +28,6 @@ FLOORS = {
     "predictor": 0,
     "pooling": 0,
     "semantic_windows": 0,
-    "windows": 0,
     "selector": 0,
     "sparse_windows": 0,
     "models": 1,

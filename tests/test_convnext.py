@@ -8,7 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, tiny_convnext
-from vitrim import InputError, UnsupportedBackboneError
+from vitrim import (
+    DynamicSpatialConfig,
+    InputError,
+    UnsupportedBackboneError,
+    from_pretrained,
+    sparsify,
+)
 from vitrim.families import ConvNeXt, family_of
 
 VARIANTS = {
@@ -155,3 +161,13 @@ def test_parts_that_cannot_be_run_are_refused_by_name(options, named):
 def test_wrong_image_shapes(shape):
     with pytest.raises(InputError, match="images"):
         family_of(tiny_convnext()).stem(torch.randn(shape))
+
+
+def test_a_checkpoint_keeps_the_image_size(tmp_path):
+    """ConvNeXt takes any size, so no argument tells for which images a model is meant."""
+    sparse = sparsify(tiny_convnext(), DynamicSpatialConfig(stages=(1,)))
+    assert sparse.family.image_size == (32, 32)
+    sparse.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.family.image_size == (32, 32)
+    assert loaded.macs() == sparse.macs()

@@ -19,7 +19,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
-from timm.models import get_model_args
+from timm.models import get_model_args, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vitrim.budget import Calibration
@@ -47,7 +47,12 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
             f"this {type(backbone).__name__} was not made by timm.create_model, so a checkpoint "
             "could not say how to make it again; create it by its timm name"
         )
-    return {"name": name, "kwargs": get_model_args(backbone)}
+    kwargs, usual = get_model_args(backbone), get_pretrained_cfg(name)
+    size = config.get("input_size")
+    if size and usual is not None and tuple(size) != tuple(usual.input_size):
+        # Where no argument says for which images the model is (ConvNeXt), its record does.
+        kwargs["pretrained_cfg_overlay"] = {"input_size": list(size)}
+    return {"name": name, "kwargs": kwargs}
 
 
 def describe_data(backbone: nn.Module) -> dict[str, Any]:

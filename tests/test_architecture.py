@@ -27,6 +27,8 @@ FLOORS = {
     "packing": 0,
     "predictor": 0,
     "pooling": 0,
+    "semantic_attention": 0,
+    "semantic_keys": 0,
     "semantic_windows": 0,
     "selector": 0,
     "sparse_windows": 0,

@@ -36,7 +36,7 @@ from vitrim.families.base import Family
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
-from vitrim.semantic_windows import (
+from vitrim.semantic_attention import (
     Keys,
     WindowRecord,
     window_cross_attention,

@@ -62,20 +62,9 @@ from vitrim.methods.base import (
     check_weights,
 )
 from vitrim.pooling import POOLINGS
-from vitrim.semantic_windows import (
-    Keys,
-    WindowRecord,
-    Windows,
-    global_centres,
-    hiding,
-    own_and_near,
-    position_keys,
-    resized_centres,
-    token_keys,
-    token_order,
-    token_rows,
-    tokens_side,
-)
+from vitrim.semantic_attention import Keys, WindowRecord
+from vitrim.semantic_keys import Look, classification_look, dense_look, token_order
+from vitrim.semantic_windows import Windows, global_centres, resized_centres, tokens_side
 from vitrim.tokens import Grid
 
 STAGE = 2
@@ -205,18 +194,6 @@ class BlockExtras(nn.Module):
         return self.bias_table[index].permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What the blocks of a unit look at, on the windows of a map."""
-
-    windows: Windows
-    generation: Keys
-    again: Keys
-    local: Keys
-    everywhere: Keys
-    recovery: Keys
-
-
 class STViTR(SemanticMethod):
     """The method on a Swin transformer."""
 
@@ -295,28 +272,9 @@ class STViTR(SemanticMethod):
 
     def _look(self, windows: Windows, device: torch.device) -> Look:
         """What each block looks at; :meth:`_unit` makes the memories."""
-        own = token_rows(windows, device)
-        hidden_WS = windows.hidden_tokens(device)
-        hide = windows.is_padded and not self._sees_padding
-        local = Keys(own, hiding(hidden_WS) if hide else None)
-        everywhere = Keys(None, hiding(hidden_WS.view(1, -1)) if hide else None)
-        first, second, last = self._reaches(windows)
         if self.config.form == "dense":
-            mask = self.config.pad_mask
-            return Look(
-                windows,
-                position_keys(windows, first, mask, device),
-                position_keys(windows, second, mask, device),
-                local,
-                everywhere,
-                token_keys(windows, last, mask, device),
-            )
-        again = everywhere
-        if everywhere.bias_WK is not None:
-            seen = everywhere.bias_WK.new_zeros(1, math.prod(windows.grid))
-            again = Keys(None, torch.cat([everywhere.bias_WK, seen], 1))
-        generation = own_and_near(windows, first, device)
-        return Look(windows, generation, again, local, everywhere, everywhere)
+            return dense_look(windows, self._reaches(windows), self.config.pad_mask, device)
+        return classification_look(windows, self._reaches(windows)[0], device)
 
     def _memory(self, *parts: Tensor) -> Tensor:
         """Rows that a block looks at; where padding is seen, with a last one for it."""

@@ -53,15 +53,9 @@ from vitrim.methods.base import (
     check_weights,
 )
 from vitrim.pooling import POOLINGS
-from vitrim.semantic_windows import (
-    Keys,
-    WindowRecord,
-    Windows,
-    global_centres,
-    own_and_near,
-    resized_centres,
-    tokens_side,
-)
+from vitrim.semantic_attention import Keys, WindowRecord
+from vitrim.semantic_keys import own_and_near
+from vitrim.semantic_windows import Windows, global_centres, resized_centres, tokens_side
 from vitrim.tokens import Grid
 
 STAGE = 2

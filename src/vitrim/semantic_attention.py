@@ -1,0 +1,145 @@
+"""Attention between windows of a map and rows of a memory, for semantic tokens.
+
+Keys and values are projected once per row of a memory, then gathered for each window: windows
+overlap, and a projection per window would repeat the work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor
+
+from vitrim.macs import linear_macs
+from vitrim.semantic_windows import Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Which rows of a memory the queries of each window look at."""
+
+    index_WK: Tensor | None
+    """None: one window, which looks at all rows."""
+    bias_WK: Tensor | None = None
+    """Added to the attention logits: -inf hides a key; None hides none."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """What went on in one layer of attention between windows."""
+
+    q_BWHQD: Tensor
+    k_BWHKD: Tensor
+    mask: Tensor | None
+    """Added to the logits."""
+    keys: Keys
+
+    def weights(self) -> Tensor:
+        """(B, W, H, Q, K)"""
+        q = self.q_BWHQD * self.q_BWHQD.shape[-1] ** -0.5
+        logits = q @ self.k_BWHKD.transpose(-2, -1)
+        if self.mask is not None:
+            logits = logits + self.mask
+        weights: Tensor = logits.softmax(-1)
+        return weights
+
+    def looks(self, windows: Windows, first_row: int) -> Tensor:
+        """(B, S, N): how much each visible semantic token, in the order of their map, looks at each
+        position, the mean over heads; the positions begin at ``first_row`` of the memory.
+        """
+        weights_BWQK = self.weights().float().mean(2)
+        last_row = first_row + math.prod(windows.grid)
+        looks = weights_BWQK
+        if self.keys.index_WK is not None:
+            index = self.keys.index_WK[None, :, None, :].expand_as(weights_BWQK)
+            num_rows = max(last_row, int(self.keys.index_WK.max()) + 1)
+            looks = weights_BWQK.new_zeros(*index.shape[:3], num_rows)
+            looks = looks.scatter_add(3, index, weights_BWQK)
+        looks_BWSN = looks[..., first_row:last_row]
+        looks_BWSN = looks_BWSN.reshape(len(looks), windows.count, -1, last_row - first_row)
+        rows, columns = windows.visible_tokens
+        return windows.join_tokens(looks_BWSN)[:, :rows, :columns].flatten(1, 2)
+
+
+def window_cross_attention(
+    attention: WindowAttention,
+    query_BWQC: Tensor,
+    memory_BMC: Tensor,
+    keys: Keys,
+    bias_HQK: Tensor | None = None,
+    project_once: bool = True,
+) -> tuple[Tensor, WindowRecord]:
+    """A Swin attention layer used between windows: its projections, split by rows, and no shift.
+
+    Args:
+        attention: its position biases are not used.
+        query_BWQC: what asks, window by window, normalised for attention.
+        memory_BMC: what is looked at, likewise; it gives keys and values.
+        keys: which rows of the memory each window looks at.
+        bias_HQK: added to the logits of every window.
+        project_once: project each row of the memory once; else again for each window that looks at
+            it, which gives the same numbers.
+
+    Returns:
+        the layer's output (B, W, Q, C), and its inner values.
+    """
+    batch, windows, queries, _ = query_BWQC.shape
+    width, heads = attention.proj.in_features, attention.num_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(query_BWQC, weight[:width], bias_q)
+    kv = F.linear(memory_BMC, weight[width:], bias_kv) if project_once else memory_BMC
+    if keys.index_WK is None:
+        kv = kv.unsqueeze(1)
+    else:
+        gathered = kv.index_select(1, keys.index_WK.flatten())
+        kv = gathered.view(batch, *keys.index_WK.shape, -1)
+    if not project_once:
+        kv = F.linear(kv, weight[width:], bias_kv)
+    q = q.view(batch, windows, queries, heads, -1).transpose(2, 3)
+    k, v = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    mask = _mask(keys, bias_HQK, q.dtype)
+    spread = mask
+    if mask is not None and len(mask) > 1:
+        spread = mask.expand(batch, *mask.shape).flatten(0, 1)
+    context = F.scaled_dot_product_attention(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        attn_mask=None if spread is None else spread.expand(-1, -1, queries, -1),
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+    )
+    out = context.transpose(1, 2).reshape(batch, windows, queries, width)
+    out = attention.proj_drop(attention.proj(out))
+    return out, WindowRecord(q, k, mask, keys)
+
+
+def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the logits (W, H, Q, K), some of these 1; None: nothing."""
+    mask = None if keys.bias_WK is None else keys.bias_WK[:, None, None, :]
+    if bias_HQK is not None:
+        mask = bias_HQK[None] if mask is None else mask + bias_HQK
+    return None if mask is None else mask.to(dtype)
+
+
+def window_cross_attention_macs(
+    attention: WindowAttention, num_queries: Any, num_rows: Any, num_keys: Any
+) -> Any:
+    """MACs of :func:`window_cross_attention`.
+
+    Args:
+        attention: the layer.
+        num_queries: of all windows together.
+        num_rows: rows that are projected to keys and values: those of the memory, or those of all
+            windows if each projects its own.
+        num_keys: that each query looks at.
+    """
+    per_row = 2 * attention.qkv.weight.numel() // 3
+    per_query = linear_macs(attention) - per_row
+    attending = 2 * attention.proj.in_features * num_queries * num_keys
+    return per_query * num_queries + per_row * num_rows + attending

@@ -1,9 +1,7 @@
 """vitrim: faster vision transformers by computing only the tokens that matter."""
 
-from vitrim.budget import Calibration
-from vitrim.calibrate import calibrate
-from vitrim.checkpoint import from_pretrained
-from vitrim.convert import load_official
+from importlib.util import find_spec
+
 from vitrim.errors import (
     CheckpointError,
     ConfigError,
@@ -13,16 +11,22 @@ from vitrim.errors import (
     UnsupportedBackboneError,
     VitrimError,
 )
-from vitrim.methods.asvit import ASViTConfig
-from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
-from vitrim.methods.dynamicvit import DynamicViTConfig
-from vitrim.methods.sait import SaiTConfig
-from vitrim.methods.spvit import SPViTConfig
-from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
-from vitrim.methods.stvit import STViTConfig
-from vitrim.methods.stvit_r import STViTRConfig
-from vitrim.methods.stvit_swin import STViTSwinConfig
-from vitrim.model import SparseModel, Trace, sparsify
+
+if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
+    from vitrim.budget import Calibration
+    from vitrim.calibrate import calibrate
+    from vitrim.checkpoint import from_pretrained
+    from vitrim.convert import load_official
+    from vitrim.methods.asvit import ASViTConfig
+    from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
+    from vitrim.methods.dynamicvit import DynamicViTConfig
+    from vitrim.methods.sait import SaiTConfig
+    from vitrim.methods.spvit import SPViTConfig
+    from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
+    from vitrim.methods.stvit import STViTConfig
+    from vitrim.methods.stvit_r import STViTRConfig
+    from vitrim.methods.stvit_swin import STViTSwinConfig
+    from vitrim.model import SparseModel, Trace, sparsify
 
 __version__ = "0.1.0"
 

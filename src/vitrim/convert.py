@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -39,8 +40,9 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        # The authors store their command line next to the weights; it is a plain container.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # The authors store their command line or settings next to the weights: plain containers.
+        containers: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+        with torch.serialization.safe_globals(containers), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a remark on pickle's protocol; errors say enough
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler

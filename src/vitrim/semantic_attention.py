@@ -49,8 +49,8 @@ class WindowRecord:
         return weights
 
     def looks(self, windows: Windows, first_row: int) -> Tensor:
-        """(B, S, N): how much each visible semantic token, in the order of their map, looks at each
-        position, the mean over heads; the positions begin at ``first_row`` of the memory.
+        """(B, rows, columns, N): how much each semantic token, on their map, looks at each position,
+        the mean over heads; the positions begin at ``first_row`` of the memory.
         """
         weights_BWQK = self.weights().float().mean(2)
         last_row = first_row + math.prod(windows.grid)
@@ -62,8 +62,7 @@ class WindowRecord:
             looks = looks.scatter_add(3, index, weights_BWQK)
         looks_BWSN = looks[..., first_row:last_row]
         looks_BWSN = looks_BWSN.reshape(len(looks), windows.count, -1, last_row - first_row)
-        rows, columns = windows.visible_tokens
-        return windows.join_tokens(looks_BWSN)[:, :rows, :columns].flatten(1, 2)
+        return windows.join_tokens(looks_BWSN)
 
 
 def window_cross_attention(

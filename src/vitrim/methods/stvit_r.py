@@ -226,6 +226,13 @@ class STViTR(SemanticMethod):
         self.window: Grid = family.block(STAGE, 0).window_size
         dim, heads = family.stage_dim(STAGE), family.block(STAGE, 0).attn.num_heads
         tokens = self.centres_grid = self._windows(family, family.grid()).tokens
+        if config.form == "dense":
+            narrow = (config.key_window, config.second_key_window)
+            require(
+                min(side or max(self.window) for side in narrow) >= max(self.window),
+                f"key_window and second_key_window are {narrow[0]} and {narrow[1]}; expected at "
+                f"least a window's {max(self.window)} positions",
+            )
         self.pooling = POOLINGS[config.pooling](dim)
         self.pooling.reset_parameters(generator)
         self.centres_SC: nn.Parameter | None = None
@@ -334,7 +341,8 @@ class STViTR(SemanticMethod):
             query = query.flatten(1, 2).unsqueeze(1)
         semantic, record = self._block(family, first + AGAIN, query, query, memory, look.again)
         if recorder:
-            looks_BSN = record.looks(windows, 0 if dense else windows.num_tokens)
+            first_row = 0 if dense else windows.num_tokens
+            looks_BSN = record.looks(windows, first_row).flatten(1, 2)
             block = self.stages[first // UNIT]
             recorder.stages.append(
                 self.semantic_trace(block, windows.grid, looks_BSN, windows.num_tokens)

@@ -195,7 +195,9 @@ class STViTSwin(SemanticMethod):
             fmap = family.run_block(STAGE, index, fmap)
         fmap, record = self._generate(family, fmap, windows)
         if recorder:
-            looks_BSN = record.looks(windows, windows.num_tokens)
+            rows, columns = windows.visible_tokens
+            looks = record.looks(windows, windows.num_tokens)[:, :rows, :columns]
+            looks_BSN = looks.flatten(1, 2)
             count = looks_BSN.shape[1]
             recorder.stages.append(
                 self.semantic_trace(self.stages[0], windows.grid, looks_BSN, count)

@@ -205,6 +205,27 @@ def test_keeping_everything_is_dense_and_runs_no_predictor(backbone):
 
 
 @each_backbone
+def test_slices_give_the_numbers_of_timm(backbone, monkeypatch):
+    """Whole blocks on slices of the map, without gradients and outside of graphs alone."""
+    model = BACKBONES[backbone]()
+    sparse = sparsify(model, DynamicSpatialConfig(keep_ratio=(1.0, 1.0, 1.0))).eval()
+    whole = []
+    run_block = sparse.family.run_block
+    monkeypatch.setattr(
+        sparse.family, "run_block", lambda *block: whole.append(block[:2]) or run_block(*block)
+    )
+    monkeypatch.setattr("vitrim.feature_map.SLICE", 50)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(X), model(X), atol=1e-5, rtol=0)
+        assert whole == [(3, 0)]  # 3 images of 16 positions: less than a slice
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sparse(X), model(X))
+    assert len(whole) == 1 + 9
+    sparse(X)
+    assert len(whole) == 1 + 9 + 9
+
+
+@each_backbone
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_any_batch_and_image_size(backbone, batch):
     sparse = sparse_model(backbone, size="any")

@@ -54,7 +54,12 @@ def features_of(model, monkeypatch):
         if swin and stage == 3 and index == last[3]:
             keep("layers.3", fmap.x_BHWC)
 
+    def after_whole_block(arguments, fmap):
+        _, stage, index, before = arguments
+        after_block((stage, index, before), fmap)
+
     watch(model.family, "run_block", after_block)
+    watch(model.method, "_whole_block", after_whole_block)
     watch(model.family, "stem", lambda _, fmap: keep("patch_embed", fmap.x_BHWC))
     watch(
         model.family,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitrim.packing import SLICE
 from vitrim.tokens import Grid
 
 
@@ -69,3 +70,28 @@ class Partition:
     def first_BN(self, num_images: int) -> Tensor:
         """(B, N): whether a position is in the first group."""
         return (self.places < self.num_first).view(num_images, -1)
+
+
+def pays_in_slices(x_BHWC: Tensor) -> bool:
+    """Whether :func:`add_in_slices` takes less time than the sum at once, and may be used."""
+    return (
+        x_BHWC.device.type == "cpu"
+        and x_BHWC.shape[:3].numel() > SLICE
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def add_in_slices(base_BHWC: Tensor, branch: Callable[[Tensor], Tensor], x_BHWC: Tensor) -> Tensor:
+    """``base + branch(x)``, where ``branch`` works row by row, on slices that suit a CPU's caches.
+
+    The hidden rows of an MLP on a whole map are too large for a cache, and memory that large is
+    asked from the system anew each time. The numbers are those of the sum at once.
+    """
+    base, x = base_BHWC.flatten(0, 2), x_BHWC.flatten(0, 2)
+    out = torch.empty_like(base)
+    for start in range(0, len(base), SLICE):
+        rows = slice(start, start + SLICE)
+        torch.add(base[rows], branch(x[rows]), out=out[rows])
+    return out.view(base_BHWC.shape)

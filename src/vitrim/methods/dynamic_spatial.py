@@ -18,6 +18,8 @@ the shadow, where inference has one map only. This is the method as released, an
 
 What differs from the authors' code: any image size, number of predictors and ratio per predictor;
 batches of two images, at which theirs fails on Swin; one gather instead of index pairs per path.
+At inference on a CPU the MLPs of all other blocks run on slices of the map, which gives the same
+numbers and saves time that dense timm models could save too.
 
 Published (top-1 at GMACs, r = 0.7): Swin-T/S/B 80.91 / 83.21 / 83.43 at 4.0 / 6.9 / 12.1,
 ConvNeXt-T/S/B 81.59 / 82.57 / 83.45 at 3.6 / 5.8 / 10.2. We reproduce the costs (4.041 / 6.846 /
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 from vitrim import losses
 from vitrim.config import normalise, require
 from vitrim.families import ConvNeXt, Swin
-from vitrim.feature_map import FeatureMap, Partition
+from vitrim.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
@@ -246,11 +248,13 @@ class DynamicSpatial(Method):
     ) -> list[FeatureMap]:
         """The map after each of the backbone's stages."""
         fmap, levels = family.stem(images), []
-        for level in range(len(family.depths)):
+        for level, depth in enumerate(family.depths):
+            fmap = family.enter_stage(level, fmap)
             if level == self.config.level:
-                fmap = self._infer_level(family, family.enter_stage(level, fmap), recorder)
+                fmap = self._infer_level(family, fmap, recorder)
             else:
-                fmap = family.run_stage(level, fmap)
+                for block in range(depth):
+                    fmap = self._whole_block(family, level, block, fmap)
             levels.append(fmap)
         return levels
 
@@ -264,7 +268,7 @@ class DynamicSpatial(Method):
                 number = sum(family.depths[:level]) + block
                 partition = self._choose(fmap, self.stages.index(block), number, recorder)
             if partition is None:
-                fmap = family.run_block(level, block, fmap)
+                fmap = self._whole_block(family, level, block, fmap)
             else:
                 fmap = self._split_block(family, block, fmap, partition)
         return fmap
@@ -289,6 +293,18 @@ class DynamicSpatial(Method):
         """(B, N, 2): of the slow path and the fast one, by a predictor that sees all positions."""
         out: Tensor = self.predictors[stage](Tokens.of(x_BHWC.flatten(1, 2), num_prefix=0))
         return out
+
+    def _whole_block(
+        self, family: Swin | ConvNeXt, level: int, block: int, fmap: FeatureMap
+    ) -> FeatureMap:
+        """A block at inference where all positions take its MLP: timm's own, or the same numbers
+        in less time.
+        """
+        if not pays_in_slices(fmap.x_BHWC):
+            return family.run_block(level, block, fmap)
+        mixed = family.mix(level, block, fmap.x_BHWC)
+        base = fmap.x_BHWC if self.form.one_residual else mixed
+        return FeatureMap(add_in_slices(base, partial(family.channel, level, block), mixed))
 
     def _split_block(
         self, family: Swin | ConvNeXt, block: int, fmap: FeatureMap, partition: Partition

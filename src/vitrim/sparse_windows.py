@@ -9,6 +9,7 @@ a key in every window, and no block changes it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,55 +24,53 @@ from vitrim.tokens import Grid
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
-    """Which positions of a batch of maps take part in a block."""
+class WindowPlan:
+    """Where the positions that take part lie in a block's windows; blocks of one shift share it."""
 
-    row_T: Tensor
-    """(T,) int64: the rows that are computed."""
-    visible_R: Tensor
-    """(B * rows * columns,) bool: the positions that others see; all of them are computed."""
     num_images: int
-    grid: Grid
+    windows: int
+    """Of one image."""
+    whole: Grid
+    """Rows and columns of the map with what its last windows hang over."""
+    slot_P: Tensor
+    """(B * windows * area,): the computed row at each place of the windows; the next number stands
+    for a position that is not computed, the one after it for padding."""
+    place_T: Tensor
+    """(T,): the place of each computed row."""
+    hidden_K: Tensor
+    """(B, windows, 1, 1, area + 1) bool: keys that nobody sees. Padding is seen, as in timm; the
+    package, which is the last, where its image hides anything."""
 
-    @property
-    def drops_B(self) -> Tensor:
-        """(B,) bool: whether any position of an image is hidden."""
-        return ~self.visible_R.view(self.num_images, -1).all(1)
+    @classmethod
+    def of(cls, block: Any, grid: Grid, row_T: Tensor, visible_BN: Tensor) -> WindowPlan:
+        """The plan for a block.
+
+        Args:
+            block: a ``timm.models.swin_transformer.SwinTransformerBlock``.
+            grid: rows and columns of the map.
+            row_T: the rows that are computed.
+            visible_BN: bool, the positions that others see; all of them are computed.
+        """
+        num_images, num_positions = visible_BN.shape
+        order_WA = _window_order(block, grid, row_T.device)
+        windows, order_P, whole = len(order_WA), order_WA.flatten(), _whole(block, grid)
+        count = torch.ones_like(row_T).cumsum(0)
+        absent = row_T.new_full((visible_BN.numel(),), len(row_T))
+        slot_BN = absent.scatter(0, row_T, count - 1).view(visible_BN.shape)
+        slot_BN = F.pad(slot_BN, (0, 1), value=len(row_T) + 1)
+        # The place of each position among the windows is the inverse of their order.
+        place_P = torch.arange(len(order_P), device=row_T.device)
+        place_N = place_P.new_empty(num_positions + 1).scatter(0, order_P, place_P)
+        place_T = row_T // num_positions * len(order_P)
+        place_T = place_T + place_N.index_select(0, row_T % num_positions)
+        hidden = F.pad(~visible_BN, (0, 1), value=False).index_select(1, order_P)
+        package = visible_BN.all(1).view(-1, 1, 1).expand(-1, windows, 1)
+        hidden = torch.cat([hidden.view(num_images, windows, -1), package], 2)
+        slot_P = slot_BN.index_select(1, order_P).flatten()
+        return cls(num_images, windows, whole, slot_P, place_T, hidden[:, :, None, None])
 
 
-def sparse_block(block: Any, x_TC: Tensor, package_BC: Tensor, positions: Positions) -> Tensor:
-    """A Swin block for some positions: its own norms, projections, biases, shift and MLP.
-
-    Args:
-        block: a ``timm.models.swin_transformer.SwinTransformerBlock``.
-        x_TC: features of the positions that are computed.
-        package_BC: one package token per image.
-        positions: which they are.
-    """
-    num_images = positions.num_images
-
-    def drop(path: nn.Module, out: Tensor) -> Tensor:
-        if not path.training:
-            return out
-        whole: Tensor = path(out.view(num_images, -1, out.shape[1]))  # it drops whole images
-        return whole.flatten(0, 1)
-
-    out = attend(block, block.norm1(x_TC), block.norm1(package_BC), positions)
-    x_TC = x_TC + drop(block.drop_path1, out)
-    out = in_slices(lambda part: block.mlp(block.norm2(part)), x_TC)
-    return x_TC + drop(block.drop_path2, out)
-
-
-def sparse_block_macs(block: Any, grid: Grid, num_rows: Any) -> Any:
-    """MACs of :func:`sparse_block` for one image, given how many positions are computed."""
-    attention, area = block.attn, int(block.window_area)
-    sides = zip(grid, block.window_size, strict=True)
-    places = math.prod(-(-length // window) * window for length, window in sides)
-    keys = 2 * int(attention.proj.in_features) * places * (area + 1)
-    return linear_macs(block) * num_rows + linear_macs(attention.qkv) + keys
-
-
-def window_order(block: Any, grid: Grid, device: torch.device) -> Tensor:
+def _window_order(block: Any, grid: Grid, device: torch.device) -> Tensor:
     """(windows, area) int64: the row-major position of a map at each place of the block's windows,
     cyclic shift included; the number of positions stands for padding.
     """
@@ -79,84 +78,113 @@ def window_order(block: Any, grid: Grid, device: torch.device) -> Tensor:
     position = torch.arange(rows * columns, device=device).view(1, rows, columns, 1)
     if any(block.shift_size):
         position = position.roll((-block.shift_size[0], -block.shift_size[1]), (1, 2))
-    height, width = block.window_size
-    padding = (0, 0, 0, -columns % width, 0, -rows % height)
+    whole = _whole(block, grid)
+    padding = (0, 0, 0, whole[1] - columns, 0, whole[0] - rows)
     position = F.pad(position, padding, value=rows * columns)
     return window_partition(position, block.window_size).view(-1, block.window_area)
 
 
-def attend(block: Any, x_TC: Tensor, package_BC: Tensor, positions: Positions) -> Tensor:
-    """The window attention of a Swin block for some positions.
+def _whole(block: Any, grid: Grid) -> Grid:
+    """Rows and columns of a map with what its last windows hang over."""
+    height, width = block.window_size
+    return -(-grid[0] // height) * height, -(-grid[1] // width) * width
 
-    A hidden position is no key; padding is one, as in timm. Where an image hides anything, its
-    package is a key of all its windows, without a bias for its place, as it has none.
+
+def sparse_blocks(
+    blocks: Sequence[Any],
+    x_TC: Tensor,
+    package_BC: Tensor,
+    grid: Grid,
+    row_T: Tensor,
+    visible_BN: Tensor,
+) -> Tensor:
+    """Several blocks of a stage, one after the other, on some of its positions.
 
     Args:
-        block: whose projections, bias and shift are used.
-        x_TC: the positions that are computed, normalised for attention.
-        package_BC: one package token per image, likewise.
-        positions: which they are.
-
-    Returns:
-        (T, C): what the block adds to them.
+        blocks: of the stage.
+        x_TC: features of the positions that are computed.
+        package_BC: one package token per image.
+        grid: rows and columns of the map.
+        row_T: which positions are computed.
+        visible_BN: bool, those that others see; all of them are computed.
     """
-    attention = block.attn
-    num_images, num_places = positions.num_images, math.prod(positions.grid)
-    order_WA = window_order(block, positions.grid, x_TC.device)
-    windows, area = order_WA.shape
-    qkv = attention.qkv(torch.cat([x_TC, package_BC]))
-    qkv, package = qkv.split([len(x_TC), num_images])
-    qkv = _in_windows(attention, qkv, positions, order_WA)
-    q, k, v = qkv.view(len(qkv), area, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    package = package.repeat_interleave(windows, 0, output_size=num_images * windows)
-    _, package_k, package_v = package.view(len(package), 3, attention.num_heads, 1, -1).unbind(1)
-    k, v = torch.cat([k, package_k], 2), torch.cat([v, package_v], 2)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    bias = _bias(block, positions, order_WA).to(q.dtype)
-    context = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, dropout_p=dropout, scale=attention.scale
-    )
-    context = context.transpose(1, 2).flatten(2).flatten(0, 1)
-    # The place of each position among the windows is the inverse of their order.
-    place = torch.arange(windows * area, device=x_TC.device)
-    place = place.new_empty(num_places + 1).scatter(0, order_WA.flatten(), place)
-    image_T, position_T = positions.row_T // num_places, positions.row_T % num_places
-    place_T = image_T * (windows * area) + place.index_select(0, position_T)
-    out: Tensor = attention.proj_drop(attention.proj(context.index_select(0, place_T)))
-    return out
+    plans: dict[Grid, WindowPlan] = {}
+    for block in blocks:
+        if block.shift_size not in plans:
+            plans[block.shift_size] = WindowPlan.of(block, grid, row_T, visible_BN)
+        x_TC = sparse_block(block, x_TC, package_BC, plans[block.shift_size])
+    return x_TC
 
 
-def _in_windows(attention: Any, qkv: Tensor, positions: Positions, order_WA: Tensor) -> Tensor:
-    """(B * windows, area, 3 C): projections of every place; zero where a position is not computed,
-    the projection of zero where there is none.
+sparse_blocks_eagerly = torch.compiler.disable(sparse_blocks)
+"""For numbers of rows that the image decides, which torch.compile would trace for a minute."""
+
+
+def sparse_block(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> Tensor:
+    """A Swin block for some positions: its own norms, projections, biases, shift and MLP.
+
+    Args:
+        block: a ``timm.models.swin_transformer.SwinTransformerBlock``.
+        x_TC: features of the positions that are computed.
+        package_BC: one package token per image.
+        plan: where they are.
     """
-    count, num_places = len(qkv), math.prod(positions.grid)
+
+    def drop(path: nn.Module, out: Tensor) -> Tensor:
+        if not path.training:
+            return out
+        whole: Tensor = path(out.view(plan.num_images, -1, out.shape[1]))  # it drops whole images
+        return whole.flatten(0, 1)
+
+    out = _attend(block, block.norm1(x_TC), block.norm1(package_BC), plan)
+    x_TC = x_TC + drop(block.drop_path1, out)
+    out = in_slices(lambda part: block.mlp(block.norm2(part)), x_TC)
+    return x_TC + drop(block.drop_path2, out)
+
+
+def sparse_block_macs(block: Any, grid: Grid, num_rows: Any) -> Any:
+    """MACs of :func:`sparse_block` for one image, given how many positions are computed."""
+    attention, places = block.attn, math.prod(_whole(block, grid))
+    keys = 2 * int(attention.proj.in_features) * places * (int(block.window_area) + 1)
+    return linear_macs(block) * num_rows + linear_macs(attention.qkv) + keys
+
+
+def _attend(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> Tensor:
+    """(T, C): what the block's window attention adds to the positions that are computed."""
+    attention, area = block.attn, block.window_area
+    qkv, package = attention.qkv(x_TC), attention.qkv(package_BC)
     absent, bias = qkv.new_zeros(1, qkv.shape[1]), attention.qkv.bias
-    padding = absent if bias is None else bias.to(qkv.dtype).unsqueeze(0)
-    rows = torch.arange(count, device=qkv.device)
-    slot = rows.new_full((len(positions.visible_R),), count).scatter(0, positions.row_T, rows)
-    slot_BR = F.pad(slot.view(positions.num_images, num_places), (0, 1), value=count + 1)
-    slots = slot_BR.index_select(1, order_WA.flatten()).flatten()
-    windows = torch.cat([qkv, absent, padding]).index_select(0, slots)
-    return windows.view(-1, order_WA.shape[1], qkv.shape[1])
+    padding = absent if bias is None else bias.to(qkv.dtype).unsqueeze(0)  # timm pads with zeros
+    qkv = torch.cat([qkv, absent, padding]).index_select(0, plan.slot_P)
+    qkv = qkv.view(-1, area, 3, attention.num_heads, qkv.shape[1] // 3 // attention.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    package = package.view(plan.num_images, 1, 3, attention.num_heads, 1, q.shape[-1])
+    package = package.expand(-1, plan.windows, -1, -1, -1, -1).flatten(0, 1)
+    k, v = torch.cat([k, package[:, 1]], 2), torch.cat([v, package[:, 2]], 2)
+    context = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_bias(block, plan).to(q.dtype),
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        scale=attention.scale,
+    )
+    context = context.transpose(1, 2).reshape(-1, attention.proj.in_features)
+    out: Tensor = attention.proj(context.index_select(0, plan.place_T))
+    dropped: Tensor = attention.proj_drop(out)
+    return dropped
 
 
-def _bias(block: Any, positions: Positions, order_WA: Tensor) -> Tensor:
-    """(B * windows, H, area, area + 1): added to the logits of each key, of which the package is
-    the last.
+def _bias(block: Any, plan: WindowPlan) -> Tensor:
+    """(B * windows, H, area, area + 1): added to the logits of each key; the package, which has no
+    place, has no bias of its own.
     """
-    num_images, (windows, area) = positions.num_images, order_WA.shape
+    area = block.window_area
     bias = block.attn._get_rel_pos_bias().unsqueeze(1)
     if any(block.shift_size):
         mask = block.attn_mask
-        if block.dynamic_mask:
-            sides = zip(positions.grid, block.window_size, strict=True)
-            shape = [-(-length // window) * window for length, window in sides]
-            mask = block.get_attn_mask(bias.new_empty(1, *shape, 1))
-        bias = bias + mask.view(1, windows, 1, area, area)
-    visible = F.pad(positions.visible_R.view(num_images, -1), (0, 1), value=True)
-    visible = visible.index_select(1, order_WA.flatten()).view(num_images, windows, 1, 1, area)
-    bias = bias.expand(num_images, windows, *bias.shape[2:]).masked_fill(~visible, -math.inf)
-    no_package = ~positions.drops_B.view(-1, 1, 1, 1, 1)
-    package = bias.new_zeros(num_images, *bias.shape[1:4], 1).masked_fill(no_package, -math.inf)
-    return torch.cat([bias, package], -1).flatten(0, 1)
+        if block.dynamic_mask:  # then timm makes it for each map
+            mask = block.get_attn_mask(bias.new_empty(1, *plan.whole, 1))
+        bias = bias + mask.view(1, plan.windows, 1, area, area)
+    bias = F.pad(bias, (0, 1))
+    return bias.masked_fill(plan.hidden_K, -math.inf).flatten(0, 1)

@@ -34,9 +34,9 @@ ours does not); training on ImageNet was not re-run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,12 @@ class SPViT(Method):
     name = "spvit"
     config_class = SPViTConfig
     families = ("vit", "lvvit")
+    refusals: ClassVar[Mapping[str, str]] = {
+        "pit": "its map is pooled between stages; use SPViTPyramidConfig, 'spvit_pyramid'",
+        "swin": "its map is merged between stages; use SPViTPyramidConfig, 'spvit_pyramid'",
+        "convnext": "its selector reads attention heads, and ConvNeXt has none; use "
+        "DynamicSpatialConfig, 'dynamic_spatial'",
+    }
     needs_training = "spvit-adapt"
     config: SPViTConfig
 

@@ -61,7 +61,7 @@ from vitrim.methods.base import (
 )
 from vitrim.packing import AnyTokens, PackedTokens, select
 from vitrim.selector import Selector, masked, package_of
-from vitrim.sparse_windows import Positions, sparse_block, sparse_block_macs
+from vitrim.sparse_windows import sparse_block_macs, sparse_blocks, sparse_blocks_eagerly
 from vitrim.tokens import Grid, Tokens
 
 
@@ -248,7 +248,7 @@ class SPViTPyramid(Method):
             else:
                 keep = sampling.hard_keep(scores.log_probs, noise=False)
             if recorder:
-                shape = (-1, *family.stage_grid(grid, self._stage_of(number)))
+                shape = (-1, *family.stage_grid(grid, list(self._places)[number]))
                 block = self.stages[number]
                 keep_BHW = (torch.ones_like(keep) if skips else keep).view(shape) > 0.5
                 recorder.add_map(block, rank.view(shape), keep_BHW)
@@ -338,12 +338,11 @@ class SPViTPyramid(Method):
         row_T = torch.arange(tokens.x.shape[:2].numel(), device=tokens.x.device)
         if not masks:
             row_T = _kept_rows(choice, row_T)
-        visible_R = choice.keep_BN.detach().flatten() > 0.5
-        positions = Positions(row_T, visible_R, tokens.num_images, fmap.grid)
         before_RC = tokens.x.flatten(0, 1)
-        x_TC = before_RC.index_select(0, row_T)
-        for index in range(place, depth):
-            x_TC = sparse_block(family.block(stage, index), x_TC, choice.package_BC, positions)
+        blocks = [family.block(stage, index) for index in range(place, depth)]
+        run = sparse_blocks if masks or choice.best_BK is not None else sparse_blocks_eagerly
+        x_TC, visible_BN = before_RC.index_select(0, row_T), choice.keep_BN.detach() > 0.5
+        x_TC = run(blocks, x_TC, choice.package_BC, fmap.grid, row_T, visible_BN)
         if masks:
             x_RC = self._blend(choice.keep_BN.flatten(), x_TC, before_RC)
         else:
@@ -356,10 +355,6 @@ class SPViTPyramid(Method):
             return computed
         keep = keep.unsqueeze(-1).to(computed.dtype)
         return keep * computed + (1 - keep) * carried
-
-    def _stage_of(self, number: int) -> int:
-        """Stage of the backbone that a selector stands in."""
-        return list(self._places)[number]
 
     def losses(
         self, output: PyramidOutput, target: Tensor | None, teacher: DenseOutput | None
@@ -404,6 +399,11 @@ class SPViTPyramid(Method):
     @property
     def dial(self) -> Dial:
         """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
+        require(
+            self.config.execution == "gather",
+            'spvit_pyramid with execution="mask" computes everything, whatever is dropped; make '
+            'the model sparse with execution="gather" to change its cost',
+        )
         if self.config.inference != "top_k":
             value = self.config.threshold if self.config.inference == "threshold" else 0.5
             return Dial("threshold", value, cheapest=1 - 1e-6, dearest=0.0)

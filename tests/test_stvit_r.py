@@ -160,6 +160,16 @@ class Reference:
         parts = zip(flat.split(sizes, 1), like.items(), strict=True)
         return {place: part.view(old.shape) for part, (place, old) in parts}
 
+    def with_centres(self, tokens):
+        if self.method.centres_SC is None:
+            return tokens
+        side, (rows, columns) = self.side, self.shape
+        centres = self.method.centres_SC.view(rows * side, columns * side, -1)
+        return {
+            (i, j): part + centres[i * side :, j * side :][: part.shape[1], : part.shape[2]]
+            for (i, j), part in tokens.items()
+        }
+
     def unit(self, x, first):
         centres, dense = self.pooled(x), self.config.form == "dense"
         near = self.near(x, 8 if dense else 6, inside=not dense)
@@ -171,8 +181,8 @@ class Reference:
             near = self.near(x, 12, inside=False)
             s = {w: self.run(first + 2, p, near[w], p) for w, p in s.items()}
         else:
-            query = self.flat(s)
-            memory = torch.cat([query, x.flatten(1, 2)], 1)
+            memory = torch.cat([self.flat(s), x.flatten(1, 2)], 1)
+            query = self.flat(self.with_centres(s) if first == 0 else s)
             s = self.apart(self.run(first + 2, query, memory, query), s)
         s = {w: self.run(first + 3, p, p, p) for w, p in s.items()}
         query = self.flat(s)
@@ -194,6 +204,7 @@ class Reference:
     ("options", "side"),
     [
         ({"window_tokens": 4}, 2),
+        ({"window_tokens": 4, "global_centres": True}, 2),
         ({"window_tokens": 9, "residual": True}, 3),
         ({"window_tokens": 4, "form": "dense", "recovery_windows": 3}, 2),
         ({"window_tokens": 9, "form": "dense"}, 3),
@@ -206,6 +217,8 @@ def test_both_forms_by_loops(size, options, side):
         img_size=size, always_partition=True, depths=(1, 1, 12, 1) if side == 2 else (1, 1, 6, 1)
     )
     sparse = sparse_swin(model, **options)
+    if sparse.method.centres_SC is not None:
+        torch.nn.init.normal_(sparse.method.centres_SC, generator=seeded(1))
     family, reference = sparse.family, Reference(model, sparse, side)
     dense = sparse.config.form == "dense"
     x = torch.randn(2, 3, *size, generator=seeded(2))

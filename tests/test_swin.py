@@ -75,6 +75,28 @@ def test_flexible_models_take_other_image_sizes(size):
     assert macs_by_torch(model, size) == family.dense_macs(family.grid(size))
 
 
+@pytest.mark.parametrize("size", [24, 21])
+def test_padding_before_the_shift_is_the_original_swin(size):
+    """The same as timm's order where windows fit; else a whole padded map is shifted and cut."""
+    model = tiny_swin(img_size=size, always_partition=True, depths=(1, 2, 2, 1))
+    family, x = family_of(model), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        fmap = family.run_stage(0, family.stem(x))
+        found, timm_order = (family.run_stage(1, fmap, flag).x_BHWC for flag in (True, False))
+        assert torch.equal(found, timm_order) == (size == 24)
+        fmap = family.run_block(1, 0, family.enter_stage(1, fmap))
+        block, rows = family.block(1, 1), fmap.x_BHWC.shape[1]
+        shifted = torch.zeros(2, 12, 12, 16)
+        shifted[:, :rows, :rows] = block.norm1(fmap.x_BHWC)
+        windows = shifted.roll((-2, -2), (1, 2)).unfold(1, 4, 4).unfold(2, 4, 4)
+        windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 16, 16)
+        out = block.attn(windows, block.attn_mask).view(2, 3, 3, 4, 4, 16)
+        out = out.transpose(2, 3).reshape(2, 12, 12, 16).roll((2, 2), (1, 2))
+        out = fmap.x_BHWC + out[:, :rows, :rows]
+        expected = out + block.mlp(block.norm2(out))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_training_mode_is_timm(mode):
     """Drop path and gradient checkpointing draw and cost what timm's do."""

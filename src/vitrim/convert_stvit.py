@@ -38,10 +38,12 @@ def load_stvit_r(
     weights: StateDict, architecture: str | None, options: dict[str, Any]
 ) -> SparseModel:
     """STViT-R with the authors' weights; see ``convert.load_official``."""
+    whole = any(key.startswith("backbone.") for key in weights)  # a detector, neck and heads too
     weights = {
-        key: tensor
+        key.removeprefix("backbone."): tensor
         for key, tensor in weights.items()
-        if not key.endswith((".relative_position_index", ".attn_mask"))
+        if (key.startswith("backbone.") or not whole)
+        and not key.endswith((".relative_position_index", ".attn_mask"))
     }
     found = _settings(weights)
     backbone = create_backbone(_description(weights, architecture, found["form"] == "dense"))

@@ -38,6 +38,7 @@ FLOORS = {
     "budget": 3,
     "model": 3,
     "checkpoint": 3,
+    "capabilities": 3,
     "convert": 3,
     "convert_spatial": 3,
     "convert_stvit": 3,

@@ -367,6 +367,29 @@ def test_list_methods_and_recipes(capsys):
     assert "digits-dynamicvit" in out
 
 
+def test_list_capabilities(capsys):
+    code, out, _ = run(capsys, "list", "capabilities")
+    assert code == 0
+    assert "spvit_pyramid" in out
+    assert "convnext" in out
+    assert "ConvNeXt has none" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "served"),
+    [
+        ("pit_ti*", ["pit_ti_224", "pit_ti_distilled_224"]),
+        ("lvvit*", ["lvvit_m", "lvvit_s"]),
+        ("swin*tiny*", ["swin_s3_tiny_224", "swin_tiny_patch4_window7_224"]),
+        ("conv*_tiny", ["conv_stem_swin_tiny", "convnext_tiny"]),
+    ],
+)
+def test_list_models_of_every_family(capsys, pattern, served):
+    code, out, _ = run(capsys, "list", "models", pattern)
+    assert code == 0
+    assert out.split() == served
+
+
 def test_list_models_holds_only_what_is_served(capsys):
     code, out, _ = run(capsys, "list", "models", "vit_little_patch16_reg*")
     assert code == 0

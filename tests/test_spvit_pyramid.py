@@ -195,5 +195,5 @@ def test_the_plain_form_names_this_one(make):
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_convnext])
 def test_backbones_that_it_does_not_run_on(make):
-    with pytest.raises(UnsupportedBackboneError, match=r"use SPViTConfig|use DynamicSpatialConfig"):
+    with pytest.raises(UnsupportedBackboneError, match=r"use spvit|use dynamic_spatial"):
         sparsify(make(), SPViTPyramidConfig())

@@ -86,7 +86,8 @@ class Selector(nn.Module):
         slices = self._slices(tokens.patches)
         local, pooled = self._embedded(slices)
         total = tokens.sum_per_image(pooled)
-        total = total + self._embedded(self._slices(packages_BSC))[1].sum(1)
+        if packages_BSC.shape[1]:  # some runtimes cannot reshape an empty tensor
+            total = total + self._embedded(self._slices(packages_BSC))[1].sum(1)
         # A count is at least 1 or exactly 0: the bound only turns 0 / 0 into 0.
         counts = (tokens.counts_B + packages_BSC.shape[1]).clamp(min=0.5)
         mean = tokens.spread(total / counts[:, None, None]).to(local.dtype)

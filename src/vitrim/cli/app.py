@@ -14,7 +14,7 @@ import timm
 import torch
 import typer
 
-from vitrim import checkpoint, convert
+from vitrim import capabilities, checkpoint, convert
 from vitrim.budget import Calibration
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
@@ -70,6 +70,7 @@ class Listed(StrEnum):
     models = "models"
     methods = "methods"
     recipes = "recipes"
+    capabilities = "capabilities"
 
 
 @app.command("list")
@@ -79,39 +80,53 @@ def list_command(
         str, typer.Argument(help="Only models whose name matches, such as 'deit*'.")
     ] = "*",
 ) -> None:
-    """List the models, methods or recipes that vitrim knows."""
+    """List the models, methods or recipes that vitrim knows, or which method runs on what."""
     if what is Listed.models:
         _list_models(pattern)
     elif what is Listed.methods:
         _list_methods()
-    else:
+    elif what is Listed.recipes:
         _list_recipes()
+    else:
+        _list_capabilities()
+
+
+# Where timm and vitrim keep the backbones of the families; one block of a plain transformer tells.
+_MODULES: dict[str, dict[str, Any]] = {
+    "vision_transformer": {"depth": 1},
+    "deit": {"depth": 1},
+    "lvvit": {},
+    "pit": {},
+    "swin_transformer": {},
+    "conv_stem_swin": {},
+    "convnext": {},
+}
 
 
 def _list_models(pattern: str) -> None:
-    """Timm's names whose architecture a family accepts; found by building a block of each."""
-    names = [
-        name
-        for module in ("vision_transformer", "deit")
+    """Timm's names whose architecture a family accepts; found by building each, without weights."""
+    names = {
+        name: options
+        for module, options in _MODULES.items()
         for name in timm.list_models(pattern, module=module)
-    ]
+    }
     if not names:
         raise InputError(f"no vision transformer of timm matches {pattern!r}")
     console = common.out()
     with common.progress("looking at timm's models", len(names)) as advance:
         served = []
-        for number, name in enumerate(names, 1):
-            if _is_served(name):
+        for number, (name, options) in enumerate(names.items(), 1):
+            if _is_served(name, options):
                 served.append(name)
             advance(number)
     for name in served:
         console.print(name)
-    common.note(f"{len(served)} of timm's vision transformers; and digits_vit, which is shipped")
+    common.note(f"{len(served)} models, by their timm names; and digits_vit, which is shipped")
 
 
-def _is_served(name: str) -> bool:
+def _is_served(name: str, options: dict[str, Any]) -> bool:
     with torch.device("meta"):
-        model = timm.create_model(name, depth=1)
+        model = timm.create_model(name, **options)
     try:
         family_of(model)
     except UnsupportedBackboneError:
@@ -127,6 +142,20 @@ def _list_methods() -> None:
         for entry in dataclasses.fields(method.config_class):
             table.add_row(entry.name, repr(entry.default))
         console.print(table)
+
+
+def _list_capabilities() -> None:
+    """Which method runs on which family of backbones, and why not."""
+    table = capabilities.capabilities()
+    console = common.out()
+    overview = tables.plain_table("Methods and families", "method", *next(iter(table.values())))
+    for method, row in table.items():
+        overview.add_row(method, *("yes" if reason is None else "no" for reason in row.values()))
+    console.print(overview)
+    for method, row in table.items():
+        reasons = {family: reason for family, reason in row.items() if reason is not None}
+        console.print(f"{method} does not run on", style="bold")
+        console.print(tables.fact_table(reasons), markup=False)
 
 
 def _list_recipes() -> None:

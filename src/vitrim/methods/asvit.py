@@ -36,10 +36,10 @@ the forward, losses and gradients of the code on fixed weights; training on Imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,6 +222,12 @@ class ASViT(Method):
     name = "asvit"
     config_class = ASViTConfig
     families = ("vit", "lvvit")
+    refusals: ClassVar[Mapping[str, str]] = {
+        "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin": "it scores by class attention, and Swin has none; use dynamic_spatial, "
+        "spvit_pyramid, stvit_swin or stvit_r",
+        "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
+    }
     config: ASViTConfig
 
     def __init__(

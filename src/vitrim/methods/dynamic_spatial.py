@@ -197,7 +197,7 @@ class DynamicSpatial(Method):
     families = ("swin", "convnext")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("vit", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
-    )
+    ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}
     config: DynamicSpatialConfig
 
     def __init__(

@@ -128,7 +128,7 @@ class DynamicViT(Method):
     families = ("vit", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "convnext"), "it drops tokens, and theirs stand in a map; use dynamic_spatial"
-    )
+    ) | {"pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid"}
     needs_training = "dynamicvit-adapt"
     config: DynamicViTConfig
 

@@ -34,10 +34,10 @@ US 2023/0368494 A1 and EP 4276695 A1) describes adaptive token pruning of this k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +215,11 @@ class SaiT(Method):
     name = "sait"
     config_class = SaiTConfig
     families = ("vit", "lvvit")
+    refusals: ClassVar[Mapping[str, str]] = {
+        "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
+        "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
+    }
     serves_dense = True
     config: SaiTConfig
 

@@ -159,10 +159,9 @@ class SPViT(Method):
     config_class = SPViTConfig
     families = ("vit", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
-        "pit": "its map is pooled between stages; use SPViTPyramidConfig, 'spvit_pyramid'",
-        "swin": "its map is merged between stages; use SPViTPyramidConfig, 'spvit_pyramid'",
-        "convnext": "its selector reads attention heads, and ConvNeXt has none; use "
-        "DynamicSpatialConfig, 'dynamic_spatial'",
+        "pit": "its map is pooled between stages; use spvit_pyramid",
+        "swin": "its map is merged between stages; use spvit_pyramid",
+        "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     needs_training = "spvit-adapt"
     config: SPViTConfig

@@ -185,10 +185,9 @@ class SPViTPyramid(Method):
     needs_training = "spvit_pyramid-pit-s"
     families = ("pit", "swin")
     refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain vision transformer has no pooling; use SPViTConfig, 'spvit'",
-        "lvvit": "LV-ViT has no pooling between its blocks; use SPViTConfig, 'spvit'",
-        "convnext": "its selector reads attention heads, and ConvNeXt has none; use "
-        "DynamicSpatialConfig, 'dynamic_spatial'",
+        "vit": "a plain vision transformer has no pooling; use spvit",
+        "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
+        "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     config: SPViTPyramidConfig
 

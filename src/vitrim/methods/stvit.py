@@ -131,6 +131,8 @@ class STViT(SemanticMethod):
     name = "stvit"
     config_class = STViTConfig
     refusals: ClassVar[Mapping[str, str]] = {
+        "pit": "its semantic tokens have no place in a map, which PiT pools; use spvit_pyramid",
+        "convnext": "it has no attention; use dynamic_spatial",
         "swin": "use stvit_swin, or stvit_r, whose map survives",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use",

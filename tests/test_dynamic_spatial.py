@@ -25,6 +25,7 @@ from vitrim import (
 from vitrim.convert_spatial import _CONVNEXT, _SWIN, _counted_from, _renamed
 from vitrim.feature_map import Partition
 from vitrim.methods.dynamic_spatial import TwoMaps, default_stages
+from vitrim.train.recipe import load_recipe
 
 X = images(3)
 TARGET = torch.tensor([1, 2, 3])
@@ -460,3 +461,29 @@ def test_config_round_trip():
     assert config.stages == (1, 2)
     assert config.keep_ratio == (0.5, 1.0)
     assert replace(config, keep_ratio=0.7).ratios(3) == (0.7, 0.49999999999999994, 0.7 - 0.4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("size", "drop_path"), [("t", 0.2), ("s", 0.2), ("b", 0.5)])
+def test_the_released_recipe(backbone, size, drop_path):
+    recipe = load_recipe(f"dynamic_spatial-{backbone}-{size}")
+    assert recipe.method.build() == DynamicSpatialConfig()
+    assert recipe.model.kwargs == {"drop_path_rate": drop_path}
+    assert timm.is_model(recipe.model.name)
+    optim, run = recipe.optim, recipe.run
+    assert (optim.lr, optim.lr_batch, optim.backbone_lr_scale) == (4e-3, None, 0.2)
+    assert (optim.freeze_backbone_epochs, optim.warmup_epochs, optim.min_lr) == (5, 20, 1e-6)
+    assert (run.epochs, run.precision, optim.ema_decay) == (120, "fp32", 0.9999)
+    assert recipe.data.batch_size * optim.accumulate * 8 == 4096
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_short_recipes_fit_together(backbone):
+    dense, sparse = (
+        load_recipe(name) for name in (f"digits-{backbone}", f"digits-dynamic_spatial-{backbone}")
+    )
+    assert dense.model == sparse.model
+    model = timm.create_model(sparse.model.name, **sparse.model.kwargs)
+    made = sparsify(model, sparse.method.build())
+    assert made.family.image_size == (64, 64)
+    assert made.method.counts(made.family.grid()) == (44, 31, 19)

@@ -49,7 +49,7 @@ class WindowRecord:
         return weights
 
     def looks(self, windows: Windows, first_row: int) -> Tensor:
-        """(B, rows, columns, N): how much each semantic token, on their map, looks at each position,
+        """(B, rows, columns, N): how much each semantic token, on their map, looks at each place,
         the mean over heads; the positions begin at ``first_row`` of the memory.
         """
         weights_BWQK = self.weights().float().mean(2)

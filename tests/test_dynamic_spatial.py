@@ -486,4 +486,5 @@ def test_the_short_recipes_fit_together(backbone):
     model = timm.create_model(sparse.model.name, **sparse.model.kwargs)
     made = sparsify(model, sparse.method.build())
     assert made.family.image_size == (64, 64)
-    assert made.method.counts(made.family.grid()) == (44, 31, 19)
+    expected = {"swin": (44, 31, 19), "convnext": (179, 127, 76)}[backbone]
+    assert made.method.counts(made.family.grid()) == expected

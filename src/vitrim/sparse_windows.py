@@ -116,10 +116,6 @@ def sparse_blocks(
     return x_TC
 
 
-sparse_blocks_eagerly = torch.compiler.disable(sparse_blocks)
-"""For numbers of rows that the image decides, which torch.compile would trace for a minute."""
-
-
 def sparse_block(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> Tensor:
     """A Swin block for some positions: its own norms, projections, biases, shift and MLP.
 

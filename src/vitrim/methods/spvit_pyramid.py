@@ -61,7 +61,7 @@ from vitrim.methods.base import (
 )
 from vitrim.packing import AnyTokens, PackedTokens, select
 from vitrim.selector import Selector, masked, package_of
-from vitrim.sparse_windows import sparse_block_macs, sparse_blocks, sparse_blocks_eagerly
+from vitrim.sparse_windows import sparse_block_macs, sparse_blocks
 from vitrim.tokens import Grid, Tokens
 
 
@@ -334,18 +334,16 @@ class SPViTPyramid(Method):
             for index in range(place, depth):
                 fmap = family.run_block(stage, index, fmap)
             return fmap
-        row_T = torch.arange(tokens.x.shape[:2].numel(), device=tokens.x.device)
-        if not masks:
-            row_T = _kept_rows(choice, row_T)
-        before_RC = tokens.x.flatten(0, 1)
         blocks = [family.block(stage, index) for index in range(place, depth)]
-        run = sparse_blocks if masks or choice.best_BK is not None else sparse_blocks_eagerly
-        x_TC, visible_BN = before_RC.index_select(0, row_T), choice.keep_BN.detach() > 0.5
-        x_TC = run(blocks, x_TC, choice.package_BC, fmap.grid, row_T, visible_BN)
+        before_RC = tokens.x.flatten(0, 1)
         if masks:
-            x_RC = self._blend(choice.keep_BN.flatten(), x_TC, before_RC)
+            row_R = torch.arange(len(before_RC), device=before_RC.device)
+            x_RC = _run_rows(blocks, before_RC, row_R, choice, fmap.grid)
+            x_RC = self._blend(choice.keep_BN.flatten(), x_RC, before_RC)
+        elif choice.best_BK is not None:
+            x_RC = _run_kept(blocks, before_RC, choice, fmap.grid)
         else:
-            x_RC = before_RC.index_copy(0, row_T, x_TC)
+            x_RC = _run_kept_eagerly(blocks, before_RC, choice, fmap.grid)
         return fmap.with_x(x_RC.view(fmap.x_BHWC.shape))
 
     def _blend(self, keep: Tensor, computed: Tensor, carried: Tensor) -> Tensor:
@@ -478,9 +476,24 @@ def _put_back(tokens: AnyTokens, map_BNC: Tensor) -> Tensor:
     return map_BNC.flatten(0, 1).index_copy(0, row_T, patches).view(map_BNC.shape)
 
 
-def _kept_rows(choice: Choice, row_R: Tensor) -> Tensor:
-    """(T,): the rows of the positions that go on, in a batch of maps."""
+def _run_rows(
+    blocks: Sequence[Any], map_RC: Tensor, row_T: Tensor, choice: Choice, grid: Grid
+) -> Tensor:
+    """The map (B * N, C) after blocks of a stage of Swin that compute some of its rows."""
+    x_TC, visible_BN = map_RC.index_select(0, row_T), choice.keep_BN.detach() > 0.5
+    x_TC = sparse_blocks(blocks, x_TC, choice.package_BC, grid, row_T, visible_BN)
+    return map_RC.index_copy(0, row_T, x_TC)
+
+
+def _run_kept(blocks: Sequence[Any], map_RC: Tensor, choice: Choice, grid: Grid) -> Tensor:
+    """The same, where they compute what was kept."""
+    row_BN = torch.arange(len(map_RC), device=map_RC.device).view(choice.keep_BN.shape)
     if choice.best_BK is None:
-        return row_R[choice.keep_BN.flatten() > 0.5]
-    start_B = row_R[:: choice.keep_BN.shape[1]]
-    return (choice.best_BK + start_B.unsqueeze(1)).flatten()
+        row_T = row_BN[choice.keep_BN > 0.5]
+    else:
+        row_T = row_BN.gather(1, choice.best_BK).flatten()
+    return _run_rows(blocks, map_RC, row_T, choice, grid)
+
+
+# A number of rows that only the image decides would keep torch.compile tracing for a minute.
+_run_kept_eagerly = torch.compiler.disable(_run_kept)  # type: ignore[no-untyped-call]

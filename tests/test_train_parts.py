@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
@@ -108,6 +109,17 @@ def test_parameter_groups_cover_every_parameter_once():
             free = parameter.ndim == 1 or name.endswith(("cls_token", "pos_embed"))
             assert group["weight_decay"] == (0.0 if free else 0.1), name
             assert name.startswith(group["role"])
+
+
+def test_biases_of_relative_positions_are_not_decayed():
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8}
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), **sizes
+    )
+    groups = parameter_groups(swin, OptimRecipe(weight_decay=0.1))
+    (free,) = [group["params"] for group in groups if group["weight_decay"] == 0]
+    table = swin.layers[0].blocks[0].attn.relative_position_bias_table
+    assert any(parameter is table for parameter in free)
 
 
 def test_embeddings_can_be_left_out_as_the_authors_do():

@@ -34,7 +34,7 @@ US 2023/0368494 A1 and EP 4276695 A1) describes adaptive token pruning of this k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim import losses
-from vitrim.attention import AttentionRecord
 from vitrim.config import closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
@@ -59,47 +58,10 @@ from vitrim.methods.base import (
     with_total,
 )
 from vitrim.packing import AnyTokens, select
+from vitrim.token_scores import SCORES
 from vitrim.tokens import Grid, Tokens
 
 EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A way to read the importance of the patch tokens off one block's attention."""
-
-    read: Callable[[AttentionRecord], Tensor]
-    """Gives (B, N), not yet normalised."""
-    words: str
-    """What is read, for people; ``{attention}`` stands for the class token's or the mean one."""
-    of_class: bool = False
-    """Whether it wants the class token's attention; without one, the mean over all tokens."""
-
-
-def _value_weighted(record: AttentionRecord) -> Tensor:
-    value_BHND = record.v_BHND[:, :, record.num_prefix :]
-    value_norm_BHN = torch.linalg.vector_norm(value_BHND, dim=-1)
-    score_BN: Tensor = (record.patch_attention() * value_norm_BHN).mean(1)
-    return score_BN
-
-
-SCORES = {
-    "mean_received": TokenScore(
-        lambda record: record.received_attention().mean(1), "attention received from all tokens"
-    ),
-    "cls": TokenScore(
-        lambda record: record.patch_attention().mean(1), "attention received from {attention}", True
-    ),
-    "cls_value_norm": TokenScore(
-        _value_weighted, "attention received from {attention}, times the value's norm", True
-    ),
-    "head_max": TokenScore(
-        lambda record: record.received_attention().amax(1),
-        "attention received from all tokens in the head that pays most",
-    ),
-}
-"""The scores by name. Which one the paper uses is not known to us."""
-
 Selector = Literal["density", "threshold", "mass"]
 
 

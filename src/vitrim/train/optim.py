@@ -13,25 +13,27 @@ from torch import Tensor, nn
 from vitrim.train.recipe import OptimRecipe
 
 EMBEDDINGS = ("cls_token", "dist_token", "pos_embed", "reg_token")
+UNDECAYED = (*EMBEDDINGS, "relative_position_bias_table", "bias")
+"""Last part of the names of what is never decayed, whatever its shape."""
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
     """Groups {backbone, method} x {decay, no decay}; each carries ``role``, read by the schedule.
 
-    A dense model has the role ``dense`` throughout. Vectors, biases and learned tokens are not
-    decayed; with ``train_embeddings`` off the learned tokens stop requiring gradients and are in no
+    A dense model has the role ``dense`` throughout. Vectors, biases (of positions too) and learned
+    tokens are not decayed; with ``train_embeddings`` off the learned tokens stop requiring gradients and are in no
     group.
     """
     sparse = hasattr(model, "backbone") and hasattr(model, "method")
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        embedding = name.rsplit(".", 1)[-1] in EMBEDDINGS
-        if embedding and not recipe.train_embeddings:
+        last = name.rsplit(".", 1)[-1]
+        if last in EMBEDDINGS and not recipe.train_embeddings:
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
         role = name.split(".", 1)[0] if sparse else "dense"
-        decays = parameter.ndim > 1 and not embedding and not name.endswith(".bias")
+        decays = parameter.ndim > 1 and last not in UNDECAYED
         groups.setdefault((role, decays), []).append(parameter)
     return [
         {

@@ -290,8 +290,10 @@ class SPViTPyramid(Method):
             state = family.enter_stage(stage, state)
             if isinstance(family, PiT):
                 state = self._run_tokens(family, stage, state, choose, masks)
-            else:
+            elif masks or self.config.inference == "top_k":
                 state = self._run_map(family, stage, state, choose, masks)
+            else:
+                state = self._run_map_eagerly(family, stage, state, choose, masks)
         return state
 
     def _run_tokens(
@@ -340,11 +342,12 @@ class SPViTPyramid(Method):
             row_R = torch.arange(len(before_RC), device=before_RC.device)
             x_RC = _run_rows(blocks, before_RC, row_R, choice, fmap.grid)
             x_RC = self._blend(choice.keep_BN.flatten(), x_RC, before_RC)
-        elif choice.best_BK is not None:
-            x_RC = _run_kept(blocks, before_RC, choice, fmap.grid)
         else:
-            x_RC = _run_kept_eagerly(blocks, before_RC, choice, fmap.grid)
+            x_RC = _run_kept(blocks, before_RC, choice, fmap.grid)
         return fmap.with_x(x_RC.view(fmap.x_BHWC.shape))
+
+    # Numbers of rows that only the image decides keep torch.compile tracing for a minute.
+    _run_map_eagerly = torch.compiler.disable(_run_map)  # type: ignore[no-untyped-call]
 
     def _blend(self, keep: Tensor, computed: Tensor, carried: Tensor) -> Tensor:
         """The whole map (..., C), where all of it was computed under a mask (...)."""
@@ -493,7 +496,3 @@ def _run_kept(blocks: Sequence[Any], map_RC: Tensor, choice: Choice, grid: Grid)
     else:
         row_T = row_BN.gather(1, choice.best_BK).flatten()
     return _run_rows(blocks, map_RC, row_T, choice, grid)
-
-
-# A number of rows that only the image decides would keep torch.compile tracing for a minute.
-_run_kept_eagerly = torch.compiler.disable(_run_kept)  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.convert_spatial import _CONVNEXT, _SWIN, _counted_from, _renamed
-from vitrim.feature_map import Partition
+from vitrim.feature_map import FeatureMap, Partition
 from vitrim.methods.dynamic_spatial import TwoMaps, default_stages
 from vitrim.train.recipe import load_recipe
 
@@ -55,14 +55,15 @@ def test_the_authors_places():
 @each_backbone
 def test_counts_follow_the_authors_arithmetic(backbone):
     """0.7 - 0.2 is less than 0.5 in floating point: 97 positions, not 98."""
-    method = sparse_model(backbone, stages=None, keep_ratio=0.7).method
+    sparse = sparse_model(backbone, stages=None, keep_ratio=0.7)
+    method, family = sparse.method, sparse.family
     grid = (56, 56)  # with this stem the third stage has a quarter of its side
     expected = {0.5: (98, 58, 19), 0.6: (117, 78, 39), 0.7: (137, 97, 58), 0.8: (156, 117, 78)}
     for ratio, counts in (expected | {0.9: (176, 137, 98)}).items():
         method.set_keep_ratio(ratio)
-        assert method.counts(grid) == counts
+        assert method.counts(family, grid) == counts
     method.set_keep_ratio((0.001, 0.5, 1.0))
-    assert method.counts(grid) == (1, 98, 196)
+    assert method.counts(family, grid) == (1, 98, 196)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_position_takes_one_path(backbone):
         mixed = family.mix(2, block, x)
         slow, fast = family.channel(2, block, mixed), method.fast_paths[block - 1](mixed)
         x = (x if backbone == "convnext" else mixed) + slow * keep + fast * (1 - keep)
-    logits = family.head(family.run_stage(3, fmap.with_x(x)))
+    logits = family.head(family.run_stage(3, FeatureMap(x)))
     torch.testing.assert_close(sparse(X), logits, atol=1e-5, rtol=1e-5)
 
 
@@ -239,7 +240,7 @@ def test_any_batch_and_image_size(backbone, batch):
         assert trace.macs.tolist() == [sparse.macs(size)] * batch
         grid = sparse.family.stage_grid(sparse.family.grid(size), 2)
         assert [stage.grid for stage in trace.stages] == [grid, grid]
-        counts = sparse.method.counts(sparse.family.grid(size))
+        counts = sparse.method.counts(sparse.family, sparse.family.grid(size))
         assert [stage.counts.tolist() for stage in trace.stages] == [[c] * batch for c in counts]
 
 
@@ -250,7 +251,7 @@ def test_maps_with_odd_sides(side):
         sparse = sparse_model(backbone, size="any")
         x = torch.randn(1, 3, side, side, generator=seeded(6))
         trace = sparse.trace(x)
-        counts = sparse.method.counts(sparse.family.grid((side, side)))
+        counts = sparse.method.counts(sparse.family, sparse.family.grid((side, side)))
         assert tuple(stage.counts.item() for stage in trace.stages) == counts
         assert trace.macs.item() == sparse.macs((side, side))
 
@@ -309,7 +310,7 @@ def test_ratio_changes_at_run_time(backbone):
     before = sparse.macs()
     sparse.set_keep_ratio(0.3)
     assert sparse.macs() < before
-    assert sparse.method.counts((32, 32)) == (19, 6)
+    assert sparse.method.counts(sparse.family, (32, 32)) == (19, 6)
     sparse.set_keep_ratio([0.2, 0.9])
     assert [stage.counts[0].item() for stage in sparse.trace(X).stages] == [12, 57]
     for wrong in (0.0, 0.2, 1.2, (0.9,), "0.5"):
@@ -487,4 +488,4 @@ def test_the_short_recipes_fit_together(backbone):
     made = sparsify(model, sparse.method.build())
     assert made.family.image_size == (64, 64)
     expected = {"swin": (44, 31, 19), "convnext": (179, 127, 76)}[backbone]
-    assert made.method.counts(made.family.grid()) == expected
+    assert made.method.counts(made.family, made.family.grid()) == expected

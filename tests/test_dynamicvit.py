@@ -30,14 +30,15 @@ def sparse_vit(backbone=None, **options):
 
 
 def test_counts_follow_the_authors_arithmetic():
-    method = sparse_vit(tiny_vit(depth=12), stages=None, keep_ratio=0.7).method
+    sparse = sparse_vit(tiny_vit(depth=12), stages=None, keep_ratio=0.7)
+    method, family = sparse.method, sparse.family
     assert method.stages == (3, 6, 9)
     expected = {0.5: (98, 49, 24), 0.6: (117, 70, 42), 0.7: (137, 96, 67), 0.8: (156, 125, 100)}
     for ratio, counts in (expected | {0.9: (176, 158, 142)}).items():
         method.set_keep_ratio(ratio)
-        assert method.counts((14, 14)) == counts
+        assert method.counts(family, (14, 14)) == counts
     method.set_keep_ratio((0.5, 0.25, 0.01))
-    assert method.counts((4, 4)) == (8, 4, 1)  # never below one
+    assert method.counts(family, (4, 4)) == (8, 4, 1)  # never below one
 
 
 def test_trace_speaks_of_the_original_grid():

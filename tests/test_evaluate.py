@@ -111,7 +111,9 @@ def test_evaluate_matches_the_models(loader):
     assert found.paired.difference == pytest.approx(float(top1 - dense_top1))
     assert found.macs.mean == sparse.macs()
     assert found.dense_macs == sparse.dense_macs()
-    assert [stage.kept.mean for stage in found.stages] == list(sparse.method.counts((4, 4)))
+    assert [stage.kept.mean for stage in found.stages] == list(
+        sparse.method.counts(sparse.family, (4, 4))
+    )
     assert [stage.block for stage in found.stages] == [1, 2, 3]
 
 

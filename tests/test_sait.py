@@ -65,7 +65,7 @@ def test_costs_of_deit_s(deit_s, prune_after, kept, gmacs):
     density = kept / 196
     options = {"prune_after": prune_after, "where": "end", "density": density}
     sparse = sparse_vit(deit_s, selector="density", **options)
-    assert sparse.method.counts((14, 14)) == (kept,)
+    assert sparse.method.counts(sparse.family, (14, 14)) == (kept,)
     assert sparse.macs() / 1e9 == pytest.approx(gmacs, rel=1e-2)
 
 
@@ -203,10 +203,11 @@ def test_selectors_keep_what_they_say():
 
 
 def test_density_is_rounded_up():
-    method = sparse_vit(selector="density").method
+    sparse = sparse_vit(selector="density")
+    method, family = sparse.method, sparse.family
     for density, patches, count in [(0.5, 196, 98), (0.55, 100, 55), (0.501, 16, 9), (1e-3, 9, 1)]:
         method.set_density(density)
-        assert method.counts((1, patches)) == (count,)
+        assert method.counts(family, (1, patches)) == (count,)
 
 
 @settings(max_examples=40, deadline=None)

@@ -297,7 +297,7 @@ def test_one_token_kept():
 def test_fixed_counts_are_the_likeliest():
     sparse = decisive(sparse_vit(inference="top_k", keep_ratio=(0.617, 0.369, 0.137)))
     trace = sparse.trace(X)
-    assert sparse.method.counts((14, 14)) == (120, 72, 26)
+    assert sparse.method.counts(sparse.family, (14, 14)) == (120, 72, 26)
     assert [stage.counts.tolist() for stage in trace.stages] == [[9] * 4, [5] * 4, [2] * 4]
     for stage, count in zip(trace.stages, (9, 5, 2), strict=True):
         best = stage.scores.nan_to_num(-1).topk(count).indices.sort(1).values

@@ -64,7 +64,7 @@ def test_the_published_layout():
             model = timm.create_model(f"swin_{size}_patch4_window7_224")
             sparse = sparsify(model, STViTSwinConfig())
             assert sparse.method.stages == (stage,)
-            assert sparse.method.counts((56, 56)) == (36,)
+            assert sparse.method.counts(sparse.family, (56, 56)) == (36,)
 
 
 def attention_of(block, query, memory):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import images, jitter, tiny_swin
 from vitrim import DynamicViTConfig, InputError, UnsupportedBackboneError, sparsify
 from vitrim.families import family_of
+from vitrim.feature_map import FeatureMap
 
 VARIANTS = {
     "plain": {},
@@ -49,7 +50,7 @@ def by_halves(family, x):
         for index in range(depth):
             mixed = family.mix(stage, index, fmap.x_BHWC)
             rows = family.channel(stage, index, mixed.flatten(0, 2)).view_as(mixed)
-            fmap = fmap.with_x(mixed + family.drop_path(stage, index)(rows))
+            fmap = FeatureMap(mixed + family.drop_path(stage, index)(rows))
     return family.head(fmap)
 
 

@@ -203,7 +203,7 @@ class SparseModel(nn.Module):
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
         grid = self.family.grid(image_size)
-        counts = self.method.counts(grid)
+        counts = self.method.counts(self.family, grid)
         return None if counts is None else int(self.method.macs(self.family, grid, counts))
 
     def dense_macs(self, image_size: tuple[int, int] | None = None) -> int:

@@ -114,7 +114,7 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
     means = "each colour is a semantic token, on the patches that it looks at most"
     if trace.stages[0].assignment is None:
         means = "dropped patches are faded"
-    if len(strips) > 1 and model.method.counts(trace.grid) is None:
+    if len(strips) > 1 and model.macs() is None:
         histograms = visualize.histograms(counts, trace)
         files["counts.png"] = _png(histograms)
         strips = _by_difficulty(strips, counts, histograms)

@@ -158,8 +158,8 @@ class Swin(Family):
         block = self.block(stage, index)
         run = partial(_padded_first, block) if pad_first else block
         if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
-            return fmap.with_x(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
-        return fmap.with_x(run(fmap.x_BHWC))
+            return FeatureMap(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
+        return FeatureMap(run(fmap.x_BHWC))
 
     def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
         """The first half of a block: window attention with its norm and residual."""

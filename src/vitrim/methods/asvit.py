@@ -264,7 +264,7 @@ class ASViT(Method):
         scale = self.config.threshold_factor * self.native_patches / num_patches
         return _full(self.thresholds[stage]) * scale
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return None
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:

@@ -231,7 +231,7 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: Any, grid: Grid) -> tuple[int, ...] | None:
         """Kept patches after each stage, of an image of ``grid`` patches, or None where they depend
         on the image.
         """

@@ -133,15 +133,12 @@ class Form:
     """Whether fast paths have a layer scale."""
     one_residual: bool
     """Whether one residual spans mixing and MLP, or each has its own."""
-    pads: bool
-    """Whether a map with an odd side is padded between stages, or cut."""
 
 
 FORMS = {
-    "swin": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False, pads=True),
-    "convnext": Form(norm_eps=1e-6, scales_fast_path=True, one_residual=True, pads=False),
+    "swin": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False),
+    "convnext": Form(norm_eps=1e-6, scales_fast_path=True, one_residual=True),
 }
-_LONG_SIDE = 2**20
 
 
 class FastPath(nn.Module):
@@ -219,7 +216,6 @@ class DynamicSpatial(Method):
         self.config = config
         self.stages = stages
         self.form = FORMS[family.name]
-        self.stride = _LONG_SIDE // family.stage_grid((_LONG_SIDE, _LONG_SIDE), config.level)[0]
         eps = self.form.norm_eps
         scale = config.fast_scale if self.form.scales_fast_path else None
         self.predictors = nn.ModuleList([Predictor(dim, eps) for _ in stages])
@@ -229,11 +225,9 @@ class DynamicSpatial(Method):
         for module in (*self.predictors, *self.fast_paths):
             module.reset_parameters(generator)
 
-    def counts(self, grid: Grid) -> tuple[int, ...]:
-        rows, columns = (
-            -(-side // self.stride) if self.form.pads else side // self.stride for side in grid
-        )
-        return fixed_counts(self.config.ratios(len(self.stages)), rows * columns)
+    def counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
+        num_positions = math.prod(family.stage_grid(grid, self.config.level))
+        return fixed_counts(self.config.ratios(len(self.stages)), num_positions)
 
     def infer(
         self, family: Swin | ConvNeXt, images: Tensor, recorder: Recorder | None = None

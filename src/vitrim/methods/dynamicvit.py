@@ -146,7 +146,7 @@ class DynamicViT(Method):
             predictor.reset_parameters(generator)
         self.predictors = nn.ModuleList(predictors)
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         if self.config.threshold is not None:
             return None
         return self._fixed_counts(math.prod(grid))

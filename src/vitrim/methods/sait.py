@@ -210,7 +210,7 @@ class SaiT(Method):
             return score.words.format(attention="the class token")
         return score.words.format(attention="all tokens") + " (the backbone has no class token)"
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return self._counts(math.prod(grid))
 
     def _counts(self, num_patches: int) -> tuple[int, ...] | None:

@@ -183,7 +183,7 @@ class SPViT(Method):
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return self._fixed_counts(math.prod(grid)) if self.config.inference == "top_k" else None
 
     def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:

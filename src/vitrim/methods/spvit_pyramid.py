@@ -213,10 +213,10 @@ class SPViTPyramid(Method):
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...] | None:
         if self.config.inference != "top_k":
             return None
-        maps = ((-(-grid[0] // 2**stage)) * (-(-grid[1] // 2**stage)) for stage in self._places)
+        maps = (math.prod(family.stage_grid(grid, stage)) for stage in self._places)
         return tuple(self._count(number, positions) for number, positions in enumerate(maps))
 
     def _count(self, number: int, num_positions: int) -> int:
@@ -344,7 +344,7 @@ class SPViTPyramid(Method):
             x_RC = self._blend(choice.keep_BN.flatten(), x_RC, before_RC)
         else:
             x_RC = _run_kept(blocks, before_RC, choice, fmap.grid)
-        return fmap.with_x(x_RC.view(fmap.x_BHWC.shape))
+        return FeatureMap(x_RC.view(fmap.x_BHWC.shape))
 
     # Numbers of rows that only the image decides keep torch.compile tracing for a minute.
     _run_map_eagerly = torch.compiler.disable(_run_map)  # type: ignore[no-untyped-call]

@@ -185,7 +185,7 @@ class STViT(SemanticMethod):
         is_new = config.global_centres or config.pooling == "intra_inter" or config.layer_scale
         return bool(is_new) or not config.keep_prefix
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         rows, columns = self.config.shape
         return (rows * columns,)
 

@@ -368,7 +368,7 @@ class STViTR(SemanticMethod):
         index, once = first + RECOVERY, self.config.project_once
         out, _ = family.attend(STAGE, index, query, memory, look.recovery, None, once)
         out = windows.join(out) if dense else out.reshape(fmap.x_BHWC.shape)
-        return fmap.with_x(self._after_attention(family, index, out, fmap.x_BHWC))
+        return FeatureMap(self._after_attention(family, index, out, fmap.x_BHWC))
 
     def _extras(self, index: int) -> BlockExtras:
         extras = self.blocks[str(index)]
@@ -419,10 +419,8 @@ class STViTR(SemanticMethod):
         fmap = self._levels(family, images)[-1]
         return PooledOutput(family.head(fmap), family.pool(fmap))
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
-        stage_grid = (-(-grid[0] // 2**STAGE), -(-grid[1] // 2**STAGE))
-        windows = Windows(stage_grid, self.window, self.config.side)
-        return (windows.num_tokens,) * len(self.units)
+    def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
+        return (self._windows(family, grid).num_tokens,) * len(self.units)
 
     def macs(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> Any:
         windows = self._windows(family, grid)

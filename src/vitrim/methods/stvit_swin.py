@@ -234,7 +234,7 @@ class STViTSwin(SemanticMethod):
         x_BNC = fmap.x_BHWC.flatten(1, 2)
         query = x_BNC.unsqueeze(1)
         out, _ = self._block(family, stage, index, query, query, x_BNC, EVERYTHING)
-        return fmap.with_x(out.reshape(fmap.x_BHWC.shape))
+        return FeatureMap(out.reshape(fmap.x_BHWC.shape))
 
     def _block(
         self,
@@ -261,10 +261,8 @@ class STViTSwin(SemanticMethod):
         semantic = self._run(family, images)
         return PooledOutput(family.head(semantic), family.pool(semantic))
 
-    def counts(self, grid: Grid) -> tuple[int, ...] | None:
-        stage_grid = (-(-grid[0] // 2**STAGE), -(-grid[1] // 2**STAGE))
-        windows = Windows(stage_grid, self.window, self.config.side)
-        return (math.prod(windows.visible_tokens),)
+    def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
+        return (math.prod(self._windows(family, grid).visible_tokens),)
 
     def macs(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> Any:
         windows = self._windows(family, grid)

@@ -21,8 +21,8 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
     """Groups {backbone, method} x {decay, no decay}; each carries ``role``, read by the schedule.
 
     A dense model has the role ``dense`` throughout. Vectors, biases (of positions too) and learned
-    tokens are not decayed; with ``train_embeddings`` off the learned tokens stop requiring gradients and are in no
-    group.
+    tokens are not decayed; with ``train_embeddings`` off the learned tokens stop requiring
+    gradients and are in no group.
     """
     sparse = hasattr(model, "backbone") and hasattr(model, "method")
     groups: dict[tuple[str, bool], list[Tensor]] = {}

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "runtime": 0,
+    "stages": 0,
     "token_scores": 0,
     "tokens": 0,
     "feature_map": 0,

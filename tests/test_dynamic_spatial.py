@@ -266,7 +266,7 @@ def test_the_pyramid_has_the_method_in_it(backbone):
         assert torch.equal(levels[level], dense[level])
     for level in (2, 3):
         assert (levels[level] - dense[level]).abs().max() > 1e-3
-    fmap = sparse.family.stem(X).with_x(levels[-1].permute(0, 2, 3, 1))
+    fmap = FeatureMap(levels[-1].permute(0, 2, 3, 1))
     assert torch.equal(sparse.family.head(fmap), sparse(X))
     plain = sparsify(tiny_vit(), DynamicViTConfig(stages=(1,)))
     with pytest.raises(ConfigError, match="gives no feature maps"):

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 
 from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.test_golden_dynamicvit import assert_feature, features_of
+from tests.golden_checks import assert_feature, assert_gradients, features_of
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.attention import recorded_attention
 from vitrim.methods.asvit import straight_through, token_score
@@ -119,18 +119,7 @@ def test_training():
         assert found[term].item() == pytest.approx(value, rel=tolerance["loss_rtol"])
 
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
-    for name, expected_gradient in outputs["grads"].items():
-        threshold = name.endswith("keep_threshold")
-        rtol = tolerance["threshold_grad_rtol" if threshold else "grad_norm_rtol"]
-        norm = gradients[name].norm().item()
-        assert norm == pytest.approx(expected_gradient["norm"], rel=rtol), name
-        head = gradients[name].flatten()[: len(expected_gradient["head"])]
-        allowed = rtol * expected_gradient["norm"]
-        assert (head - torch.tensor(expected_gradient["head"])).abs().max() <= allowed, name
-    total = sum(g.double().norm() ** 2 for g in gradients.values()) ** 0.5
-    assert total.item() == pytest.approx(
-        outputs["grad_norm_total"], rel=tolerance["grad_norm_rtol"]
-    )
+    assert_gradients(gradients, outputs, tolerance)
 
     with torch.no_grad():  # a mask that cannot return changes nothing here, as nothing returns
         model.method.config = official(case).config

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.conftest import golden, golden_input, golden_weights, seeded, tiny_convnext
-from tests.test_golden_dynamicvit import assert_feature
+from tests.golden_checks import assert_feature
 from vitrim import DynamicSpatialConfig, load_official, sparsify
 from vitrim.convert_spatial import _CONVNEXT, _counted_from, _renamed
 from vitrim.feature_map import FeatureMap, Partition

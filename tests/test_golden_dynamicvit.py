@@ -6,32 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import golden, golden_input, golden_weights, seeded
+from tests.golden_checks import assert_feature, assert_gradients, features_of
 from vitrim import load_official
 from vitrim.attention import masked_softmax
 from vitrim.methods.base import DenseOutput
 from vitrim.predictor import Predictor
 from vitrim.tokens import Tokens
-
-
-def assert_feature(found, expected, tolerance):
-    """Compare a tensor with its golden sums; the class token's first channels come first."""
-    values = found.detach().double()
-    scale = tolerance["feature_sum_over_abs_sum"] * expected["abs_sum"]
-    assert list(found.shape) == expected["shape"]
-    assert abs(values.sum().item() - expected["sum"]) <= scale
-    assert abs(values.abs().sum().item() - expected["abs_sum"]) <= scale
-    rms = (expected["sq_sum"] / values.numel()) ** 0.5
-    head = values.flatten()[:8] - torch.tensor(expected["head"], dtype=torch.float64)
-    assert head.abs().max() <= tolerance["feature_head_over_rms"] * rms
-
-
-def features_of(model, names):
-    """Hooks that keep the outputs of the backbone's modules ``names``."""
-    kept = {}
-    for name in names:
-        module = model.backbone.get_submodule(name)
-        module.register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
-    return kept
 
 
 @pytest.mark.parametrize("name", ["dynamicvit_deit-s_r0.7_eval", "dynamicvit_deit-256_r0.5_eval"])
@@ -81,16 +61,8 @@ def test_training():
     for term, value in pairs.items():
         assert found[term].item() == pytest.approx(value, rel=tolerance["loss_rtol"])
 
-    rtol = tolerance["grad_norm_rtol"]
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
-    for name, expected_gradient in outputs["grads"].items():
-        norm = gradients[name].norm().item()
-        assert norm == pytest.approx(expected_gradient["norm"], rel=rtol), name
-        head = gradients[name].flatten()[: len(expected_gradient["head"])]
-        allowed = rtol * expected_gradient["norm"]
-        assert (head - torch.tensor(expected_gradient["head"])).abs().max() <= allowed, name
-    total = sum(g.double().norm() ** 2 for g in gradients.values()) ** 0.5
-    assert total.item() == pytest.approx(outputs["grad_norm_total"], rel=rtol)
+    assert_gradients(gradients, outputs, tolerance)
 
 
 def official_name(name):

@@ -10,7 +10,7 @@ import torch
 
 from tests import test_golden_asvit, test_golden_dynamicvit, test_golden_spvit
 from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.test_golden_dynamicvit import assert_feature
+from tests.golden_checks import assert_feature, assert_gradients
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.convert import load_dense
 from vitrim.methods.base import DenseOutput
@@ -74,17 +74,7 @@ def assert_training(case, model, official_name, monkeypatch):
     assert_feature(output.patch_features, outputs["tokens"], tolerance)
     assert_features(features, outputs["features"], tolerance)
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
-    for name, expected_gradient in outputs["grads"].items():
-        threshold = name.endswith("keep_threshold")
-        rtol = tolerance["threshold_grad_rtol" if threshold else "grad_norm_rtol"]
-        norm = gradients[name].norm().item()
-        assert norm == pytest.approx(expected_gradient["norm"], rel=rtol), name
-        head = gradients[name].flatten()[: len(expected_gradient["head"])]
-        allowed = rtol * expected_gradient["norm"]
-        assert (head - torch.tensor(expected_gradient["head"])).abs().max() <= allowed, name
-    total = sum(g.double().norm() ** 2 for g in gradients.values()) ** 0.5
-    rtol = tolerance["grad_norm_rtol"]
-    assert total.item() == pytest.approx(outputs["grad_norm_total"], rel=rtol)
+    assert_gradients(gradients, outputs, tolerance)
     return output, found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.test_golden_dynamicvit import assert_feature
+from tests.golden_checks import assert_feature, assert_gradients
 from vitrim import CheckpointError, SPViTPyramidConfig, load_official
 from vitrim.families import PiT
 from vitrim.methods.base import DenseOutput
@@ -104,16 +104,8 @@ def test_training(monkeypatch):
     for term, value in pairs.items():
         assert found[term].item() == pytest.approx(value, rel=allowed["loss_rtol"])
 
-    rtol = allowed["grad_norm_rtol"]
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
-    for name, expected_gradient in outputs["grads"].items():
-        norm = gradients[name].norm().item()
-        assert norm == pytest.approx(expected_gradient["norm"], rel=rtol), name
-        head = gradients[name].flatten()[: len(expected_gradient["head"])]
-        bound = rtol * expected_gradient["norm"]
-        assert (head - torch.tensor(expected_gradient["head"])).abs().max() <= bound, name
-    total = sum(g.double().norm() ** 2 for g in gradients.values()) ** 0.5
-    assert total.item() == pytest.approx(outputs["grad_norm_total"], rel=rtol)
+    assert_gradients(gradients, outputs, allowed)
 
 
 def official_name(name):

@@ -165,3 +165,14 @@ def tokens_side(window_tokens: int) -> int:
         f"window_tokens is {window_tokens}; expected a square number, such as 4, 9 or 16",
     )
     return side
+
+
+def windows_of(map_grid: Grid, window: Grid, window_tokens: int) -> Windows:
+    """The windows of a map, if ``window_tokens`` semantic tokens fit into each."""
+    side = tokens_side(window_tokens)
+    require(
+        side <= min(window),
+        f"window_tokens is {window_tokens}; the windows of this backbone have "
+        f"{window[0]} x {window[1]} positions",
+    )
+    return Windows(map_grid, window, side)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vitrim import losses
+from vitrim.errors import InputError
 from vitrim.tokens import Grid
 
 
@@ -67,3 +68,33 @@ class Family(ABC):
     @abstractmethod
     def dense_macs(self, grid: Grid) -> int:
         """MACs of the backbone alone on one image of ``grid`` patches."""
+
+
+def check_patched_images(images: Tensor, backbone: Any, flexible: bool) -> None:
+    """Raise :class:`InputError` unless ``images`` suit a backbone with timm's patch embedding.
+
+    Args:
+        images: (B, channels, H, W).
+        backbone: has ``in_chans`` and ``patch_embed``.
+        flexible: whether it takes other sizes than the one it was created for.
+    """
+    patch_embed, shape = backbone.patch_embed, tuple(images.shape)
+    if images.ndim != 4 or shape[1] != backbone.in_chans:
+        raise InputError(
+            f"images have shape {shape}; expected (batch, {backbone.in_chans}, height, width)"
+        )
+    if not flexible:
+        height, width = patch_embed.img_size
+        if shape[2:] != (height, width):
+            raise InputError(
+                f"images are {shape[2]} x {shape[3]} pixels; this backbone takes {height} x "
+                f"{width}. Resize them, or create the backbone with img_size=... or "
+                "dynamic_img_size=True"
+            )
+    elif not patch_embed.dynamic_img_pad:
+        height, width = patch_embed.patch_size
+        if shape[2] % height or shape[3] % width:
+            raise InputError(
+                f"images are {shape[2]} x {shape[3]} pixels; both sides must be multiples of the "
+                f"patch size {height} x {width}"
+            )

@@ -31,8 +31,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.errors import InputError
-from vitrim.families.base import Family
+from vitrim.families.base import Family, check_patched_images
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
@@ -117,26 +116,7 @@ class Swin(Family):
 
     def check_images(self, images: Tensor) -> None:
         """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
-        backbone, patch_embed = self.backbone, self.backbone.patch_embed
-        shape = tuple(images.shape)
-        if images.ndim != 4 or shape[1] != backbone.in_chans:
-            raise InputError(
-                f"images have shape {shape}; expected (batch, {backbone.in_chans}, height, width)"
-            )
-        if patch_embed.strict_img_size:
-            if shape[2:] != self.image_size:
-                raise InputError(
-                    f"images are {shape[2]} x {shape[3]} pixels; this backbone takes "
-                    f"{self.image_size[0]} x {self.image_size[1]}. Resize them, or create the "
-                    "backbone with img_size=... or dynamic_img_size=True"
-                )
-        elif not patch_embed.dynamic_img_pad:
-            height, width = patch_embed.patch_size
-            if shape[2] % height or shape[3] % width:
-                raise InputError(
-                    f"images are {shape[2]} x {shape[3]} pixels; both sides must be multiples of "
-                    f"the patch size {height} x {width}"
-                )
+        check_patched_images(images, self.backbone, not self.backbone.patch_embed.strict_img_size)
 
     def stem(self, images: Tensor) -> FeatureMap:
         """The patch embedding: the map before stage 0."""

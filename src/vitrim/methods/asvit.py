@@ -54,11 +54,11 @@ from vitrim.methods.base import (
     Method,
     Recorder,
     TrainingOutput,
-    check_stages,
     check_weights,
     with_total,
 )
 from vitrim.packing import AnyTokens, select
+from vitrim.stages import check_stages
 from vitrim.tokens import Grid, Tokens
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -279,6 +278,63 @@ class Method(nn.Module, ABC):
         )
 
 
+class RatioMethod(Method):
+    """A method that keeps a share of the positions at each stage, the ``keep_ratio`` of its config,
+    unless a setting lets every image decide.
+    """
+
+    @property
+    @abstractmethod
+    def images_decide(self) -> bool:
+        """Whether each image decides how many positions are kept."""
+
+    fixed_by: ClassVar[str]
+    """The setting with which they do not, as a user writes it."""
+
+    @property
+    def dial(self) -> Dial:
+        """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
+        if self.images_decide:
+            return Dial("threshold", self._threshold, cheapest=1 - 1e-6, dearest=0.0)
+        return Dial("keep_ratio", self._first_ratio, cheapest=1e-3, dearest=1.0)
+
+    @property
+    def _threshold(self) -> float:
+        threshold: float = self.config.threshold
+        return threshold
+
+    @property
+    def _first_ratio(self) -> float:
+        ratio: float | tuple[float, ...] = self.config.keep_ratio
+        return ratio[0] if isinstance(ratio, tuple) else ratio
+
+    def turn(self, value: float) -> None:
+        if self.images_decide:
+            self.config = self._with_threshold(value)
+        else:
+            self.set_keep_ratio(value)
+
+    def _with_threshold(self, value: float) -> Any:
+        return replace(self.config, threshold=value)
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        """Keep another share from now on: one number for the method's rule, or one per stage.
+
+        A model is trained for one ratio and best used near it.
+
+        Raises:
+            ConfigError: out of range, or every image decides how much it keeps.
+        """
+        require(
+            not self.images_decide,
+            f"the image decides how many positions are kept, not a keep ratio; make the model "
+            f"sparse with {self.fixed_by} to set ratios",
+        )
+        config = replace(self.config, keep_ratio=keep_ratio)
+        config.ratios(len(self.stages))
+        self.config = config
+
+
 class SemanticMethod(Method):
     """A method whose semantic tokens stand for the patches: no patch features are compared."""
 
@@ -321,40 +377,6 @@ class SemanticMethod(Method):
         counts = torch.full((len(looks_BSN),), count, device=looks_BSN.device)
         kept = [nothing] * len(looks_BSN)
         return StageTrace(block, looks_BSN.mean(1), grid, kept, counts, looks_BSN)
-
-
-def quarter_stages(depth: int) -> tuple[int, ...]:
-    """A quarter, a half and three quarters of the depth: 3, 6, 9 of 12 blocks."""
-    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-
-
-def check_keep_ratio(keep_ratio: float | tuple[float, ...]) -> None:
-    """Raise :class:`ConfigError` unless the ratios are in (0, 1] and never rise."""
-    ratios = keep_ratio if isinstance(keep_ratio, tuple) else (keep_ratio,)
-    require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
-    for ratio in ratios:
-        require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
-    falling = all(a >= b for a, b in pairwise(ratios))
-    require(falling, f"keep_ratio is {ratios}; a later stage cannot keep more than an earlier")
-
-
-def stage_ratios(keep_ratio: float | tuple[float, ...], num_stages: int) -> tuple[float, ...]:
-    """The kept share of the original patches at each stage: r, r^2, r^3 ... of one number r.
-
-    The powers are in the DynamicViT authors' floating-point arithmetic, which their counts follow.
-    """
-    if isinstance(keep_ratio, tuple):
-        require(
-            len(keep_ratio) == num_stages,
-            f"keep_ratio has {len(keep_ratio)} numbers for {num_stages} stages",
-        )
-        return keep_ratio
-    return tuple(keep_ratio ** (stage + 1) for stage in range(num_stages))
-
-
-def fixed_counts(ratios: Sequence[float], num_patches: int) -> tuple[int, ...]:
-    """Whole patches at each stage, rounded down as the DynamicViT authors do, but at least one."""
-    return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
 
 
 def check_weights(config: Any, *names: str) -> None:
@@ -429,16 +451,3 @@ def _score_loss(
         alive = decision.before.keep_BN
         terms.append(losses.best_tokens_loss(decision.log_probs, seen, alive, count))
     return torch.stack(terms).mean()
-
-
-def check_stages(stages: Sequence[int], depth: int | None = None) -> None:
-    """Raise :class:`ConfigError` unless ``stages`` are sorted blocks of a backbone of ``depth``."""
-    require(len(stages) > 0, "stages is empty; name at least one block, such as (3, 6, 9)")
-    ordered = all(a < b for a, b in pairwise(stages))
-    require(ordered, f"stages are {tuple(stages)}; expected increasing block numbers")
-    require(stages[0] >= 0, f"stages are {tuple(stages)}; block numbers start at 0")
-    if depth is not None:
-        require(
-            stages[-1] < depth,
-            f"stage {stages[-1]} is outside the backbone, whose blocks are 0 to {depth - 1}",
-        )

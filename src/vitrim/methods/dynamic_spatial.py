@@ -46,16 +46,15 @@ from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
-    Method,
+    RatioMethod,
     Recorder,
     TrainingOutput,
-    check_stages,
     check_weights,
-    fixed_counts,
     with_total,
 )
 from vitrim.predictor import Predictor
 from vitrim.sampling import hard_keep
+from vitrim.stages import check_stages, fixed_counts
 from vitrim.tokens import Grid, Tokens
 
 STEP = 0.2
@@ -185,7 +184,7 @@ class SpatialOutput(TrainingOutput):
     """Per predictor (B, N): 1 for a position on the slow path, with straight-through gradients."""
 
 
-class DynamicSpatial(Method):
+class DynamicSpatial(RatioMethod):
     """The method on Swin and ConvNeXt."""
 
     name = "dynamic_spatial"
@@ -394,28 +393,16 @@ class DynamicSpatial(Method):
         return total
 
     @property
+    def images_decide(self) -> bool:
+        return False
+
+    @property
     def dial(self) -> Dial:
         """The keep ratio of the authors' rule; given one per predictor, the first as far as the
         rule reaches.
         """
-        ratio = self.config.keep_ratio
-        first = ratio[0] if isinstance(ratio, tuple) else ratio
         least = STEP * (len(self.stages) - 1) + 1e-3
-        return Dial("keep_ratio", max(first, least), cheapest=least, dearest=1.0)
-
-    def turn(self, value: float) -> None:
-        self.set_keep_ratio(value)
-
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Send another share down the slow path from now on: one number for the authors' rule, or
-        one per predictor.
-
-        Raises:
-            ConfigError: out of range.
-        """
-        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
-        config.ratios(len(self.stages))
-        self.config = config
+        return Dial("keep_ratio", max(self._first_ratio, least), cheapest=least, dearest=1.0)
 
 
 def default_stages(depth: int) -> tuple[int, ...]:

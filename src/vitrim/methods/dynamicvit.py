@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -40,21 +40,16 @@ from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     Decision,
     DenseOutput,
-    Dial,
-    Method,
+    RatioMethod,
     Recorder,
     SelectionOutput,
-    check_keep_ratio,
-    check_stages,
     check_weights,
-    fixed_counts,
-    quarter_stages,
     salient_teacher,
     selection_losses,
-    stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.predictor import Predictor
+from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, quarter_stages, stage_ratios
 from vitrim.tokens import Grid, Tokens
 
 
@@ -120,7 +115,7 @@ class DynamicViTConfig:
         return stage_ratios(self.keep_ratio, num_stages)
 
 
-class DynamicViT(Method):
+class DynamicViT(RatioMethod):
     """The method on a plain vision transformer, and on LV-ViT."""
 
     name = "dynamicvit"
@@ -130,6 +125,7 @@ class DynamicViT(Method):
         ("swin", "convnext"), "it drops tokens, and theirs stand in a map; use dynamic_spatial"
     ) | {"pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid"}
     needs_training = "dynamicvit-adapt"
+    fixed_by = "threshold=None"
     config: DynamicViTConfig
 
     def __init__(
@@ -255,36 +251,8 @@ class DynamicViT(Method):
         return total + family.head_macs(patches + family.num_prefix)
 
     @property
-    def dial(self) -> Dial:
-        """The keep ratio of the paper's rule, or the threshold where counts follow one."""
-        if self.config.threshold is not None:
-            return Dial("threshold", self.config.threshold, cheapest=1 - 1e-6, dearest=0.0)
-        ratio = self.config.keep_ratio
-        first = ratio[0] if isinstance(ratio, tuple) else ratio
-        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
-
-    def turn(self, value: float) -> None:
-        if self.config.threshold is not None:
-            self.config = replace(self.config, threshold=value)
-        else:
-            self.set_keep_ratio(value)
-
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Keep another share from now on: one number for the paper's rule, or one per stage.
-
-        Each model is trained for one ratio and best used near it (the authors' advice).
-
-        Raises:
-            ConfigError: out of range, or the counts follow a threshold instead.
-        """
-        require(
-            self.config.threshold is None,
-            f"the counts follow the threshold {self.config.threshold}, not a keep ratio; make the "
-            "model sparse with threshold=None to set ratios",
-        )
-        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
-        config.ratios(len(self.stages))
-        self.config = config
+    def images_decide(self) -> bool:
+        return self.config.threshold is not None
 
 
 def _is_same_count(after: Any, before: Any) -> bool:

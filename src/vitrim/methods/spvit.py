@@ -47,21 +47,16 @@ from vitrim.families import ViT
 from vitrim.methods.base import (
     Decision,
     DenseOutput,
-    Dial,
-    Method,
+    RatioMethod,
     Recorder,
     SelectionOutput,
-    check_keep_ratio,
-    check_stages,
     check_weights,
-    fixed_counts,
-    quarter_stages,
     salient_teacher,
     selection_losses,
-    stage_ratios,
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.selector import Scores, Selector, masked, package_of
+from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, quarter_stages, stage_ratios
 from vitrim.tokens import Grid, Tokens
 
 
@@ -152,7 +147,7 @@ class SPViTConfig:
         return stage_ratios(self.keep_ratio, num_stages)
 
 
-class SPViT(Method):
+class SPViT(RatioMethod):
     """The method on a plain vision transformer, and on LV-ViT."""
 
     name = "spvit"
@@ -164,6 +159,7 @@ class SPViT(Method):
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     needs_training = "spvit-adapt"
+    fixed_by = 'inference="top_k"'
     config: SPViTConfig
 
     def __init__(
@@ -351,32 +347,12 @@ class SPViT(Method):
         return total + family.head_macs(patches + prefix, prefix - family.num_prefix)
 
     @property
-    def dial(self) -> Dial:
-        """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
-        if self.config.inference != "top_k":
-            value = self.config.threshold if self.config.inference == "threshold" else 0.5
-            return Dial("threshold", value, cheapest=1 - 1e-6, dearest=0.0)
-        ratio = self.config.keep_ratio
-        first = ratio[0] if isinstance(ratio, tuple) else ratio
-        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
+    def images_decide(self) -> bool:
+        return self.config.inference != "top_k"
 
-    def turn(self, value: float) -> None:
-        if self.config.inference != "top_k":
-            self.config = replace(self.config, inference="threshold", threshold=value)
-        else:
-            self.set_keep_ratio(value)
+    @property
+    def _threshold(self) -> float:
+        return self.config.threshold if self.config.inference == "threshold" else 0.5
 
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Keep another share from now on: one number r for r, r^2, r^3 ..., or one per stage.
-
-        Raises:
-            ConfigError: out of range, or the counts depend on the image.
-        """
-        require(
-            self.config.inference == "top_k",
-            f'with inference="{self.config.inference}" the image decides how many tokens are kept, '
-            'not a keep ratio; make the model sparse with inference="top_k" to set ratios',
-        )
-        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
-        config.ratios(len(self.stages))
-        self.config = config
+    def _with_threshold(self, value: float) -> SPViTConfig:
+        return replace(self.config, inference="threshold", threshold=value)

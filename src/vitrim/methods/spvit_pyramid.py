@@ -49,19 +49,16 @@ from vitrim.feature_map import FeatureMap
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
-    Method,
+    RatioMethod,
     Recorder,
     TrainingOutput,
-    check_keep_ratio,
-    check_stages,
     check_weights,
-    fixed_counts,
-    stage_ratios,
     with_total,
 )
 from vitrim.packing import AnyTokens, PackedTokens, select
 from vitrim.selector import Selector, masked, package_of
 from vitrim.sparse_windows import sparse_block_macs, sparse_blocks
+from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, stage_ratios
 from vitrim.tokens import Grid, Tokens
 
 
@@ -177,7 +174,7 @@ class PyramidOutput(TrainingOutput):
     """Per selector (B, N): 1 for a position of its stage's map that goes on."""
 
 
-class SPViTPyramid(Method):
+class SPViTPyramid(RatioMethod):
     """The method on backbones that pool their map between stages."""
 
     name = "spvit_pyramid"
@@ -189,6 +186,7 @@ class SPViTPyramid(Method):
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
+    fixed_by = 'inference="top_k"'
     config: SPViTPyramidConfig
 
     def __init__(
@@ -398,39 +396,23 @@ class SPViTPyramid(Method):
 
     @property
     def dial(self) -> Dial:
-        """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
         require(
             self.config.execution == "gather",
             'spvit_pyramid with execution="mask" computes everything, whatever is dropped; make '
             'the model sparse with execution="gather" to change its cost',
         )
-        if self.config.inference != "top_k":
-            value = self.config.threshold if self.config.inference == "threshold" else 0.5
-            return Dial("threshold", value, cheapest=1 - 1e-6, dearest=0.0)
-        ratio = self.config.keep_ratio
-        first = ratio[0] if isinstance(ratio, tuple) else ratio
-        return Dial("keep_ratio", first, cheapest=1e-3, dearest=1.0)
+        return super().dial
 
-    def turn(self, value: float) -> None:
-        if self.config.inference != "top_k":
-            self.config = replace(self.config, inference="threshold", threshold=value)
-        else:
-            self.set_keep_ratio(value)
+    @property
+    def images_decide(self) -> bool:
+        return self.config.inference != "top_k"
 
-    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
-        """Keep another share from now on: one number r for r, r^2, r^3 ..., or one per selector.
+    @property
+    def _threshold(self) -> float:
+        return self.config.threshold if self.config.inference == "threshold" else 0.5
 
-        Raises:
-            ConfigError: out of range, or the counts depend on the image.
-        """
-        require(
-            self.config.inference == "top_k",
-            f'with inference="{self.config.inference}" the image decides how many positions are '
-            'kept, not a keep ratio; make the model sparse with inference="top_k" to set ratios',
-        )
-        config = replace(self.config, keep_ratio=keep_ratio)  # type: ignore[arg-type]
-        config.ratios(len(self.stages))
-        self.config = config
+    def _with_threshold(self, value: float) -> SPViTPyramidConfig:
+        return replace(self.config, inference="threshold", threshold=value)
 
 
 def default_stages(family: PiT | Swin) -> tuple[int, ...]:

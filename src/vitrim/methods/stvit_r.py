@@ -65,7 +65,13 @@ from vitrim.methods.base import (
 from vitrim.pooling import POOLINGS
 from vitrim.semantic_attention import Keys, WindowRecord
 from vitrim.semantic_keys import Look, classification_look, dense_look, token_order
-from vitrim.semantic_windows import Windows, global_centres, resized_centres, tokens_side
+from vitrim.semantic_windows import (
+    Windows,
+    global_centres,
+    resized_centres,
+    tokens_side,
+    windows_of,
+)
 from vitrim.tokens import Grid
 
 STAGE = 2
@@ -253,12 +259,8 @@ class STViTR(SemanticMethod):
 
     def _windows(self, family: Swin, grid: Grid) -> Windows:
         """The windows of the third stage's map of an image of ``grid`` patches."""
-        require(
-            self.config.side <= min(self.window),
-            f"window_tokens is {self.config.window_tokens}; the windows of this backbone have "
-            f"{self.window[0]} x {self.window[1]} positions",
-        )
-        return Windows(family.stage_grid(grid, STAGE), self.window, self.config.side)
+        map_grid = family.stage_grid(grid, STAGE)
+        return windows_of(map_grid, self.window, self.config.window_tokens)
 
     @property
     def _sees_padding(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+# The tests run in several processes: one that used every core would hold up the others.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"

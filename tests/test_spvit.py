@@ -392,7 +392,7 @@ def test_dials():
     sparse.method.turn(0.55)
     assert sparse.config.inference == "threshold"
     assert sparse.method.dial.value == 0.55
-    with pytest.raises(ConfigError, match='with inference="threshold" the image decides'):
+    with pytest.raises(ConfigError, match='inference="top_k" to set ratios'):
         sparse.set_keep_ratio(0.5)
     fixed = twin(sparse, inference="top_k", keep_ratio=0.8)
     assert fixed.method.dial.name == "keep_ratio"

@@ -283,13 +283,13 @@ class RatioMethod(Method):
     unless a setting lets every image decide.
     """
 
+    fixed_by: ClassVar[str] = "other settings"
+    """With what setting the images do not decide, as a user writes it."""
+
     @property
-    @abstractmethod
     def images_decide(self) -> bool:
         """Whether each image decides how many positions are kept."""
-
-    fixed_by: ClassVar[str]
-    """The setting with which they do not, as a user writes it."""
+        return False
 
     @property
     def dial(self) -> Dial:

@@ -393,10 +393,6 @@ class DynamicSpatial(RatioMethod):
         return total
 
     @property
-    def images_decide(self) -> bool:
-        return False
-
-    @property
     def dial(self) -> Dial:
         """The keep ratio of the authors' rule; given one per predictor, the first as far as the
         rule reaches.

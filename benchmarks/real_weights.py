@@ -167,7 +167,10 @@ class Bench:
                 *("eval", model, "--data", self.validation, "--weights", self.weights),
                 *("--crop-pct", CROP_PCT[self.model], "--json", output, *options),
             )
-        content: dict[str, Any] = json.loads(output.read_text())
+        text = output.read_text()
+        for path, name in ((self.assets, "ASSETS"), (self.runs.parent, "RUNS")):
+            text = text.replace(str(path.resolve()), name).replace(str(path), name)
+        content: dict[str, Any] = json.loads(text)
         return content
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conftest import seeded
+from vitrim.methods.base import DenseOutput
+
 
 def assert_feature(found, expected, tolerance):
     """Compare a tensor with its golden sums; the class token's first channels come first."""
@@ -38,3 +41,12 @@ def assert_gradients(gradients, outputs, tolerance):
     total = sum(gradient.double().norm() ** 2 for gradient in gradients.values()) ** 0.5
     rtol = tolerance["grad_norm_rtol"]
     assert total.item() == pytest.approx(outputs["grad_norm_total"], rel=rtol)
+
+
+def taught(case):
+    """Soft targets and what the teacher says, both random, of a training case."""
+    recipe = case["train"]["teacher"]
+    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
+    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
+    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
+    return (2 * noise).softmax(-1), DenseOutput(logits, tokens)

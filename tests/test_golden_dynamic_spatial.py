@@ -6,17 +6,17 @@ Dynamic spatial sparsification comes from the repository of DynamicViT, and so d
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.conftest import golden, golden_input, golden_weights, seeded, tiny_convnext
-from tests.golden_checks import assert_feature
+from tests.golden_checks import assert_feature, taught
 from vitrim import DynamicSpatialConfig, load_official, sparsify
 from vitrim.convert_spatial import _CONVNEXT, _counted_from, _renamed
 from vitrim.feature_map import FeatureMap, Partition
-from vitrim.methods.base import DenseOutput
 from vitrim.methods.dynamic_spatial import TwoMaps
 from vitrim.predictor import Predictor
 from vitrim.tokens import Tokens
@@ -121,15 +121,13 @@ def test_evaluation(name, monkeypatch):
 def test_training(monkeypatch):
     case = golden("dynamicvit_convnext-t_r0.7_train")
     model = load(case, sampling="argmax").train()
-    outputs, tolerance, recipe = case["outputs"], case["tolerance"], case["train"]["teacher"]
-    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
-    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
-    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
+    outputs, tolerance = case["outputs"], case["tolerance"]
     with monkeypatch.context() as patch:
         features = features_of(model, patch)
         output = model.method.train_forward(model.family, golden_input(case))
-    teacher = DenseOutput(logits, tokens.flatten(1, 2))
-    found = model.method.losses(output, (2 * noise).softmax(-1), teacher)
+    target, teacher = taught(case)
+    teacher = replace(teacher, patch_features=teacher.patch_features.flatten(1, 2))
+    found = model.method.losses(output, target, teacher)
     found["total"].backward()
 
     expected = torch.tensor(outputs["logits"])

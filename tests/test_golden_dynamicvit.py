@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.golden_checks import assert_feature, assert_gradients, features_of
+from tests.conftest import golden, golden_input, golden_weights
+from tests.golden_checks import assert_feature, assert_gradients, features_of, taught
 from vitrim import load_official
 from vitrim.attention import masked_softmax
-from vitrim.methods.base import DenseOutput
 from vitrim.predictor import Predictor
 from vitrim.tokens import Tokens
 
@@ -37,12 +36,9 @@ def test_training():
     case = golden("dynamicvit_deit-s_r0.7_train")
     model = load_official(golden_weights(case), "dynamicvit", keep_ratio=0.7, sampling="argmax")
     model.train()
-    outputs, tolerance, recipe = case["outputs"], case["tolerance"], case["train"]["teacher"]
-    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
-    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
-    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
+    outputs, tolerance = case["outputs"], case["tolerance"]
     output = model.method.train_forward(model.family, golden_input(case))
-    found = model.method.losses(output, (2 * noise).softmax(-1), DenseOutput(logits, tokens))
+    found = model.method.losses(output, *taught(case))
     found["total"].backward()
 
     expected = torch.tensor(outputs["logits"])

@@ -9,11 +9,10 @@ import timm
 import torch
 
 from tests import test_golden_asvit, test_golden_dynamicvit, test_golden_spvit
-from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.golden_checks import assert_feature, assert_gradients
+from tests.conftest import golden, golden_input, golden_weights
+from tests.golden_checks import assert_feature, assert_gradients, taught
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.convert import load_dense
-from vitrim.methods.base import DenseOutput
 
 
 def features_of(model, monkeypatch):
@@ -52,21 +51,12 @@ def assert_kept(trace, expected):
         assert [places.tolist() for places in stage.kept] == kept
 
 
-def constants(case):
-    """Soft targets, and what takes the teacher's place."""
-    recipe = case["train"]["teacher"]
-    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
-    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
-    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
-    return (2 * noise).softmax(-1), DenseOutput(logits, tokens)
-
-
 def assert_training(case, model, official_name, monkeypatch):
     """The golden numbers of a training step, terms of the loss by our names excepted."""
     outputs, tolerance = case["outputs"], case["tolerance"]
     features = features_of(model, monkeypatch)
     output = model.method.train_forward(model.family, golden_input(case))
-    found = model.method.losses(output, *constants(case))
+    found = model.method.losses(output, *taught(case))
     found["total"].backward()
 
     expected = torch.tensor(outputs["logits"])

@@ -7,11 +7,10 @@ import re
 import pytest
 import torch
 
-from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.golden_checks import assert_feature, assert_gradients
+from tests.conftest import golden, golden_input, golden_weights
+from tests.golden_checks import assert_feature, assert_gradients, taught
 from tests.test_golden_dynamicvit import tolerance
 from vitrim import CheckpointError, SPViTConfig, load_official
-from vitrim.methods.base import DenseOutput
 from vitrim.selector import Selector
 from vitrim.tokens import Tokens
 
@@ -63,13 +62,10 @@ def test_evaluation(name, execution, monkeypatch):
 def test_training(name, monkeypatch):
     case = golden(name)
     model = load_official(golden_weights(case), "spvit", sampling="argmax").train()
-    outputs, allowed, recipe = case["outputs"], case["tolerance"], case["train"]["teacher"]
-    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
-    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
-    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
+    outputs, allowed = case["outputs"], case["tolerance"]
     features = features_of(model, monkeypatch)
     output = model.method.train_forward(model.family, golden_input(case))
-    found = model.method.losses(output, (2 * noise).softmax(-1), DenseOutput(logits, tokens))
+    found = model.method.losses(output, *taught(case))
     found["total"].backward()
 
     expected = torch.tensor(outputs["logits"])

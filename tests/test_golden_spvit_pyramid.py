@@ -7,11 +7,10 @@ import re
 import pytest
 import torch
 
-from tests.conftest import golden, golden_input, golden_weights, seeded
-from tests.golden_checks import assert_feature, assert_gradients
+from tests.conftest import golden, golden_input, golden_weights
+from tests.golden_checks import assert_feature, assert_gradients, taught
 from vitrim import CheckpointError, SPViTPyramidConfig, load_official
 from vitrim.families import PiT
-from vitrim.methods.base import DenseOutput
 
 
 def features_of(model, monkeypatch):
@@ -78,13 +77,10 @@ def test_what_is_carried_decides_the_same_at_first():
 def test_training(monkeypatch):
     case = golden("spvit_pit-s_train")
     model = load_official(golden_weights(case), "spvit", sampling="argmax").train()
-    outputs, allowed, recipe = case["outputs"], case["tolerance"], case["train"]["teacher"]
-    logits = torch.randn(recipe["logits_shape"], generator=seeded(recipe["logits_seed"]))
-    tokens = torch.randn(recipe["tokens_shape"], generator=seeded(recipe["tokens_seed"]))
-    noise = torch.randn(recipe["logits_shape"], generator=seeded(recipe["targets_seed"]))
+    outputs, allowed = case["outputs"], case["tolerance"]
     features = features_of(model, monkeypatch)
     output = model.method.train_forward(model.family, golden_input(case))
-    found = model.method.losses(output, (2 * noise).softmax(-1), DenseOutput(logits, tokens))
+    found = model.method.losses(output, *taught(case))
     found["total"].backward()
 
     expected = torch.tensor(outputs["logits"])

@@ -91,9 +91,17 @@ def load_spatial(
     return model
 
 
+def merging_name(key: str) -> str | None:
+    """Our name of a weight of Swin's patch merging, which the first release has at the end of a
+    stage, and timm at the start of the next one; None for another weight.
+    """
+    match = re.match(r"layers\.(\d+)\.downsample\.", key)
+    return match and f"backbone.layers.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
+
+
 def _renamed(key: str, renames: list[tuple[str, str]]) -> str:
-    if match := re.match(r"layers\.(\d+)\.downsample\.", key):
-        return f"backbone.layers.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
+    if name := merging_name(key):
+        return name
     for old, new in renames:
         name, count = re.subn("^" + old, new, key)
         if count:

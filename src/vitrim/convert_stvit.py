@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrim.checkpoint import create_backbone, load_strict
 from vitrim.config import from_plain
+from vitrim.convert_spatial import merging_name
 from vitrim.errors import CheckpointError
 from vitrim.methods.stvit_r import GLOBAL, LOCAL, UNIT, STViTRConfig
 from vitrim.model import SparseModel
@@ -124,7 +125,6 @@ def _renamed(weights: StateDict) -> StateDict:
 
 
 def _new_name(key: str) -> str:
-    if match := re.match(r"layers\.(\d+)\.downsample\.", key):
-        # Theirs merges patches at the end of a stage; timm at the start of the next one.
-        return f"backbone.layers.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
+    if name := merging_name(key):
+        return name
     return next(re.sub("^" + old, new, key) for old, new in _RENAMES if re.match(old, key))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim import checkpoint
 from vitrim.budget import TOLERANCE, Calibration, check_budget
@@ -18,7 +18,7 @@ from vitrim.calibrate import MAX_IMAGES, calibrate
 from vitrim.cli import common, tables
 from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
 from vitrim.config import from_plain, to_plain
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, InputError
 from vitrim.methods import METHODS, method_by_name
 from vitrim.model import SparseModel, sparsify
 
@@ -69,6 +69,16 @@ def calibration_loader(
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
     return eval_loader(source, config, batch, workers, images, labelled=False, split=split)
+
+
+def prepared_images(model: nn.Module, source: str, count: int, batch: int) -> Tensor:
+    """Prepared images of ``source`` in one tensor; those that cannot be read are named."""
+    loader = calibration_loader(model, common.data_source(source), count, batch, 0)
+    found = [images for images, _ in loader]
+    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    if not found:
+        raise InputError(f"{source} has not one readable image")
+    return torch.cat(found)
 
 
 def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str) -> list[Met]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor
 
 from vitrim import runtime
 from vitrim.cli import common, tables
-from vitrim.cli.budgets import calibration_loader
+from vitrim.cli.budgets import prepared_images
 from vitrim.cli.options import JsonOption
-from vitrim.errors import ConfigError, InputError, VitrimError
+from vitrim.errors import ConfigError, VitrimError
 from vitrim.model import SparseModel
 from vitrim.tools import export as exporting
 
@@ -56,7 +55,7 @@ def export_command(
     sparse = common.require_sparse(common.load_model(model), model)
     if macs is not None:
         sparse.set_budget(macs)
-    seen = _images(sparse, data, images) if data is not None else None
+    seen = None if data is None else prepared_images(sparse, data, images, min(images, 32))
     if seen is None and (check or dtype == "int8"):
         raise ConfigError(f"{'--check' if check else 'int8'} needs images; give them by --data")
     _warn(sparse, seen)
@@ -116,15 +115,6 @@ def _batch(word: str) -> int | None:
     if not word.isdigit() or int(word) < 1:
         raise ConfigError(f"--batch is {word!r}; expected a number of images, or dynamic")
     return int(word)
-
-
-def _images(sparse: SparseModel, source: str, count: int) -> Tensor:
-    loader = calibration_loader(sparse, common.data_source(source), count, min(count, 32), 0)
-    found = [images for images, _ in loader]
-    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
-    if not found:
-        raise InputError(f"{source} has not one readable image")
-    return torch.cat(found)
 
 
 def _warn(sparse: SparseModel, images: Tensor | None) -> None:

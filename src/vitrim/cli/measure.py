@@ -7,12 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.cli import common, tables
-from vitrim.cli.budgets import MacsOption, budgets_of, calibration_loader
+from vitrim.cli.budgets import MacsOption, budgets_of, prepared_images
 from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
@@ -60,7 +59,11 @@ def bench_command(
     candidates = _candidates(model, method, ratios, budgets_of(macs), image_size)
     sparse = next((m for m in candidates.values() if isinstance(m, SparseModel)), None)
     shape = _image_shape(sparse or candidates["dense"])
-    images = None if data is None else _images(sparse or candidates["dense"], data, max(batches))
+    images = None
+    if data is not None:
+        batch_size = max(batches)
+        count = _MOST_BATCHES * batch_size
+        images = prepared_images(sparse or candidates["dense"], data, count, batch_size)
     if images is None and sparse is not None and sparse.macs() is None:
         common.note("counts depend on the image, and noise is none: give images by --data")
     rows = benchmark(
@@ -113,15 +116,6 @@ def _candidates(
         changed.set_budget(budget)
         found[f"{changed.method.name} at {budget:g}"] = changed
     return found if ratios or budgets else found | {common.setting_name(model): model}
-
-
-def _images(model: nn.Module, source: str, batch: int) -> Tensor:
-    """Some batches of prepared images of ``source``."""
-    loader = calibration_loader(model, common.data_source(source), _MOST_BATCHES * batch, batch, 0)
-    images = [images for images, _ in loader]
-    if not images:
-        raise InputError(f"{source} has not one readable image")
-    return torch.cat(images)
 
 
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:

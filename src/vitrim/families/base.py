@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrim import losses
 from vitrim.errors import InputError
+from vitrim.feature_map import FeatureMap
 from vitrim.tokens import Grid
 
 
@@ -70,6 +72,97 @@ class Family(ABC):
         """MACs of the backbone alone on one image of ``grid`` patches."""
 
 
+class Pyramid(Family):
+    """A family whose backbones keep a map that shrinks from stage to stage.
+
+    Every ``grid`` is that of the stem; :meth:`stage_grid` gives that of a stage.
+    """
+
+    @property
+    @abstractmethod
+    def depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+
+    @abstractmethod
+    def stage_grid(self, grid: Grid, stage: int) -> Grid:
+        """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
+
+    @abstractmethod
+    def stem(self, images: Tensor) -> FeatureMap:
+        """The map before stage 0."""
+
+    @abstractmethod
+    def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """The downsampling before a stage's blocks; the same map where there is none."""
+
+    @abstractmethod
+    def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
+        """Block ``index`` of a stage on every position: timm's own forward."""
+
+    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
+        """A whole stage: its downsampling and all its blocks."""
+        fmap = self.enter_stage(stage, fmap)
+        for index in range(self.depths[stage]):
+            fmap = self.run_block(stage, index, fmap)
+        return fmap
+
+    def dense(self, images: Tensor) -> FeatureMap:
+        """The map after the last block, every position fully computed."""
+        fmap = self.stem(images)
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+        return fmap
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
+        fmap, levels = self.stem(images), []
+        for stage in range(len(self.depths)):
+            fmap = self.run_stage(stage, fmap)
+            levels.append(fmap.x_BHWC.permute(0, 3, 1, 2).contiguous())
+        return levels
+
+    @abstractmethod
+    def stem_macs(self, grid: Grid) -> int:
+        """MACs of the stem."""
+
+    @abstractmethod
+    def downsample_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of :meth:`enter_stage`."""
+
+    @abstractmethod
+    def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of the part of a block that mixes positions."""
+
+    @abstractmethod
+    def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
+        """MACs of the rest of a block on ``num_positions`` positions (a number or a tensor)."""
+
+    @abstractmethod
+    def head_macs(self) -> int:
+        """MACs of the classifier."""
+
+    def block_macs(self, stage: int, index: int, grid: Grid) -> int:
+        """MACs of a whole block."""
+        positions = math.prod(self.stage_grid(grid, stage))
+        return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
+
+    def dense_macs(self, grid: Grid) -> int:
+        """MACs of the backbone alone on one image of ``grid`` patches."""
+        total = self.stem_macs(grid) + self.head_macs()
+        for stage, depth in enumerate(self.depths):
+            total += self.downsample_macs(stage, grid)
+            total += sum(self.block_macs(stage, index, grid) for index in range(depth))
+        return total
+
+
+def check_channels(images: Tensor, channels: int) -> None:
+    """Raise :class:`InputError` unless ``images`` are (batch, ``channels``, height, width)."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise InputError(
+            f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
+        )
+
+
 def check_patched_images(images: Tensor, backbone: Any, flexible: bool) -> None:
     """Raise :class:`InputError` unless ``images`` suit a backbone with timm's patch embedding.
 
@@ -79,10 +172,7 @@ def check_patched_images(images: Tensor, backbone: Any, flexible: bool) -> None:
         flexible: whether it takes other sizes than the one it was created for.
     """
     patch_embed, shape = backbone.patch_embed, tuple(images.shape)
-    if images.ndim != 4 or shape[1] != backbone.in_chans:
-        raise InputError(
-            f"images have shape {shape}; expected (batch, {backbone.in_chans}, height, width)"
-        )
+    check_channels(images, backbone.in_chans)
     if not flexible:
         height, width = patch_embed.img_size
         if shape[2:] != (height, width):

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrim.errors import InputError
-from vitrim.families.base import Family
+from vitrim.families.base import Pyramid, check_channels
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.tokens import Grid
 
 
-class ConvNeXt(Family):
+class ConvNeXt(Pyramid):
     """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
 
     name = "convnext"
@@ -96,11 +96,8 @@ class ConvNeXt(Family):
 
     def check_images(self, images: Tensor) -> None:
         """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
-        shape, channels = tuple(images.shape), self.backbone.in_chans
-        if images.ndim != 4 or shape[1] != channels:
-            raise InputError(
-                f"images have shape {shape}; expected (batch, {channels}, height, width)"
-            )
+        check_channels(images, self.backbone.in_chans)
+        shape = tuple(images.shape)
         if min(self.stage_grid(self.grid((shape[2], shape[3])), len(self.depths) - 1)) < 1:
             least = self.backbone.feature_info[-1]["reduction"]
             raise InputError(
@@ -155,36 +152,6 @@ class ConvNeXt(Family):
         features: Tensor = _map(normed).x_BHWC.flatten(1, 2)
         return features
 
-    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
-        """All of ``stage``, its downsampling first."""
-        fmap = self.enter_stage(stage, fmap)
-        for index in range(self.depths[stage]):
-            fmap = self.run_block(stage, index, fmap)
-        return fmap
-
-    def dense(self, images: Tensor) -> FeatureMap:
-        """The map after the last block."""
-        fmap = self.stem(images)
-        for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-        return fmap
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The map after each stage (B, C, H, W), as timm's ``features_only`` gives them."""
-        levels, fmap = [], self.stem(images)
-        for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-            levels.append(_nchw(fmap.x_BHWC))
-        return levels
-
-    def dense_macs(self, grid: Grid) -> int:
-        """MACs of the backbone alone on one image of ``grid`` patches."""
-        total = self.stem_macs(grid) + self.head_macs()
-        for stage, depth in enumerate(self.depths):
-            blocks = sum(self.block_macs(stage, index, grid) for index in range(depth))
-            total += self.downsample_macs(stage, grid) + blocks
-        return total
-
     def stem_macs(self, grid: Grid) -> int:
         """MACs of the stem."""
         return int(self.backbone.stem[0].weight.numel()) * math.prod(grid)
@@ -194,11 +161,6 @@ class ConvNeXt(Family):
         down = self._downsample(stage)
         positions = math.prod(self.stage_grid(grid, stage))
         return 0 if down is None else int(down.weight.numel()) * positions
-
-    def block_macs(self, stage: int, index: int, grid: Grid) -> int:
-        """MACs of block ``index`` of ``stage``."""
-        positions = math.prod(self.stage_grid(grid, stage))
-        return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix` on the whole map."""

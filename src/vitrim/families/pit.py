@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import InputError
 from vitrim.families import blocks
-from vitrim.families.base import Family
+from vitrim.families.base import Family, check_channels
 from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.packing import AnyTokens
 from vitrim.tokens import Grid, Tokens
@@ -103,11 +103,8 @@ class PiT(Family):
 
     def check_images(self, images: Tensor) -> None:
         """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
-        channels, shape = self.backbone.in_chans, tuple(images.shape)
-        if images.ndim != 4 or shape[1] != channels:
-            raise InputError(
-                f"images have shape {shape}; expected (batch, {channels}, height, width)"
-            )
+        check_channels(images, self.backbone.in_chans)
+        shape = tuple(images.shape)
         if self.grid((shape[2], shape[3])) != self.grid():
             raise InputError(
                 f"images are {shape[2]} x {shape[3]} pixels; this backbone takes "

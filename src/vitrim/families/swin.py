@@ -31,7 +31,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.families.base import Family, check_patched_images
+from vitrim.families.base import Pyramid, check_patched_images
 from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
@@ -46,7 +46,7 @@ from vitrim.tokens import Grid
 _STEMS = (PatchEmbed, SwinConvStem)
 
 
-class Swin(Family):
+class Swin(Pyramid):
     """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
 
     name = "swin"
@@ -193,13 +193,6 @@ class Swin(Family):
             fmap = self.run_block(stage, index, fmap, pad_first)
         return fmap
 
-    def dense(self, images: Tensor) -> FeatureMap:
-        """The map after the last block, every position fully computed."""
-        fmap = self.stem(images)
-        for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-        return fmap
-
     def head(self, fmap: FeatureMap) -> Tensor:
         """Logits (B, classes): final norm, pooling and classifier."""
         model = self.backbone
@@ -217,22 +210,6 @@ class Swin(Family):
         features: Tensor = self.backbone.norm(fmap.x_BHWC).flatten(1, 2)
         return features
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
-        fmap, levels = self.stem(images), []
-        for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-            levels.append(fmap.x_BHWC.permute(0, 3, 1, 2).contiguous())
-        return levels
-
-    def dense_macs(self, grid: Grid) -> int:
-        """MACs of the backbone alone on one image of ``grid`` patches."""
-        total = self.stem_macs(grid) + self.head_macs()
-        for stage, depth in enumerate(self.depths):
-            total += self.downsample_macs(stage, grid)
-            total += sum(self.block_macs(stage, index, grid) for index in range(depth))
-        return total
-
     def stem_macs(self, grid: Grid) -> int:
         """MACs of the patch embedding: one convolution, or several of which each halves the map."""
         modules = self.backbone.patch_embed.proj.modules()
@@ -249,11 +226,6 @@ class Swin(Family):
     def merge_macs(self, stage: int, num_positions: Any) -> Any:
         """MACs of a stage's downsampling to ``num_positions`` positions (a number or a tensor)."""
         return linear_macs(self.backbone.layers[stage].downsample) * num_positions
-
-    def block_macs(self, stage: int, index: int, grid: Grid) -> int:
-        """MACs of a block; its attention runs on whole windows, so the padding counts there."""
-        positions = math.prod(self.stage_grid(grid, stage))
-        return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix`, padding to whole windows included."""

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,6 @@ def _program(
     kind = _TORCH_DTYPES.get(dtype, torch.float32)
     model = sparse
     if kind is not torch.float32:
-        from copy import deepcopy
-
         model = deepcopy(sparse).to(kind)
     example = torch.zeros(2 if batch is None else batch, *shape)
     sizes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None

@@ -127,7 +127,7 @@ class Bench:
         if self.epochs is not None:
             parts["run"] = {"epochs": self.epochs}
         changes = (word for part, found in parts.items() for word in self._changes(part, found))
-        if not (run / "checkpoint").exists():
+        if not (self.runs / f"{name}.json").exists():  # train goes on where it was interrupted
             vitrim("train", f"{method}-adapt", "-o", run, *changes, *options)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         seconds = {"adapt_seconds": round(log[-1]["time"]), "epochs": 1 + log[-1]["epoch"]}

@@ -116,12 +116,19 @@ def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
             model: nn.Module = timm.create_model(
                 name, pretrained=recipe.pretrained, **recipe.kwargs
             )
+            if recipe.init == "fan_in":
+                model.apply(_init_fan_in)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"timm cannot create {name!r} with {recipe.kwargs}: {error}") from error
     if recipe.weights is not None:
         path = weights_path(recipe.weights)
         load_strict(model, read_weights(path), str(path))
     return model
+
+
+def _init_fan_in(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 
 def package_file(name: str) -> Path:

@@ -62,7 +62,7 @@ def measure(runs: Path, family: str) -> None:
         run = runs / f"digits-{method}-{family}"
         vitrim(
             *("bench", run / "checkpoint", "--data", "digits", "--batch", BATCH),
-            *("--dtype", "fp32", "--json", run / "speed.json"),
+            *("--dtype", "fp32", "--rounds", 7, "--json", run / "speed.json"),
         )
 
 

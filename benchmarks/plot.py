@@ -23,8 +23,9 @@ def table(models: dict[str, Any]) -> str:
             "",
             f"Dense: {dense['dense']['top1']:.2f} top-1 at {dense['dense_macs'] / 1e9:.3f} GMACs.",
             "",
-            "| | setting | top-1 | against dense (95 %) | won, lost | GMACs: mean ± std | share |",
-            "|---|---|---|---|---|---|---|",
+            "| | setting | top-1 | against dense (95 %) | won, lost | GMACs: mean ± std | share | "
+            "images/s |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name, content in found.items():
             lines += [] if name == "dense" else [_line(name, row) for row in content["results"]]
@@ -39,8 +40,15 @@ def _line(name: str, row: dict[str, Any]) -> str:
         f"| {name} | {setting} | {row['sparse']['top1']:.2f} | {pair['difference']:+.2f} "
         f"({pair['low']:+.2f} to {pair['high']:+.2f}) | {pair['won']}, {pair['lost']} | "
         f"{macs['mean'] / 1e9:.3f} ± {macs['std'] / 1e9:.3f} | "
-        f"{macs['mean'] / row['dense_macs']:.3f} |"
+        f"{macs['mean'] / row['dense_macs']:.3f} | {_speed(row)} |"
     )
+
+
+def _speed(row: dict[str, Any]) -> str:
+    if "speed" not in row:
+        return ""
+    speed = row["speed"]
+    return f"{speed['images_per_second']:.0f} ({speed['speedup']['median']:.2f}x)"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

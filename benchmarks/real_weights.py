@@ -4,7 +4,8 @@
 ``imagenet-val-1300`` (measured on, never trained or calibrated on) and ``imagenet-adapt-1000``
 (adapted and calibrated on, without labels). Writes ``results/real_weights.json``. A run that exists
 is not repeated, so parts can be done on their own (``--models``, ``--methods``) and one after the
-other; each model and method takes up to twenty minutes on two otherwise idle cores.
+other; each model and method takes up to twenty minutes on two otherwise idle cores. ``--speed``
+times every row beside its dense model as well; the machine should do nothing else then.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ STVIT = {
 Each is a model of its own."""
 STVIT_FREE = {"keep_prefix": "true", "global_centres": "false", "pooling": "avg"}
 STVIT_EPOCHS = 8
+SPEED_BATCH = 16
 PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold"}}
 """Fields that let the images decide how many tokens they keep, after adapting with fixed counts."""
 
@@ -51,8 +53,8 @@ PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold
 class Bench:
     """One model of the table."""
 
-    def __init__(self, assets: Path, runs: Path, model: str, epochs: int | None, low: bool) -> None:
-        self.epochs, self.low = epochs, low
+    def __init__(self, assets: Path, runs: Path, model: str, options: argparse.Namespace) -> None:
+        self.epochs, self.low, self.speed = options.epochs, not options.no_low, options.speed
         self.assets, self.runs, self.model = assets, runs / model, model
         self.weights = assets / "weights" / f"{model}.safetensors"
         self.validation = assets / "imagenet-val-1300"
@@ -171,6 +173,24 @@ class Bench:
         for path, name in ((self.assets, "ASSETS"), (self.runs.parent, "RUNS")):
             text = text.replace(str(path.resolve()), name).replace(str(path), name)
         content: dict[str, Any] = json.loads(text)
+        return self._with_speed(content, name, model, options)
+
+    def _with_speed(
+        self, content: dict[str, Any], name: str, model: Any, options: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Each result with the speed that was measured at its setting, beside the dense model."""
+        output = self.runs / f"{name}-speed.json"
+        if self.speed and name != "dense" and not output.exists():
+            settings = [option for option in options if option != "--calibrate-on"]
+            settings = [option for option in settings if option != self.adaptation]
+            vitrim(
+                *("bench", model, "--data", self.validation, "--batch", SPEED_BATCH),
+                *("--dtype", "fp32", "--rounds", 3, "--json", output, *settings),
+            )
+        if output.exists():
+            rows = json.loads(output.read_text())["rows"][1:]  # the first is the dense model
+            for result, row in zip(content["results"], rows, strict=True):
+                result["speed"] = row
         return content
 
 
@@ -187,12 +207,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(CROP_PCT))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--epochs", type=int, help="Of every adaptation, instead of its recipe's.")
+    parser.add_argument("--speed", action="store_true", help="Time the rows as well.")
     parser.add_argument("--no-low", action="store_true", help=f"No adaptation at {LOW} of its own.")
     options = parser.parse_args()
     earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     models: dict[str, Any] = earlier.get("models", {})
     for model in options.models:
-        bench = Bench(options.assets, options.runs, model, options.epochs, not options.no_low)
+        bench = Bench(options.assets, options.runs, model, options)
         rows = models.setdefault(model, {})
         rows["dense"] = bench.dense()
         for method in options.methods:

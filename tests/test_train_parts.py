@@ -255,6 +255,21 @@ def test_new_parameters_are_a_function_of_the_seed():
         assert not torch.equal(one[name], other[name])
 
 
+def test_new_weights_by_fan_in_suit_any_width():
+    wide, by_fan_in = (
+        create_dense(ModelRecipe(name="vit_tiny_patch16_224", kwargs=TINY, init=init), seed=0)
+        for init in ("timm", "fan_in")
+    )
+    inputs = TINY["embed_dim"]
+    assert by_fan_in.blocks[0].attn.qkv.weight.std().item() == pytest.approx(inputs**-0.5, rel=0.05)
+    assert by_fan_in.blocks[0].mlp.fc2.weight.std().item() == pytest.approx(
+        (4 * inputs) ** -0.5, rel=0.05
+    )
+    assert wide.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    with pytest.raises(ConfigError, match=r"model\.init is 'fan_in', but the weights are loaded"):
+        ModelRecipe(name="vit_tiny_patch16_224", init="fan_in", pretrained=True)
+
+
 def test_bad_models_are_told_apart(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean .*'vit_tiny_patch16_224'"):
         create_dense(ModelRecipe(name="vit_tiny_patch16_225"), 0)

@@ -16,10 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim.cli.budgets import prepared_images
+from vitrim.model import SparseModel
+from vitrim.tools.benchmark import Row, benchmark
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "real_weights.json"
@@ -45,7 +51,7 @@ STVIT = {
 Each is a model of its own."""
 STVIT_FREE = {"keep_prefix": "true", "global_centres": "false", "pooling": "avg"}
 STVIT_EPOCHS = 8
-SPEED_BATCH = 16
+SPEED_BATCH, SPEED_BATCHES = 16, 4
 PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold"}}
 """Fields that let the images decide how many tokens they keep, after adapting with fixed counts."""
 
@@ -173,25 +179,36 @@ class Bench:
         for path, name in ((self.assets, "ASSETS"), (self.runs.parent, "RUNS")):
             text = text.replace(str(path.resolve()), name).replace(str(path), name)
         content: dict[str, Any] = json.loads(text)
-        return self._with_speed(content, name, model, options)
+        return self._with_speed(content, name, model)
 
-    def _with_speed(
-        self, content: dict[str, Any], name: str, model: Any, options: Sequence[Any]
-    ) -> dict[str, Any]:
+    def _with_speed(self, content: dict[str, Any], name: str, model: Any) -> dict[str, Any]:
         """Each result with the speed that was measured at its setting, beside the dense model."""
         output = self.runs / f"{name}-speed.json"
         if self.speed and name != "dense" and not output.exists():
-            settings = [option for option in options if option != "--calibrate-on"]
-            settings = [option for option in settings if option != self.adaptation]
-            vitrim(
-                *("bench", model, "--data", self.validation, "--batch", SPEED_BATCH),
-                *("--dtype", "fp32", "--rounds", 3, "--json", output, *settings),
-            )
+            rows = [row.to_dict() for row in self._time(from_pretrained(model), content["results"])]
+            write_atomic(output, (json.dumps(rows, indent=1) + "\n").encode())
         if output.exists():
-            rows = json.loads(output.read_text())["rows"][1:]  # the first is the dense model
+            rows = json.loads(output.read_text())
             for result, row in zip(content["results"], rows, strict=True):
                 result["speed"] = row
         return content
+
+    def _time(self, sparse: SparseModel, results: list[dict[str, Any]]) -> list[Row]:
+        """A row per result; the dense model takes its turns among them."""
+        candidates: dict[str, nn.Module] = {"dense": sparse.backbone}
+        for number, result in enumerate(results):
+            turned = deepcopy(sparse)
+            if "value" in result:
+                turned.method.turn(result["value"])
+            elif "keep_ratio" in result:
+                turned.set_keep_ratio(result["keep_ratio"])
+            candidates[str(number)] = turned
+        count = SPEED_BATCHES * SPEED_BATCH
+        images = prepared_images(sparse, str(self.validation), count, SPEED_BATCH)
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        options: dict[str, Any] = {"dtypes": ("fp32",), "rounds": 5, "images": images}
+        print(f"timing {self.runs.name}, {len(results)} settings", flush=True)
+        return benchmark(candidates, shape, batches=(SPEED_BATCH,), **options)[1:]
 
 
 def vitrim(*arguments: Any) -> None:

@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
+from vitrim.hardware import hardware
 from vitrim.model import SparseModel
 from vitrim.tools.evaluate import counted_macs
 
@@ -141,7 +137,7 @@ def benchmark(
     _check(candidates, batches, dtypes, rounds, threads)
     device = checked_device(device)
     rows = []
-    with _threads(threads):
+    with limited_threads(threads):
         for dtype in dtypes:
             models = {
                 name: copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
@@ -159,7 +155,7 @@ def benchmark(
                         name: torch.compile(model, dynamic=False) if compile else model
                         for name, model in models.items()
                     }
-                    timing = _measure(runners, inputs, rounds, min_seconds, max_seconds, clock)
+                    timing = take_turns(runners, inputs, rounds, min_seconds, max_seconds, clock)
                 shared = {
                     "batch": batch,
                     "dtype": dtype,
@@ -183,44 +179,34 @@ def _mean_macs(model: nn.Module, batches: Sequence[Tensor]) -> float:
     return statistics.fmean(macs_per_image(model, batch) for batch in batches)
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What a time depends on besides the model."""
-    from vitrim import __version__
-
-    stamp: dict[str, Any] = {
-        "device": device.type,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vitrim": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if device.type == "cuda":
-        stamp["gpu"] = torch.cuda.get_device_name(device)
-    return stamp
-
-
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
+    """What one runner took."""
+
     seconds: list[float]
     """Per call, a number per round."""
     calls: int
     """In each round."""
 
 
-def _measure(
+def take_turns(
     runners: Mapping[str, Callable[[Tensor], Any]],
     batches: Sequence[Tensor],
     rounds: int,
     min_seconds: float,
     max_seconds: float,
     clock: Clock,
-) -> dict[str, _Timing]:
-    """Seconds per call of each runner in each round."""
+) -> dict[str, Timing]:
+    """Seconds per call of each runner in each round, in rotating order.
+
+    Args:
+        runners: by name; each takes a batch.
+        batches: what they are called on, one after the other.
+        rounds: how often each has its turn.
+        min_seconds: a turn lasts at least about this long, and at least one call per batch.
+        max_seconds: after this long the rounds end early, but three at least are measured.
+        clock: seconds; monotonic.
+    """
     calls, deadline = {}, clock() + max_seconds
     for name, run in runners.items():
         _seconds_per_call(run, batches, 1, clock)  # the first call compiles and allocates
@@ -236,7 +222,7 @@ def _measure(
         for name in names[start:] + names[:start]:
             seconds = _seconds_per_call(runners[name], batches, calls[name], clock)
             seconds_of[name].append(seconds)
-    return {name: _Timing(seconds_of[name], calls[name]) for name in names}
+    return {name: Timing(seconds_of[name], calls[name]) for name in names}
 
 
 def _seconds_per_call(
@@ -252,7 +238,7 @@ def _seconds_per_call(
 
 
 def _rows(
-    timing: Mapping[str, _Timing], macs: Mapping[str, float], shared: Mapping[str, Any]
+    timing: Mapping[str, Timing], macs: Mapping[str, float], shared: Mapping[str, Any]
 ) -> list[Row]:
     base = next(iter(timing))
     rows = []
@@ -314,7 +300,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def limited_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -349,12 +335,3 @@ def _inputs(
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -301,6 +301,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
+    """Torch with so many CPU threads for a while; None leaves their number."""
     before = torch.get_num_threads()
     try:
         if threads is not None:

@@ -30,9 +30,10 @@ from torch import Tensor
 from vitrim.bucketing import bucketed_attention, make_bucket
 from vitrim.checkpoint import write_atomic
 from vitrim.families import family_of
+from vitrim.hardware import hardware
 from vitrim.packing import PackedTokens, select
 from vitrim.tokens import Tokens
-from vitrim.tools.benchmark import DTYPES, Quartiles, checked_device, hardware
+from vitrim.tools.benchmark import DTYPES, Quartiles, checked_device
 
 MODEL = "deit_small_patch16_224"
 MEAN, SPREAD, GRID = 111, 25, 196

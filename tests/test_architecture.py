@@ -16,6 +16,8 @@ SOURCE = Path(vitrim.__file__).parent
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "cost": 0,
+    "hardware": 0,
     "runtime": 0,
     "stages": 0,
     "token_scores": 0,
@@ -45,6 +47,7 @@ FLOORS = {
     "convert_spatial": 3,
     "convert_stvit": 3,
     "calibrate": 3,
+    "latency": 3,
     "train": 4,
     "tools": 4,
     "cli": 5,

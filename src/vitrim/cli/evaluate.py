@@ -25,8 +25,9 @@ from vitrim.cli.options import (
 )
 from vitrim.config import closest
 from vitrim.errors import ConfigError
+from vitrim.hardware import hardware
 from vitrim.model import SparseModel
-from vitrim.tools.benchmark import DTYPES, hardware
+from vitrim.tools.benchmark import DTYPES
 from vitrim.tools.curve import check_plot, draw_curve
 from vitrim.tools.evaluate import (
     DenseEvaluation,

@@ -44,7 +44,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses, sampling
+from vitrim import cost, losses, sampling
 from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
 from vitrim.families import ViT
@@ -359,7 +359,8 @@ class ASViT(Method):
         if self.config.counting == "exact":
             dense = family.stem_macs(num_patches) + family.head_macs(dense_tokens)
             dense += sum(family.block_macs(block, dense_tokens) for block in blocks)
-            return self._sparse_macs(family, num_patches, counts), dense
+            sparse = cost.total_macs(self._sparse_steps(family, num_patches, counts))
+            return sparse, dense
         elementwise = self.config.counting == "elementwise"
         total: Any = family.stem_macs(num_patches)
         for block in blocks:
@@ -388,27 +389,37 @@ class ASViT(Method):
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
         return with_total(config, parts)
 
-    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
         num_patches = math.prod(grid)
-        if self.config.mode == "mask":  # nothing is saved; later scores read the explicit map
-            first = self.stages[0] - 1
-            everything = num_patches + family.num_prefix
-            total = family.stem_macs(num_patches) + family.head_macs(everything)
-            total += sum(family.block_macs(block, everything) for block in range(family.depth))
-            return total + family.score_macs(first, everything)
-        return self._sparse_macs(family, num_patches, counts)
+        if self.config.mode == "mask":
+            return self._masked_steps(family, num_patches)
+        return self._sparse_steps(family, num_patches, counts)
 
-    def _sparse_macs(self, family: ViT, num_patches: int, counts: Sequence[Any]) -> Any:
-        total: Any = family.stem_macs(num_patches)
+    def _sparse_steps(
+        self, family: ViT, num_patches: int, counts: Sequence[Any]
+    ) -> list[cost.Step]:
+        steps = [cost.stem(family, num_patches)]
         tokens: Any = num_patches + family.num_prefix
         for block in range(family.depth):
-            total = total + family.block_macs(block, tokens)
-            if block + 1 in self.stages:
-                left = counts[self.stages.index(block + 1)] + family.num_prefix
-                total = total + family.score_macs(block, tokens)
-                total = total - family.mlp_macs(block, tokens - left)
-                tokens = left
-        return total + family.head_macs(tokens)
+            if block + 1 not in self.stages:
+                steps.append(cost.block(family, block, tokens))
+                continue
+            macs = cost.attention_macs(family, block, tokens) + family.score_macs(block, tokens)
+            steps.append(cost.select(self.name, block + 1, tokens, macs, adaptive=True))
+            tokens = counts[self.stages.index(block + 1)] + family.num_prefix
+            steps.append(cost.mlp(family, block, tokens))
+        return [*steps, cost.head(family, tokens)]
+
+    def _masked_steps(self, family: ViT, num_patches: int) -> list[cost.Step]:
+        """Nothing is saved; scores after the first read the map that a masked block makes."""
+        tokens, first = num_patches + family.num_prefix, self.stages[0] - 1
+        steps = [cost.stem(family, num_patches)]
+        steps += [cost.block(family, block, tokens) for block in range(first)]
+        macs = cost.attention_macs(family, first, tokens) + family.score_macs(first, tokens)
+        steps.append(cost.select(self.name, first + 1, tokens, macs, adaptive=True))
+        steps.append(cost.mlp(family, first, tokens))
+        steps += [cost.block(family, b, tokens, "masked") for b in range(first + 1, family.depth)]
+        return [*steps, cost.head(family, tokens)]
 
     @property
     def dial(self) -> Dial:

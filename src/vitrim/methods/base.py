@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitrim import losses
 from vitrim.config import require
+from vitrim.cost import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
 from vitrim.packing import AnyTokens
@@ -235,11 +236,23 @@ class Method(nn.Module, ABC):
         on the image.
         """
 
-    @abstractmethod
+    def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[Step]:
+        """What is computed for one image of ``grid`` patches, given the kept count after each stage
+        (numbers or tensors); methods on plain vision transformers say so.
+
+        Raises:
+            ConfigError: the method's work is not described step by step.
+        """
+        raise ConfigError(
+            f"the latency of {self.name} on the family {family.name!r} cannot be predicted; tables "
+            "are for methods on plain vision transformers. Measure it with vitrim bench"
+        )
+
     def macs(self, family: Any, grid: Grid, counts: Sequence[Any]) -> Any:
         """MACs of one image of ``grid`` patches, given the kept count after each stage (numbers or
         tensors).
         """
+        return total_macs(self.steps(family, grid, counts))
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before each training epoch, counted from 0; methods with a schedule listen."""

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses, sampling
+from vitrim import cost, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.macs import linear_macs
@@ -235,20 +235,20 @@ class DynamicViT(RatioMethod):
         ratio, counts = torch.stack(terms).mean(), self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
-        num_patches = math.prod(grid)
-        total: Any = family.stem_macs(num_patches)
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        num_patches, prefix = math.prod(grid), family.num_prefix
+        steps = [cost.stem(family, num_patches)]
         patches: Any = num_patches
-        skips_full = self.config.threshold is None
         for block in range(family.depth):
             if block in self.stages:
                 stage = self.stages.index(block)
-                per_token = linear_macs(self.predictors[stage])
-                if not (skips_full and _is_same_count(counts[stage], patches)):
-                    total = total + per_token * patches
+                macs = linear_macs(self.predictors[stage]) * patches
+                if self.images_decide or not _is_same_count(counts[stage], patches):
+                    tokens = patches + prefix
+                    steps.append(cost.select(self.name, block, tokens, macs, self.images_decide))
                 patches = counts[stage]
-            total = total + family.block_macs(block, patches + family.num_prefix)
-        return total + family.head_macs(patches + family.num_prefix)
+            steps.append(cost.block(family, block, patches + prefix))
+        return [*steps, cost.head(family, patches + prefix)]
 
     @property
     def images_decide(self) -> bool:

@@ -43,11 +43,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrim import losses
+from vitrim import cost, losses
 from vitrim.config import closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
-from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
@@ -372,20 +371,29 @@ class SaiT(Method):
             sides.reverse()
         return losses.distillation_loss(*sides)
 
-    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
-        num_patches = math.prod(grid)
-        num_tokens, block = num_patches + family.num_prefix, self.stages[0] - 1
-        kept = counts[0] + family.num_prefix
-        total: Any = family.stem_macs(num_patches)
-        if self._counts(num_patches) != (num_patches,):
-            one_row = SCORES[self.config.score].of_class and self.has_class
-            width = family.backbone.blocks[block].attn.attn_dim
-            total += width * num_tokens * (1 if one_row else num_tokens)
-        for index in range(family.depth):
-            total = total + family.block_macs(index, num_tokens if index <= block else kept)
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        num_patches, block = math.prod(grid), self.stages[0] - 1
+        if self._counts(num_patches) == (num_patches,):
+            return cost.dense_steps(family, grid)
+        tokens, kept = num_patches + family.num_prefix, counts[0] + family.num_prefix
+        steps = [cost.stem(family, num_patches)]
+        steps += [cost.block(family, index, tokens) for index in range(block)]
+        steps += self._select_steps(family, block, tokens, kept)
+        steps += [cost.block(family, index, kept) for index in range(block + 1, family.depth)]
+        return [*steps, cost.head(family, kept)]
+
+    def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[cost.Step]:
+        """The block at the point of pruning: tokens are scored, and the others leave it."""
+        one_row = SCORES[self.config.score].of_class and self.has_class
+        width = family.backbone.blocks[block].attn.attn_dim
+        macs = cost.attention_macs(family, block, tokens)
+        macs += width * tokens * (1 if one_row else tokens)
+        adaptive = self.config.selector != "density"
         if self.config.where == "mid":
-            total = total - linear_macs(family.backbone.blocks[block].mlp) * (num_tokens - kept)
-        return total + family.head_macs(kept)
+            select = cost.select(self.name, block + 1, tokens, macs, adaptive)
+            return [select, cost.mlp(family, block, kept)]
+        macs += family.mlp_macs(block, tokens)
+        return [cost.select(self.name, block + 1, tokens, macs, adaptive)]
 
     @property
     def dial(self) -> Dial:

@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses, sampling
+from vitrim import cost, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -328,23 +328,25 @@ class SPViT(RatioMethod):
         counts = self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
-        num_patches = math.prod(grid)
-        total: Any = family.stem_macs(num_patches)
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        num_patches, prefix = math.prod(grid), family.num_prefix
+        steps = [cost.stem(family, num_patches)]
         patches: Any = num_patches
-        prefix = family.num_prefix
+        part = "block"
         for block in range(family.depth):
             if block in self.stages:
                 stage = self.stages.index(block)
                 if not self._drops_nothing(stage, num_patches):
-                    packages = prefix - family.num_prefix
-                    total = total + self.selectors[stage].macs(patches, packages)  # type: ignore[operator]
+                    packages, tokens = prefix - family.num_prefix, patches + prefix
+                    macs = self.selectors[stage].macs(patches, packages)  # type: ignore[operator]
+                    steps.append(cost.select(self.name, block, tokens, macs, self.images_decide))
                     if packages == 0 or self.config.package_policy == "append":
                         prefix += 1
+                    part = "masked" if self.config.execution == "mask" else "block"
                 if self.config.execution == "gather":
                     patches = counts[stage]
-            total = total + family.block_macs(block, patches + prefix)
-        return total + family.head_macs(patches + prefix, prefix - family.num_prefix)
+            steps.append(cost.block(family, block, patches + prefix, part))
+        return [*steps, cost.head(family, patches + prefix, prefix - family.num_prefix)]
 
     @property
     def images_decide(self) -> bool:

@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim import cost
 from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
 from vitrim.families import ViT
@@ -270,21 +271,30 @@ class STViT(SemanticMethod):
             return PooledOutput(family.head(semantic), family.pool(semantic))
         return PooledOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
 
-    def macs(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> Any:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
         num_patches = math.prod(grid)
         prefix = family.num_prefix if self.config.keep_prefix else 0
         semantic, tokens = counts[0] + prefix, num_patches + prefix
-        total: Any = family.stem_macs(num_patches) + self.pooling.macs(num_patches, counts[0])
-        for block in range(self.base_layers):
-            total = total + family.block_macs(block, tokens)
-        total = total + family.cross_block_macs(self.base_layers, semantic, tokens)
-        for block in range(self.base_layers + 1, self.stages[0]):
-            total = total + family.cross_block_macs(block, semantic, semantic + num_patches)
+        steps = [cost.stem(family, num_patches)]
+        steps += [cost.block(family, block, tokens) for block in range(self.base_layers)]
+        steps.append(self._generation(family, num_patches, counts[0], prefix))
+        # Weighted by what each stands for, tokens meet in the explicit attention of cross blocks.
+        part = "cross" if prefix or len(self.layer_scales) else "block"
         for block in range(self.stages[0], family.depth):
-            total = total + family.block_macs(block, semantic)
+            steps.append(cost.block(family, block, semantic, part))
         if self.config.keep_prefix:
-            return total + family.head_macs(semantic)
-        return total + family.patch_head_macs(counts[0])
+            return [*steps, cost.head(family, semantic)]
+        return [*steps, cost.Step("head", semantic, family.patch_head_macs(counts[0]))]
+
+    def _generation(self, family: ViT, num_patches: int, count: Any, prefix: int) -> cost.Step:
+        """Pooling and the generation layers, which look at every patch."""
+        semantic, tokens = count + prefix, num_patches + prefix
+        macs = self.pooling.macs(num_patches, count)
+        macs = macs + family.cross_block_macs(self.base_layers, semantic, tokens)
+        for block in range(self.base_layers + 1, self.stages[0]):
+            macs = macs + family.cross_block_macs(block, semantic, semantic + num_patches)
+        part = cost.select_part(self.name, adaptive=False)
+        return cost.Step(part, semantic, macs, self.base_layers, tokens)
 
     @property
     def dial(self) -> Dial:

@@ -1,0 +1,250 @@
+"""A latency table: how long each part of a model takes on one device, by its token count.
+
+``vitrim profile`` measures it (``vitrim.tools.latency``); the solver and latency-aware training
+read it. A table is good for the device, runtime, precision, batch and model that it was measured
+with, and for nothing else: :meth:`LatencyTable.check` refuses the rest.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from vitrim.checkpoint import write_atomic
+from vitrim.config import closest
+from vitrim.errors import ConfigError, InputError
+from vitrim.families import ViT
+from vitrim.hardware import cpu_name
+
+FORMAT = "vitrim-latency"
+FORMAT_VERSION = 1
+
+Count = TypeVar("Count", int, float, Tensor)
+
+_MODEL_FIELDS = ("family", "depth", "width", "heads", "mlp_width", "prefix", "image_size")
+_PLACE_FIELDS = ("runtime", "batch", "threads", "dtype", "device", "cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds per batch of one part against the tokens that enter it."""
+
+    tokens: tuple[int, ...]
+    """Sorted, each once; prefix included."""
+    median: tuple[float, ...]
+    low: tuple[float, ...]
+    """Lower quartile over the rounds."""
+    high: tuple[float, ...]
+    """Upper quartile."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(values) for values in (self.tokens, self.median, self.low, self.high)}
+        if lengths == {0} or len(lengths) != 1:
+            raise ConfigError("a curve's tokens, median, low and high are not equally many")
+        if any(a >= b for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
+            raise ConfigError("a curve's token counts do not rise")
+        if not all(math.isfinite(value) for value in (*self.median, *self.low, *self.high)):
+            raise ConfigError("a curve holds a time that is no finite number")
+
+    def milliseconds(self, tokens: Any) -> Any:
+        """Median at ``tokens`` (a number, or a tensor of any shape): on straight lines between the
+        measured counts, and along the first or last of them beyond, never below 0.
+        """
+        if isinstance(tokens, Tensor):
+            return self._of_tensor(tokens)
+        if len(self.tokens) == 1:
+            return self.median[0]
+        place = bisect.bisect_right(self.tokens, tokens)
+        left = min(max(place - 1, 0), len(self.tokens) - 2)
+        start, stop = self.tokens[left : left + 2]
+        low, high = self.median[left : left + 2]
+        return max(low + (high - low) * (tokens - start) / (stop - start), 0.0)
+
+    def _of_tensor(self, tokens: Tensor) -> Tensor:
+        kind = tokens.dtype if tokens.is_floating_point() else torch.get_default_dtype()
+        x = tokens.to(kind)
+        median = x.new_tensor(self.median)
+        if len(self.tokens) == 1:
+            return median[0] + 0 * x
+        knots = x.new_tensor(self.tokens)
+        place = torch.searchsorted(knots, x.detach(), right=True) - 1
+        left = place.clamp(0, len(self.tokens) - 2)
+        slope = (median[1:] - median[:-1]) / (knots[1:] - knots[:-1])
+        return (median[left] + slope[left] * (x - knots[left])).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Curves by part, and what they were measured on and with."""
+
+    stamp: Mapping[str, Any]
+    """``runtime``, ``batch``, ``threads``, ``dtype``; the hardware and versions; and the model:
+    ``backbone``, ``family``, ``depth``, ``width``, ``heads``, ``mlp_width``, ``prefix``,
+    ``image_size``."""
+    curves: Mapping[str, Curve]
+    """By part; see ``vitrim.cost.Step``. ``packed`` is a block on images of unlike counts."""
+
+    @property
+    def batch(self) -> int:
+        """Images per call, which all times are for."""
+        return int(self.stamp["batch"])
+
+    def milliseconds(self, part: str, tokens: Count) -> float | Tensor:
+        """Of one part on ``tokens`` tokens per image, per batch; differentiable in a tensor.
+
+        Raises:
+            ConfigError: the part was not profiled.
+        """
+        if part not in self.curves:
+            raise ConfigError(
+                f"the latency table has no curve of {part!r}{closest(part, self.curves)}; it has "
+                f"{', '.join(self.curves)}. Profile the model again, with this method"
+            )
+        return cast("float | Tensor", self.curves[part].milliseconds(tokens))
+
+    def check(
+        self,
+        family: Any,
+        *,
+        runtime: str | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
+        dtype: str | None = None,
+        device: torch.device | str | None = "cpu",
+    ) -> None:
+        """Raise :class:`ConfigError` unless the table is for the backbone that ``family`` runs, on
+        this machine; the message says all that differs.
+
+        Args:
+            family: of the backbone.
+            runtime: wanted; None takes any.
+            batch: likewise.
+            threads: likewise.
+            dtype: likewise.
+            device: that the model is meant for; None takes any, also another machine's.
+        """
+        wanted = describe_model(family)
+        asked = {"runtime": runtime, "batch": batch, "threads": threads, "dtype": dtype}
+        wanted |= {name: value for name, value in asked.items() if value is not None}
+        if device is not None:
+            wanted |= _describe_device(torch.device(device))
+        fields = (*_PLACE_FIELDS, *_MODEL_FIELDS)
+        differences = [
+            f"{name} {self.stamp.get(name)!r}, here {wanted[name]!r}"
+            for name in fields
+            if name in wanted and self.stamp.get(name) != wanted[name]
+        ]
+        if differences:
+            raise ConfigError(
+                f"the latency table is of another setting: {'; '.join(differences)}. Make one for "
+                "this setting with vitrim profile"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        curves = {
+            part: {name: list(values) for name, values in asdict(curve).items()}
+            for part, curve in self.curves.items()
+        }
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "unit": "milliseconds per batch",
+            "stamp": dict(self.stamp),
+            "curves": curves,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "the latency table") -> LatencyTable:
+        """A table from its plain form.
+
+        Raises:
+            ConfigError: it is none, is damaged, or of another version.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ConfigError(f"{source} is no latency table; vitrim profile writes one")
+        if data.get("version") != FORMAT_VERSION:
+            raise ConfigError(
+                f"{source} is of version {data.get('version')!r}; this vitrim reads version "
+                f"{FORMAT_VERSION}. Make it again with vitrim profile"
+            )
+        try:
+            curves = {part: _curve(curve) for part, curve in data["curves"].items()}
+            stamp = dict(data["stamp"])
+            missing = [name for name in _REQUIRED if name not in stamp]
+            if missing or not curves:
+                raise ConfigError(f"no {', '.join(missing) or 'curves'}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{source} is damaged ({error}); make it again with vitrim profile"
+            ) from error
+        return cls(stamp, curves)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON; the file appears whole or not at all."""
+        write_atomic(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read a table.
+
+        Raises:
+            InputError: there is no such file.
+            ConfigError: it is no latency table, or a damaged one.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the latency table {path}: {error}") from error
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path} is damaged, or no latency table ({error}); vitrim profile writes one"
+            ) from error
+        return cls.from_dict(data, str(path))
+
+
+_REQUIRED = ("runtime", "batch", "threads", "dtype", "device", "cpu", *_MODEL_FIELDS)
+
+
+def _curve(data: Mapping[str, Any]) -> Curve:
+    times = {name: tuple(map(float, data[name])) for name in ("median", "low", "high")}
+    return Curve(tokens=tuple(map(int, data["tokens"])), **times)
+
+
+def describe_model(family: Any) -> dict[str, Any]:
+    """What a plain vision transformer's times depend on, JSON-ready.
+
+    Raises:
+        ConfigError: the family's backbones are none.
+    """
+    if not isinstance(family, ViT):
+        raise ConfigError(
+            f"latency tables are for plain vision transformers, not for the family {family.name!r}"
+        )
+    first = family.backbone.blocks[0]
+    return {
+        "family": family.name,
+        "depth": family.depth,
+        "width": family.embed_dim,
+        "heads": int(first.attn.num_heads),
+        "mlp_width": int(first.mlp.fc2.in_features),
+        "prefix": family.num_prefix,
+        "image_size": list(family.image_size),
+    }
+
+
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device": device.type, "cpu": cpu_name()}
+    return {"device": device.type, "gpu": torch.cuda.get_device_name(device)}

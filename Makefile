@@ -12,5 +12,5 @@ types:
 test:
 	pytest
 
-bench:  ## rows of results/speed.json, on an otherwise idle machine
-	python benchmarks/speed.py
+bench:  ## every method beside dense timm in every runtime, on an otherwise idle machine
+	KINETO_LOG_LEVEL=99 python benchmarks/compare.py

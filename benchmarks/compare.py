@@ -2,10 +2,10 @@
 
 ``python benchmarks/compare.py`` compares checkpoints that exist: those that
 ``benchmarks/real_weights.py ASSETS`` adapted (DeiT-Tiny), where they and real images are there;
-else those of ``vitrim demo -o DIR`` (``--demo DIR``, embedded images), after running it if needed. Batches 1
-and 16; torch eager, torch.compile, onnxruntime and OpenVINO; single precision. Candidates take
-turns in rotating order. Writes ``results/compare.json``, ``.md`` and ``.svg``. The machine should
-do nothing else: about ten minutes on two cores, most of it compilation.
+else those of ``vitrim demo -o DIR`` (``--demo DIR``, embedded images), after running it if needed.
+Batches 1 and 16; torch eager, torch.compile, onnxruntime and OpenVINO; single precision. Candidates
+take turns in rotating order. Writes ``results/compare.json``, ``.md`` and ``.svg``. The machine
+should do nothing else: about ten minutes on two cores, most of it compilation.
 """
 
 from __future__ import annotations

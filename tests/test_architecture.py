@@ -48,6 +48,7 @@ FLOORS = {
     "convert_stvit": 3,
     "calibrate": 3,
     "latency": 3,
+    "schedule": 3,
     "train": 4,
     "tools": 4,
     "cli": 5,

@@ -92,11 +92,14 @@ class Curve:
 
     Args:
         dial: of the method.
-        cost: share of the dense MACs at a value of the dial.
+        cost: share of the dense MACs at a value of the dial, or another cost.
+        unit: of the cost, in words.
     """
 
-    def __init__(self, dial: Dial, cost: Callable[[float], float]) -> None:
-        self.dial = dial
+    def __init__(
+        self, dial: Dial, cost: Callable[[float], float], unit: str = "of the dense MACs"
+    ) -> None:
+        self.dial, self.unit = dial, unit
         self.known: dict[float, float] = {}
         self._cost = cost
 
@@ -132,7 +135,7 @@ class Curve:
         floor, ceiling = self.at(0.0), self.at(1.0)
         if not floor * (1 - tolerance) <= budget <= ceiling * (1 + tolerance):
             raise ConfigError(
-                f"a budget of {budget:g} of the dense MACs is out of reach: turning "
+                f"a budget of {budget:g} {self.unit} is out of reach: turning "
                 f"{self.dial.name} from {self.dial.cheapest:g} to {self.dial.dearest:g} gives "
                 f"{floor:.3f} to {ceiling:.3f}"
             )
@@ -159,8 +162,8 @@ class Curve:
             low, high = self._bracket(budget)
             raise ConfigError(
                 f"the cost moves in steps that pass over a budget of {budget:g}; the nearest that "
-                f"{self.dial.name} reaches are {self.at(low):.4f} and {self.at(high):.4f} of the "
-                f"dense MACs. Ask for one of them, or allow a tolerance of more than {tolerance:g}"
+                f"{self.dial.name} reaches are {self.at(low):.4f} and {self.at(high):.4f} "
+                f"{self.unit}. Ask for one of them, or allow a tolerance of more than {tolerance:g}"
             )
         return nearest
 

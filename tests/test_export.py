@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrim.tools.export._write_onnx", lambda *_: 1 / 0)
+    monkeypatch.setattr("vitrim.tools.export.write_onnx", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         exported(tmp_path, FIXED["sait"])
     assert not list(tmp_path.iterdir())

@@ -201,15 +201,16 @@ def _write(
         torch.export.save(program, path)
         return
     onnx_path = path if to == "onnx" else path.with_name("network.onnx")
-    _write_onnx(program, onnx_path)
+    write_onnx(program, onnx_path)
     if to == "openvino":
         _write_openvino(onnx_path, path, dtype)
     elif dtype == "int8":
         assert images is not None
-        _quantize(path, images, batch)
+        quantize(path, images, batch)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a graph as ONNX."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -257,7 +258,7 @@ def _write_openvino(onnx_path: Path, path: Path, dtype: str) -> None:
         leftover.unlink()
 
 
-def _quantize(path: Path, images: Tensor, batch: int | None) -> None:
+def quantize(path: Path, images: Tensor, batch: int | None) -> None:
     """Integer weights and activations in every matrix product, scales from ``images``."""
     try:
         from onnxruntime import quantization

@@ -21,6 +21,7 @@ from vitrim.cli.budgets import sparsify_command
 from vitrim.cli.evaluate import eval_command
 from vitrim.cli.export import export_command, predict_command
 from vitrim.cli.measure import bench_command, show_command
+from vitrim.cli.profile import profile_command
 from vitrim.config import to_plain
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
@@ -39,6 +40,7 @@ app.command("export")(export_command)
 app.command("predict")(predict_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
+app.command("profile")(profile_command)
 app.command("show")(show_command)
 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]

@@ -1,0 +1,337 @@
+"""Latency tables: measuring them, predicting models from them, and drawing them.
+
+Every part of a model (``vitrim.tools.parts``) is timed on as many numbers of tokens as it takes to
+see the device's steps. All take turns: in each round everything runs once for a slice of time, in
+rotating order, so that a busy neighbour strikes all alike. What it costs to hand features to a
+runtime and to get them back is measured too and taken off, in the same round: a model pays it once,
+with its stem. After each round the times are kept in a file beside the table, from which a run that
+was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import cost
+from vitrim.checkpoint import write_atomic
+from vitrim.config import require
+from vitrim.errors import ConfigError
+from vitrim.families import family_of
+from vitrim.hardware import hardware
+from vitrim.latency import Curve, LatencyTable, describe_model
+from vitrim.methods.base import Method
+from vitrim.model import SparseModel
+from vitrim.tokens import Grid
+from vitrim.tools import runners
+from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_threads
+from vitrim.tools.curve import check_plot
+from vitrim.tools.parts import NOTHING, POINTS, Probe, kinds_of, probes_of
+
+Progress = Callable[[int], None]
+Samples = dict[str, list[float]]
+
+
+def profile(
+    model: nn.Module,
+    *,
+    runtime: str = "torch",
+    batch: int = 1,
+    threads: int = 1,
+    dtype: str = "fp32",
+    configs: Sequence[Any] | None = None,
+    points: int | None = None,
+    rounds: int = 15,
+    min_seconds: float = 0.02,
+    device: str | torch.device = "cpu",
+    side_file: Path | None = None,
+    clock: Clock = time.perf_counter,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the latency table of a model's backbone.
+
+    Args:
+        model: a timm vision transformer, or a sparse model on one.
+        runtime: ``torch``, ``torch-compile``, ``onnxruntime`` or ``openvino``.
+        batch: images per call.
+        threads: CPU threads.
+        dtype: ``fp32``, ``bf16`` or ``int8``, as the runtime has it.
+        configs: of the methods whose selectors are measured; None takes the sparse model's own, or
+            every kind that runs on the backbone.
+        points: numbers of tokens that blocks are timed on; None takes 24, or 8 where each is
+            compiled by itself.
+        rounds: how often everything has its turn.
+        min_seconds: a turn lasts at least about this long, and at least one call.
+        device: ``"cpu"``, or for torch a CUDA device.
+        side_file: what was measured so far; read if it is there, written after every round.
+        clock: seconds; monotonic.
+        progress: told how many percent are done.
+
+    Raises:
+        ConfigError: the runtime lacks the precision, the model is no plain vision transformer, or
+            the side file is of other settings.
+        MissingExtraError: the runtime is not installed.
+    """
+    device = checked_device(device)
+    runners.check_runtime(runtime, dtype, device)
+    for name, value in {"batch": batch, "threads": threads, "rounds": rounds}.items():
+        require(value >= 1, f"{name} is {value}; expected 1 or more")
+    points = points or POINTS[runtime]
+    require(points >= 2, f"points is {points}; expected 2 or more")
+    source = model.backbone if isinstance(model, SparseModel) else model
+    describe_model(family_of(source))
+    if configs is None:
+        configs = [model.config] if isinstance(model, SparseModel) else kinds_of(family_of(source))
+    backbone = copy.deepcopy(source).to(device, runners.TORCH_DTYPES.get(dtype)).eval()
+    backbone.requires_grad_(False)
+    probes = list(probes_of(backbone, configs, runtime, batch, points))
+    with limited_threads(threads):
+        stamp = _stamp(backbone, device, runtime, batch, threads, dtype)
+        samples = _resumed(side_file, stamp, probes)
+        if min(map(len, samples.values())) < rounds:
+            calls = _calls(probes, runtime, dtype, threads, device)
+            save = _saver(side_file, stamp)
+            with torch.inference_mode():
+                _measure(calls, samples, rounds, min_seconds, clock, save, progress)
+    return LatencyTable(stamp, _curves(probes, samples))
+
+
+def _stamp(
+    backbone: Any, device: torch.device, runtime: str, batch: int, threads: int, dtype: str
+) -> dict[str, Any]:
+    """What a table was measured with; see :attr:`LatencyTable.stamp`."""
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    return {
+        "runtime": runtime,
+        "runtime_version": runners.version_of(runtime),
+        "batch": batch,
+        "dtype": dtype,
+        **hardware(device),
+        "threads": threads,
+        "backbone": known.get("architecture") or type(backbone).__name__,
+        **describe_model(family_of(backbone)),
+    }
+
+
+def _resumed(side_file: Path | None, stamp: Mapping[str, Any], probes: Sequence[Probe]) -> Samples:
+    """The times of an interrupted run, or none yet; milliseconds per call, a number per round."""
+    fresh: Samples = {_key(probe): [] for probe in probes}
+    if side_file is None or not side_file.exists():
+        return fresh
+    try:
+        found = json.loads(side_file.read_text())
+        before, samples = dict(found["settings"]), dict(found["samples"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{side_file}, the times of an interrupted run, is damaged ({error}); delete it"
+        ) from error
+    now = _settings(stamp)
+    differences = [
+        f"{name} {before.get(name)!r}, now {now.get(name)!r}"
+        for name in now
+        if before.get(name) != now.get(name)
+    ]
+    if samples.keys() != fresh.keys():
+        differences.append(f"{len(samples)} measured parts, now {len(fresh)}")
+    if differences:
+        raise ConfigError(
+            f"{side_file} holds the times of an interrupted run with other settings: "
+            f"{'; '.join(differences)}. Give the same again, or delete the file"
+        )
+    return samples
+
+
+def _settings(stamp: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in stamp.items() if name != "date"}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _saver(side_file: Path | None, stamp: Mapping[str, Any]) -> Callable[[Samples], None]:
+    def save(samples: Samples) -> None:
+        if side_file is not None:
+            content = {"settings": _settings(stamp), "samples": samples}
+            write_atomic(side_file, json.dumps(content).encode())
+
+    return save
+
+
+def _key(probe: Probe) -> str:
+    return f"{probe.part}@{probe.tokens}"
+
+
+def _calls(
+    probes: Sequence[Probe], runtime: str, dtype: str, threads: int, device: torch.device
+) -> dict[str, runners.Call]:
+    """What to time, by key; made ready, which may take longer than timing it."""
+    kind = runners.TORCH_DTYPES.get(dtype) if runtime.startswith("torch") else None
+    bound: dict[int, runners.Bound] = {}
+    calls = {}
+    for probe in reversed(probes):  # the largest first: it is what a module is exported with
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(probe.shape, generator=generator).to(device, kind)
+        module = probe.module
+        if id(module) not in bound:
+            bound[id(module)] = runners.bind(module, x, probe.varies, runtime, dtype, threads)
+        calls[_key(probe)] = bound[id(module)](x)
+    return dict(reversed(calls.items()))
+
+
+def _measure(
+    calls: Mapping[str, runners.Call],
+    samples: Samples,
+    rounds: int,
+    min_seconds: float,
+    clock: Clock,
+    save: Callable[[Samples], None],
+    progress: Progress | None,
+) -> None:
+    """Fill ``samples`` up to so many rounds."""
+    names = list(calls)
+    for call in calls.values():  # the first call allocates, and compiles
+        call()
+    first = min(map(len, samples.values()))
+    for turn in range(first, rounds):
+        start = turn * len(names) // rounds  # another one begins each round
+        for name in names[start:] + names[:start]:
+            samples[name].append(_milliseconds(calls[name], min_seconds, clock))
+        save(samples)
+        if progress is not None:
+            progress(round(100 * (turn + 1) / rounds))
+
+
+def _milliseconds(call: runners.Call, min_seconds: float, clock: Clock) -> float:
+    """Per call, in a turn; the first call warms up and tells how many there is time for."""
+    seconds = _seconds(call, 1, clock)
+    repeats = max(1, round(min_seconds / max(seconds, 1e-9)))
+    return 1e3 * _seconds(call, repeats, clock) / repeats
+
+
+def _seconds(call: runners.Call, repeats: int, clock: Clock) -> float:
+    _synchronise()
+    start = clock()
+    for _ in range(repeats):
+        call()
+    _synchronise()
+    return clock() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _curves(probes: Sequence[Probe], samples: Samples) -> dict[str, Curve]:
+    """Milliseconds of each part run once, less what calling the runtime costs."""
+    points: dict[str, dict[int, Quartiles]] = {}
+    for probe in probes:
+        if probe.part == NOTHING:
+            continue
+        times = samples[_key(probe)]
+        if not probe.module.counts_calls:
+            overhead = samples[f"{NOTHING}@{probe.shape[1]}"]
+            pairs = zip(times, overhead, strict=True)
+            times = [max(t - nothing, 0.0) / probe.module.repeats for t, nothing in pairs]
+        points.setdefault(probe.part, {})[probe.tokens] = Quartiles.of(times)
+    return {part: _curve(found) for part, found in points.items()}
+
+
+def _curve(points: Mapping[int, Quartiles]) -> Curve:
+    tokens = sorted(points)
+    found = [points[count] for count in tokens]
+    return Curve(
+        tokens=tuple(tokens),
+        median=tuple(point.median for point in found),
+        low=tuple(point.low for point in found),
+        high=tuple(point.high for point in found),
+    )
+
+
+def predict(
+    table: LatencyTable,
+    method: Method | None,
+    family: Any,
+    grid: Grid,
+    counts: Sequence[Any] = (),
+) -> Any:
+    """Milliseconds per batch of a model that was not measured.
+
+    Args:
+        table: of the backbone, in the runtime and at the batch that are meant.
+        method: as it is set up; None is the dense backbone.
+        family: of the backbone.
+        grid: rows and columns of an image's patches.
+        counts: kept after each stage: numbers, or tensors of one dimension with the count of each
+            image of a sample. Of a sample, batches of 1 give the mean of the images' latencies, and
+            larger ones the latency of a packed batch of such images.
+
+    Returns:
+        a number, or a tensor through which gradients flow to ``counts``.
+
+    Raises:
+        ConfigError: the table lacks a part of the model.
+    """
+    if method is None:
+        return _total(table, cost.dense_steps(family, grid))
+    return _total(table, method.steps(family, grid, counts))
+
+
+def _total(table: LatencyTable, steps: Sequence[cost.Step]) -> Any:
+    total: Any = 0.0
+    for step in steps:
+        total = total + _step_milliseconds(table, step)
+    return total
+
+
+def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
+    tokens = step.tokens
+    if not isinstance(tokens, Tensor) or tokens.ndim == 0:
+        return table.milliseconds(step.part, tokens)
+    sample = tokens if tokens.is_floating_point() else tokens.float()
+    if table.batch == 1:
+        milliseconds = table.milliseconds(step.part, sample)
+        assert isinstance(milliseconds, Tensor)
+        return milliseconds.mean()
+    unlike = bool((sample != sample[0]).any())
+    part = "packed" if step.part == "block" and unlike else step.part
+    return table.milliseconds(part, sample.mean())
+
+
+def draw_table(path: Path, table: LatencyTable) -> None:
+    """Draw the curves: halves of blocks and whole ones, and the parts that stand between them.
+
+    The bands are quartiles over the rounds; the file appears whole or not at all.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    in_blocks = ("block", "packed", "attention", "mlp", "cross")
+    for part, curve in table.curves.items():
+        axes = left if part in in_blocks else right
+        (line,) = axes.plot(curve.tokens, curve.median, ".-", label=part)
+        axes.fill_between(curve.tokens, curve.low, curve.high, color=line.get_color(), alpha=0.2)
+    stamp = table.stamp
+    where = stamp.get("gpu", stamp["cpu"])
+    figure.suptitle(
+        f"{stamp['backbone']}, {stamp['runtime']}, {stamp['dtype']}, batch {stamp['batch']}, "
+        f"{stamp['threads']} thread(s), {where}",
+        fontsize="medium",
+    )
+    for axes in (left, right):
+        axes.set(xlabel="tokens that enter", ylabel="milliseconds per batch")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=150)
+    write_atomic(path, picture.getvalue())

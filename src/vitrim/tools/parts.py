@@ -1,0 +1,338 @@
+"""The parts of a plain vision transformer that a latency table has curves of, ready to run alone.
+
+A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
+on as many tokens from first to last, so that weights come from where they come from in a model, and
+what it costs to call a runtime is shared by a whole chain. What a method does to choose tokens is
+the method's own inference on a backbone whose blocks do nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import cost
+from vitrim.errors import ConfigError
+from vitrim.families import ViT, family_of
+from vitrim.methods import METHODS, method_of_config
+from vitrim.methods.asvit import ASViTConfig
+from vitrim.methods.base import Method
+from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.methods.sait import SaiTConfig
+from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.stvit import STViTConfig
+from vitrim.packing import Layout, PackedTokens
+from vitrim.tokens import Grid, Tokens
+
+POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
+"""Numbers of tokens that blocks are timed on, if not told otherwise; compiling takes its time."""
+FEW_POINTS = 6
+"""The same of parts that cost little."""
+NOTHING = "nothing"
+
+SPREAD = 0.25
+"""The images of a packed batch have from this share fewer to this share more than their mean."""
+
+
+class Part(nn.Module):
+    """A piece of a model by itself; ``images`` are images, or (B, tokens, width) features."""
+
+    repeats = 1
+    """How often a call runs what the curve is of."""
+    counts_calls = False
+    """Whether the cost of calling the runtime belongs to the part: to one part of a model."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        family = family_of(backbone)
+        assert isinstance(family, ViT)
+        self.family: ViT = family
+
+    def tokens(self, x: Tensor) -> Tokens:
+        """Features as the tokens that they would be inside the model."""
+        return Tokens.of(x, self.family.num_prefix)
+
+
+class Nothing(Part):
+    """What it costs to hand a runtime features and to get them back."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + 1
+
+
+class Stem(Part):
+    """From images to tokens."""
+
+    counts_calls = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.family.stem(images).x
+
+
+class Head(Part):
+    """From tokens to logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.family.head(self.tokens(images))
+
+
+class _Chain(Part):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.repeats = self.family.depth
+
+
+class Blocks(_Chain):
+    """All blocks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.family.run_blocks(range(self.repeats), self.tokens(images)).x
+
+
+class AttentionHalves(_Chain):
+    """The first half of all blocks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Any = self.tokens(images)
+        for block in range(self.repeats):
+            tokens, _ = self.family.attention_half(block, tokens)
+        return tokens.x  # type: ignore[no-any-return]
+
+
+class MlpHalves(_Chain):
+    """The second half of all blocks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Any = self.tokens(images)
+        for block in range(self.repeats):
+            tokens = self.family.mlp_half(block, tokens)
+        return tokens.x  # type: ignore[no-any-return]
+
+
+class CrossBlocks(_Chain):
+    """All blocks on semantic tokens that are weighted by what each stands for."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, bias = images, images.new_ones(images.shape[1])
+        for block in range(self.repeats):
+            x, _ = self.family.cross_block(block, x, x, x, bias)
+        return x
+
+
+class PackedBlocks(_Chain):
+    """All blocks on packed images with unlike counts; see :data:`SPREAD`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Any = self._packed(images)
+        for block in range(self.repeats):
+            tokens = self.family.run_block(block, tokens)
+        return tokens.x  # type: ignore[no-any-return]
+
+    def _packed(self, images: Tensor) -> PackedTokens:
+        num_images, prefix = len(images), self.family.num_prefix
+        counts = spread_counts(images.shape[1] - prefix, num_images)
+        layout = Layout(counts, prefix, images.device)
+        x = images.flatten(0, 1)[: layout.num_rows]
+        index = torch.cat([torch.arange(counts[image]) for image in layout.order])
+        return PackedTokens(x, layout, index.to(images.device))
+
+
+class Selecting(Part):
+    """How a method chooses among the tokens, and gathers what it keeps."""
+
+    def __init__(self, backbone: nn.Module, config: Any) -> None:
+        super().__init__(backbone)
+        config = single_stage(config, self.family.depth)
+        method_class: Any = method_of_config(config)
+        method: Method = method_class(self.family, config, torch.Generator().manual_seed(0))
+        parameter = next(backbone.parameters())
+        method.to(parameter.device, parameter.dtype).requires_grad_(False)
+        self.method = method.eval()
+        self.hollow: Any = _Hollow(self.family, method)
+        self.adaptive = method.counts(self.family, self.family.grid()) is None
+        self.part = cost.select_part(method.name, self.adaptive)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.infer(self.hollow, images)
+
+
+class _Hollow:
+    """A family that takes features for images, and whose blocks do nothing: what is left of a
+    method's inference is the method's own.
+    """
+
+    def __init__(self, family: ViT, method: Method) -> None:
+        self.family = family
+        grid = family.grid()
+        steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
+        self.has_mlp_steps = any(step.part == "mlp" for step in steps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["family"], name)
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
+        return self.family.grid()
+
+    def stem(self, images: Tensor) -> Tokens:
+        return Tokens.of(images, self.family.num_prefix)
+
+    def run_block(self, index: int, tokens: Any) -> Any:
+        return tokens
+
+    def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
+        return tokens
+
+    def mlp_half(self, index: int, tokens: Any) -> Any:
+        return tokens if self.has_mlp_steps else self.family.mlp_half(index, tokens)
+
+    def head(self, tokens: Any) -> Tensor:
+        x: Tensor = tokens.x
+        return x
+
+    def patch_head(self, x: Tensor) -> Tensor:
+        return x
+
+
+def single_stage(config: Any, depth: int) -> Any:
+    """``config`` with one stage, early in the backbone, that drops a part of the tokens."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    if "semantic_tokens" in fields:  # no blocks after the generation layers
+        return dataclasses.replace(config, base_layers=depth - config.generation_layers)
+    if "prune_after" in fields:
+        return dataclasses.replace(config, prune_after=1)
+    changes: dict[str, Any] = {"stages": (1,)}
+    if "keep_ratio" in fields:
+        changes["keep_ratio"] = 0.7
+    if isinstance(getattr(config, "thresholds", None), tuple):
+        changes["thresholds"] = config.thresholds[0]
+    return dataclasses.replace(config, **changes)
+
+
+def spread_counts(mean: int, num_images: int) -> list[int]:
+    """Patches of each image of a packed batch: evenly spread around their mean."""
+    steps = [(2 * image + 1) / num_images - 1 for image in range(num_images)]
+    counts = [max(1, round(mean * (1 + SPREAD * step))) for step in steps]
+    if len(set(counts)) == 1:
+        return counts
+    counts[-1] += mean * num_images - sum(counts)
+    return counts
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing to time: a part on a number of tokens."""
+
+    part: str
+    tokens: int
+    module: Part
+    shape: tuple[int, ...]
+    """Of its input."""
+    varies: bool
+    """Whether the same module runs on other numbers of tokens."""
+
+
+KINDS: tuple[Any, ...] = (
+    DynamicViTConfig(),
+    DynamicViTConfig(threshold=0.5),
+    SPViTConfig(inference="top_k"),
+    SPViTConfig(),
+    ASViTConfig(),
+    SaiTConfig(selector="density"),
+    SaiTConfig(),
+    STViTConfig(),
+)
+"""Every way of choosing tokens; what else their configs say hardly matters to how long it takes."""
+
+
+def kinds_of(family: Any, names: Sequence[str] = ()) -> list[Any]:
+    """A config of every kind of selector of the methods called ``names``, or of all, that run on
+    ``family``.
+    """
+    known = {method_of_config(config).name for config in KINDS}
+    for name in names:
+        if name not in known:
+            why = "is profiled on no plain vision transformer" if name in METHODS else "is unknown"
+            raise ConfigError(f"method {name!r} {why}; use {', '.join(sorted(known))}")
+    found = []
+    for config in KINDS:
+        method = method_of_config(config)
+        if family.name in method.families and (not names or method.name in names):
+            found.append(config)
+    return found
+
+
+def probes_of(
+    backbone: Any, configs: Sequence[Any], runtime: str, batch: int, points: int
+) -> Iterator[Probe]:
+    """Everything that is timed."""
+    family = family_of(backbone)
+    assert isinstance(family, ViT)
+    patches, prefix = math.prod(family.grid()), family.num_prefix
+    many = _spaced(prefix + 2, patches + prefix, points)
+    few = _spaced(prefix + 2, patches + prefix, min(points, FEW_POINTS))
+    in_torch = runtime.startswith("torch")
+    image = (batch, int(backbone.in_chans), *family.image_size)
+    yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
+    plain: dict[str, tuple[Part, list[int]]] = {
+        NOTHING: (Nothing(backbone), sorted({*many, *few})),
+        "block": (Blocks(backbone), many),
+        "attention": (AttentionHalves(backbone), few),
+        "mlp": (MlpHalves(backbone), few),
+        "head": (Head(backbone), few),
+    }
+    if batch > 1 and runtime == "torch":
+        plain["packed"] = PackedBlocks(backbone), _spaced(prefix + 2, patches + prefix, points // 2)
+    for config in configs:
+        selecting = Selecting(backbone, config)
+        if selecting.adaptive and batch > 1 and not in_torch:
+            continue  # exported, images decide one at a time
+        if isinstance(config, STViTConfig):
+            yield from _semantic_probes(backbone, config, batch, patches + prefix)
+            if (prefix and config.keep_prefix) or config.layer_scale is not None:
+                plain["cross"] = CrossBlocks(backbone), few
+        elif in_torch:
+            plain[selecting.part] = selecting, few
+        else:  # a graph keeps a fixed number, so there is one graph for each number that enters
+            for tokens in (few[len(few) // 3], few[-1]):
+                shape = (batch, tokens, family.embed_dim)
+                module = Selecting(backbone, config)
+                yield Probe(selecting.part, tokens, module, shape, varies=False)
+    for part, (module, counts) in plain.items():
+        for tokens in counts:
+            yield Probe(part, tokens, module, (batch, tokens, family.embed_dim), varies=True)
+
+
+def _semantic_probes(
+    backbone: Any, config: STViTConfig, batch: int, tokens: int
+) -> Iterator[Probe]:
+    """Making semantic tokens, of all patches; a module of its own for each number of them."""
+    family: Any = family_of(backbone)
+    shape = (batch, tokens, family.embed_dim)
+    for rows, columns in _semantic_shapes(config.shape, family.grid()):
+        module = Selecting(backbone, replace(config, semantic_tokens=(rows, columns)))
+        count = rows * columns + (family.num_prefix if config.keep_prefix else 0)
+        yield Probe(module.part, count, module, shape, varies=False)
+
+
+def _semantic_shapes(shape: Grid, grid: Grid) -> list[Grid]:
+    """``shape``, and a smaller and a larger one, as the grid has room for them."""
+    by_count = {}
+    for scale in (0.5, 1, 1.5):
+        rows, columns = (
+            max(1, min(round(scale * side), most)) for side, most in zip(shape, grid, strict=True)
+        )
+        by_count[rows * columns] = rows, columns
+    return [by_count[count] for count in sorted(by_count)]
+
+
+def _spaced(low: int, high: int, points: int) -> list[int]:
+    """Whole numbers from ``low`` to ``high``, evenly spaced."""
+    step = (high - low) / max(points - 1, 1)
+    return sorted({round(low + index * step) for index in range(points)})

@@ -22,6 +22,7 @@ from vitrim.cli.evaluate import eval_command
 from vitrim.cli.export import export_command, predict_command
 from vitrim.cli.measure import bench_command, show_command
 from vitrim.cli.profile import profile_command
+from vitrim.cli.schedule import schedule_command
 from vitrim.config import to_plain
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("sparsify")(sparsify_command)
+app.command("schedule")(schedule_command)
 app.command("export")(export_command)
 app.command("predict")(predict_command)
 app.command("eval")(eval_command)

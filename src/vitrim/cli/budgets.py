@@ -17,10 +17,26 @@ from vitrim.budget import TOLERANCE, Calibration, check_budget
 from vitrim.calibrate import MAX_IMAGES, calibrate
 from vitrim.cli import common, tables
 from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
-from vitrim.config import from_plain, to_plain
+from vitrim.cli.schedule import (
+    ElsewhereOption,
+    MillisecondsOption,
+    RuntimeOption,
+    StagesOption,
+    TableOption,
+    dense_model,
+    latency_facts,
+    latency_metrics,
+    method_config,
+    schedule_table,
+    table_of,
+)
+from vitrim.config import to_plain
 from vitrim.errors import ConfigError, InputError
+from vitrim.families import family_of
 from vitrim.methods import METHODS, method_by_name
-from vitrim.model import SparseModel, sparsify
+from vitrim.model import SparseModel
+from vitrim.schedule import load as load_schedule
+from vitrim.tools.milliseconds import batches_of, check_table, follow, sparsify_to
 
 MacsOption = Annotated[
     list[str] | None,
@@ -117,12 +133,6 @@ def sparsify_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
     ],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="One that needs no training of its own: asvit, sait, or stvit with keep_prefix."
-        ),
-    ],
     data: Annotated[
         str,
         typer.Option(
@@ -131,7 +141,20 @@ def sparsify_command(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="One that needs no training of its own: asvit, sait, or stvit with keep_prefix."
+        ),
+    ] = "asvit",
     macs: MacsOption = None,
+    milliseconds: MillisecondsOption = None,
+    table: TableOption = None,
+    schedule: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Drop where this schedule says (vitrim schedule)."),
+    ] = None,
+    stages: StagesOption = 3,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
@@ -150,56 +173,74 @@ def sparsify_command(
     split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
     workers: WorkersOption = 2,
     device: DeviceOption = None,
+    runtime: RuntimeOption = None,
+    elsewhere: ElsewhereOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Make a dense model sparse without training, calibrated to a mean cost.
+    """Make a dense model sparse without training, for a mean cost in MACs or milliseconds.
 
     Of several --macs the first is set; the others are recorded, for set_budget and vitrim eval.
     """
     common.check_writable(json)
     common.check_new_folder(output)
-    budgets = budgets_of(macs)
-    if not budgets:
+    budgets, latency_table = budgets_of(macs), table_of(milliseconds, table)
+    if budgets and milliseconds is not None:
+        raise ConfigError("there are two budgets; give --macs or --milliseconds")
+    if not budgets and milliseconds is None and schedule is None:
         raise ConfigError("no budget is given; add --macs with a share of the MACs, such as 0.6")
     config = _training_free_config(method, changes or [])
+    follows = None if schedule is None else load_schedule(schedule)
     where = common.device_of(device)
-    dense = common.load_model(model, weights)
-    if isinstance(dense, SparseModel):
-        raise ConfigError(
-            f"{model} is sparse already ({dense.method.name}); give a dense model: a timm name, "
-            "with --weights for weights of your own"
-        )
-    sparse = sparsify(dense, config).to(where)
+    dense = dense_model(model, weights).to(where)
+    if latency_table is not None:
+        check_table(latency_table, family_of(dense), runtime=runtime, elsewhere=elsewhere)
     source = "digits/train" if common.data_source(data) == "digits/test" else data
-    sparse.data_config = common.data_config_of(sparse, source)
-    loader = calibration_loader(sparse, source, images, batch, workers, split=split)
+    loader = calibration_loader(dense, source, images, batch, workers, split=split)
     start = time.perf_counter()
-    found = calibrate(
-        sparse, loader, budgets, tolerance=tolerance, max_images=images, progress=common.note
-    )
+    batches = batches_of(loader, where)
     common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    latency, found = None, tuple[Calibration, ...]()
+    if milliseconds is not None and latency_table is not None:
+        sparse, latency, follows = sparsify_to(
+            dense,
+            config,
+            latency_table,
+            milliseconds,
+            batches,
+            schedule=follows,
+            stages=stages,
+            progress=common.note,
+        )
+    else:
+        sparse = follow(dense, config, follows, batches)
+    if budgets:
+        found = calibrate(
+            sparse, batches, budgets, tolerance=tolerance, max_images=images, progress=common.note
+        )
     seconds = time.perf_counter() - start
     trained = f"weights of {weights.name}" if weights is not None else "its own weights"
     sparse.origin = f"{model}, {trained}, made sparse without training by vitrim sparsify"
-    checkpoint.save(sparse.to(torch.device("cpu")), output)
-    common.out().print(tables.calibration_table(found))
+    sparse.data_config = common.data_config_of(dense, source)
+    metrics = latency_metrics(latency, follows)
+    checkpoint.save(sparse.to(torch.device("cpu")), output, metrics=metrics)
+    if follows is not None:
+        common.out().print(schedule_table(follows))
+        remark = follows.fitted(config)[1]
+        if remark is not None:
+            common.note(remark)
+    if latency is not None:
+        common.out().print(latency_facts(latency))
+    if found:
+        common.out().print(tables.calibration_table(found))
     common.out().print(
         f"written: {output} ({seconds:.0f} s of calibration)", markup=False, soft_wrap=True
     )
-    common.write_json(json, _report(model, method, data, seconds, found))
+    common.write_json(json, _report(model, method, data, seconds, found) | metrics)
 
 
 def _training_free_config(name: str, changes: Sequence[str]) -> Any:
     """The method's config with changes, if the method works without training."""
-    from vitrim.train.recipe import apply_override
-
-    method = method_by_name(name)
-    fields: dict[str, Any] = {}
-    for change in changes:
-        if "=" not in change:
-            raise ConfigError(f"--set is {change!r}; write FIELD=VALUE, see vitrim list methods")
-        apply_override(fields, change)
-    config: Any = from_plain(method.config_class, fields)
+    method, config = method_by_name(name), method_config(name, changes)
     if method.must_learn(config):
         ready = [each for each, other in METHODS.items() if other.needs_training is None]
         raise ConfigError(

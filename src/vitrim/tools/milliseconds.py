@@ -1,0 +1,313 @@
+"""Sets a sparse model to a budget of milliseconds, as a latency table predicts them.
+
+No training: a schedule's counts become AS-ViT's thresholds (:func:`fit_thresholds`), and the dial
+of any method is turned until the predicted mean latency is what was asked (:func:`meet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim.budget import TOLERANCE, Calibration, Curve, Spread
+from vitrim.config import require, to_plain
+from vitrim.errors import ConfigError, InputError
+from vitrim.families import family_of
+from vitrim.latency import LatencyTable
+from vitrim.methods.asvit import ASViT
+from vitrim.methods.stvit import STViTConfig
+from vitrim.model import SparseModel, evaluating, sparsify
+from vitrim.schedule import Schedule
+from vitrim.tokens import Grid
+from vitrim.tools.effects import measure_effects
+from vitrim.tools.latency import predict
+from vitrim.tools.solve import Costs, check_reach, find_schedule
+
+EFFECT_IMAGES = 64
+"""Images on which the effects of dropping are measured, if not said otherwise."""
+
+_TRIES = 40
+_COARSE = 0.05
+"""Relative difference that is allowed where the cost moves in steps."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What was asked of a model, and what the table says of it; in milliseconds per batch."""
+
+    asked: float
+    predicted: float
+    """Mean over the images, at the dial's value."""
+    dense: float
+    """Of the backbone alone."""
+    dial: str
+    value: float
+    images: int
+    """How many were looked at; 0 where every image keeps the same number of tokens."""
+    table: dict[str, Any]
+    """The stamp of the table."""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the prediction is within 5 % of what was asked."""
+        return abs(self.predicted / self.asked - 1) <= _COARSE
+
+    def plain(self) -> dict[str, Any]:
+        """For the metrics of a checkpoint."""
+        return to_plain(self)
+
+
+def check_table(
+    table: LatencyTable, family: Any, *, runtime: str | None = None, elsewhere: bool = False
+) -> None:
+    """Raise :class:`ConfigError` unless the table is for the backbone, this machine and a runtime.
+
+    Args:
+        table: that predicts.
+        family: runs the backbone.
+        runtime: wanted; None takes the table's.
+        elsewhere: the model is for the table's device, which need not be this one.
+    """
+    on_cuda = table.stamp.get("device") == "cuda" and torch.cuda.is_available()
+    device = None if elsewhere else "cuda" if on_cuda else "cpu"
+    table.check(family, runtime=runtime, device=device)
+
+
+def check_milliseconds(milliseconds: float, table: LatencyTable, family: Any, grid: Grid) -> None:
+    """Raise :class:`ConfigError` unless a budget is above 0 and under the dense model's latency."""
+    require(milliseconds > 0, f"the budget is {milliseconds} ms; expected more than 0")
+    dense = float(predict(table, None, family, grid))
+    require(
+        milliseconds < dense,
+        f"a budget of {milliseconds:g} ms asks for nothing: the dense model takes {dense:.4g} ms "
+        "by prediction",
+    )
+
+
+def mean_milliseconds(sparse: SparseModel, table: LatencyTable, batches: Sequence[Tensor]) -> float:
+    """Predicted latency per batch of the table, mean over the images.
+
+    Args:
+        sparse: the model, at its present settings.
+        table: of its device, runtime and backbone.
+        batches: images; not looked at where every image keeps the same number of tokens.
+    """
+    return _measure(sparse, table, batches)[0]
+
+
+def _measure(
+    sparse: SparseModel, table: LatencyTable, batches: Sequence[Tensor]
+) -> tuple[float, Tensor]:
+    """Predicted mean milliseconds, and the MACs of each image (one where all are alike)."""
+    family, method = sparse.family, sparse.method
+    grid = family.grid()
+    counts = method.counts(family, grid)
+    if counts is not None:
+        macs = torch.tensor([float(method.macs(family, grid, counts))])
+        return float(predict(table, method, family, grid, counts)), macs
+    kept, macs_of = list[list[Tensor]](), list[Tensor]()
+    device = next(sparse.backbone.parameters()).device
+    with evaluating(sparse):
+        for images in batches:
+            trace = sparse.trace(images.to(device))
+            kept.append([stage.counts.double().cpu() for stage in trace.stages])
+            macs_of.append(trace.macs.cpu())
+    sample = [torch.cat(stage) for stage in zip(*kept, strict=True)]
+    return float(predict(table, method, family, grid, sample)), torch.cat(macs_of)
+
+
+def meet(
+    sparse: SparseModel,
+    table: LatencyTable,
+    milliseconds: float,
+    batches: Sequence[Tensor],
+    *,
+    strict: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Latency:
+    """Turn the method's dial so that the predicted mean latency is ``milliseconds``.
+
+    The model is left there, with a record of the MACs that it came to cost
+    (``sparse.calibration``). If anything fails, it is left as it was.
+
+    Args:
+        sparse: any sparse model whose method has a dial.
+        table: of its device, runtime and backbone.
+        milliseconds: per batch of the table.
+        batches: prepared images; may be empty where every image keeps the same number of tokens.
+        strict: False takes the nearest that can be reached, however far.
+        progress: told in words what each pass found.
+
+    Raises:
+        ConfigError: the budget is under the floor, not under the dense model's latency, or passed
+            over by steps of the cost; the method's cost is fixed.
+    """
+    check_milliseconds(milliseconds, table, sparse.family, sparse.family.grid())
+    method, restore = sparse.method, sparse.snapshot()
+    dial, measured, fixed = method.dial, dict[float, Tensor](), sparse.macs() is not None
+
+    def cost(value: float) -> float:
+        method.turn(value)
+        predicted, measured[value] = _measure(sparse, table, batches)
+        if progress is not None and not fixed:
+            progress(f"{dial.name} {value:.6g}: {predicted:.4g} ms by prediction")
+        return predicted
+
+    curve = Curve(dial, cost, unit="ms")
+    try:
+        position = _search(curve, milliseconds, method.name, strict)
+        value = dial.at(position)
+        method.turn(value)
+    except BaseException:
+        restore()
+        raise
+    macs, dense = measured[value].double(), sparse.dense_macs()
+    fraction = float(macs.mean()) / dense
+    images = 0 if fixed else len(macs)
+    if 0 < fraction <= 1:
+        record = Calibration(
+            budget=fraction,
+            dial=dial.name,
+            value=value,
+            fraction=fraction,
+            macs=Spread.of(macs),
+            images=images,
+            passes=0 if fixed else len(measured),
+        )
+        sparse.calibration = (record,)
+    return Latency(
+        asked=milliseconds,
+        predicted=curve.at(position),
+        dense=float(predict(table, None, sparse.family, sparse.family.grid())),
+        dial=dial.name,
+        value=value,
+        images=images,
+        table=dict(table.stamp),
+    )
+
+
+def _search(curve: Curve, milliseconds: float, name: str, strict: bool) -> float:
+    """The position of the dial that is nearest to the budget."""
+    floor, ceiling = curve.at(0.0), curve.at(1.0)
+    if floor > milliseconds * (1 + TOLERANCE) and strict:
+        raise ConfigError(
+            f"a budget of {milliseconds:g} ms is under the floor: {name} takes {floor:.4g} ms by "
+            f"prediction when its {curve.dial.name} is at its cheapest, "
+            f"{curve.dial.cheapest:g}. Ask for more, drop tokens earlier, or take a smaller model"
+        )
+    if floor >= milliseconds or ceiling <= milliseconds:
+        return 0.0 if floor >= milliseconds else 1.0
+    tolerance = _COARSE if strict else float("inf")
+    return curve.search(milliseconds, tolerance=tolerance, near_enough=0.002, tries=_TRIES)
+
+
+@torch.no_grad()
+def fit_thresholds(sparse: SparseModel, schedule: Schedule, batches: Sequence[Tensor]) -> None:
+    """Set AS-ViT's thresholds so that as many patches go on from each stage as the schedule says,
+    mean over the images.
+
+    Stage by stage, as what an earlier one keeps decides what a later one sees; a pass over the
+    images each.
+    """
+    method = sparse.method
+    assert isinstance(method, ASViT)
+    require(
+        method.config.mode == "adaptive",
+        f"asvit's mode is {method.config.mode!r}; thresholds are fitted in mode='adaptive', "
+        "change the mode afterwards",
+    )
+    device = next(sparse.backbone.parameters()).device
+    share = 1 / schedule.patches
+    for stage, ratio in enumerate(schedule.keep_ratios):
+        scores, wanted = list[Tensor](), 0.0
+        with evaluating(sparse):
+            for images in batches:
+                found = sparse.trace(images.to(device)).stages[stage].scores.cpu()
+                scores.append(found[~found.isnan()])
+                wanted += len(images) * found.shape[1] * ratio
+        falling = torch.cat(scores).sort(descending=True).values
+        place = round(wanted)
+        if place < len(falling):
+            threshold = float(falling[max(place - 1, 0) : place + 1].mean())
+        else:  # the stages before have dropped too much already
+            threshold = float(falling[-1]) / 2 if len(falling) else share
+        parameter = method.thresholds[stage]
+        parameter.mul_(threshold / method.threshold(stage, schedule.patches).to(parameter).item())
+
+
+def follow(
+    model: nn.Module, config: Any, schedule: Schedule | None, batches: Sequence[Tensor]
+) -> SparseModel:
+    """A dense model made sparse by a schedule (None: by the config alone), its thresholds fitted on
+    the images where the method goes by thresholds.
+    """
+    if schedule is None:
+        return sparsify(model, config)
+    sparse = sparsify(model, schedule.apply(config))
+    if isinstance(sparse.method, ASViT):
+        fit_thresholds(sparse, schedule, batches)
+    return sparse
+
+
+def sparsify_to(
+    model: nn.Module,
+    config: Any,
+    table: LatencyTable,
+    milliseconds: float,
+    batches: Sequence[Tensor],
+    *,
+    schedule: Schedule | None = None,
+    stages: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[SparseModel, Latency, Schedule | None]:
+    """Make a dense model sparse without training, for a budget of milliseconds.
+
+    Where tokens are dropped is solved for (:func:`vitrim.tools.solve.find_schedule`), unless the
+    config says it (``stages``, ``prune_after``) or the method drops none; then the dial is turned.
+
+    Args:
+        model: a dense plain vision transformer in evaluation mode.
+        config: of a method that works without training.
+        table: of the model, its device and runtime.
+        milliseconds: per batch of the table.
+        batches: prepared images, on the model's device.
+        schedule: to follow, instead of solving for one.
+        stages: at most so many.
+        progress: told in words how far it is.
+
+    Returns:
+        the sparse model, what was predicted, and the schedule that it follows, if any.
+    """
+    family = family_of(model)
+    grid = family.grid()
+    check_milliseconds(milliseconds, table, family, grid)
+    placed = any(getattr(config, name, None) is not None for name in ("stages", "prune_after"))
+    if schedule is None and not placed and not isinstance(config, STViTConfig):
+        costs = Costs(family, grid, config, table)
+        check_reach(costs, milliseconds)
+        effects = measure_effects(family, thinned(batches), progress=progress)
+        schedule = find_schedule(costs, effects, milliseconds, stages=stages)
+    sparse = follow(model, config, schedule, batches)
+    return sparse, meet(sparse, table, milliseconds, batches, progress=progress), schedule
+
+
+def thinned(batches: Sequence[Tensor], most: int = EFFECT_IMAGES) -> list[Tensor]:
+    """At most about so many of the images, spread evenly over them, in batches as large."""
+    images = torch.cat(list(batches))[:: max(1, sum(map(len, batches)) // most)]
+    return list(torch.split(images, len(batches[0])))
+
+
+def batches_of(loader: Any, device: torch.device | str = "cpu") -> list[Tensor]:
+    """The images of a loader of prepared batches, on ``device``.
+
+    Raises:
+        InputError: there is none.
+    """
+    batches = [images.to(device) for images, _ in loader if len(images)]
+    if not batches:
+        raise InputError("there is no readable image to look at")
+    return batches

@@ -1,0 +1,325 @@
+"""Finds schedules: where patches are dropped, and how many go on, for a budget of milliseconds or
+MACs, with the least loss of quality on some images (``tools/effects.py``).
+
+The cost of a schedule is the method's own, step by step: what its blocks take at their counts, and
+its selectors. Every step depends on the counts around it alone, so the cost of a stage is what it
+adds to the model without it, whatever else the schedule does before; so is its loss. Two ways:
+
+* *exact*: among all schedules of at most so many stages, before any block but the first, with
+  counts from a list, the one of the least loss within the budget. A dynamic programme over (block,
+  count, stages so far) that keeps every pair of cost and loss which no other beats in both: no
+  rounding of costs, no heuristic. A test compares it with trying everything.
+* *progressive*: SPViT's layer-to-phase procedure (arXiv 2112.13890), ours after the paper's
+  description, which was known to us from notes. From the last block to the first a stage is put
+  before each block and its count is lowered until the loss there reaches a tolerance; when the
+  budget is met, neighbours with similar ratios become one phase, of which the first selector stays.
+  Where one sweep does not suffice, the tolerance doubles and another follows.
+
+Counts come from an even grid. Where the device's curve of a block jumps between two measured
+counts, the larger ones in between are left out and the last before the jump is added: the right
+side of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitrim.config import require
+from vitrim.errors import ConfigError
+from vitrim.latency import LatencyTable
+from vitrim.methods import method_of_config
+from vitrim.schedule import Schedule
+from vitrim.tokens import Grid
+from vitrim.tools.effects import Effects
+from vitrim.tools.latency import predict
+
+Procedure = Literal["exact", "progressive"]
+
+_GRID = 24
+_JUMP = 2.5
+"""A curve jumps where it is this many times as steep as at its median."""
+_SIMILAR = 0.085
+"""Neighbours whose kept shares differ by no more become one phase."""
+_TOLERANCE = 0.002
+"""Of the first sweep of the progressive procedure, as a share of the largest loss."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What schedules of one method cost on one backbone, in milliseconds or as a share of MACs."""
+
+    family: Any
+    grid: Grid
+    config: Any
+    """Of the method; its stages and counts are replaced."""
+    table: LatencyTable | None = None
+    """None counts MACs as a share of the dense model's."""
+
+    @property
+    def patches(self) -> int:
+        """Of the whole image."""
+        return math.prod(self.grid)
+
+    @property
+    def dense(self) -> float:
+        """Of the backbone alone."""
+        if self.table is None:
+            return 1.0
+        return float(predict(self.table, None, self.family, self.grid))
+
+    def of(self, schedule: Schedule) -> float:
+        """Of the method, following ``schedule``."""
+        method = self._method(schedule)
+        return float(self._total(method, schedule.counts))
+
+    def added(self, stages: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """(before, after): what the last of ``stages`` adds, going from one of ``counts`` to
+        another; the earlier stages all leave the count before. Meaningful where that falls.
+        """
+        before, after = torch.meshgrid(*[torch.tensor(counts).double()] * 2, indexing="ij")
+        *earlier, _ = stages
+        with_stage: Tensor = self._total(
+            self._method(self._falling(stages)), [before] * len(earlier) + [after]
+        )
+        if not earlier:
+            return (with_stage - self.dense).expand_as(before)
+        without: Tensor = self._total(self._method(self._falling(earlier)), [before] * len(earlier))
+        return with_stage - without
+
+    def macs(self, schedule: Schedule) -> float:
+        """MACs of ``schedule``, as a share of the dense model's."""
+        return replace(self, table=None).of(schedule)
+
+    def _falling(self, stages: Sequence[int]) -> Schedule:
+        """A schedule that drops something at each stage, so that no method skips any."""
+        counts = [max(1, self.patches - 1 - place) for place in range(len(stages))]
+        return Schedule(stages=tuple(stages), counts=tuple(counts), patches=self.patches)
+
+    def _method(self, schedule: Schedule) -> Any:
+        config = schedule.apply(self.config)
+        with torch.device("meta"):  # only its form is looked at
+            return method_of_config(config)(self.family, config)
+
+    def _total(self, method: Any, counts: Sequence[Any]) -> Any:
+        if self.table is None:
+            return method.macs(self.family, self.grid, counts) / self.family.dense_macs(self.grid)
+        return sum(
+            self.table.milliseconds(step.part, step.tokens)
+            for step in method.steps(self.family, self.grid, counts)
+        )
+
+
+def candidate_counts(num_patches: int, prefix: int, table: LatencyTable | None) -> tuple[int, ...]:
+    """Counts that schedules choose from, rising: an even grid and the right sides of jumps."""
+    least = max(1, round(0.05 * num_patches))
+    even = {round(least + (num_patches - least) * i / _GRID) for i in range(_GRID)}
+    if table is None:
+        return tuple(sorted(even - {num_patches}))
+    curve = table.curves["block"]
+    slopes = [
+        (curve.median[place + 1] - curve.median[place]) / (tokens[1] - tokens[0])
+        for place, tokens in enumerate(pairwise(curve.tokens))
+    ]
+    usual = median(slopes) if slopes else 0.0
+    for slope, (start, stop) in zip(slopes, pairwise(curve.tokens), strict=True):
+        if usual > 0 and slope > _JUMP * usual:
+            even = {count for count in even if not start < count + prefix < stop}
+            even.add(start - prefix)
+    return tuple(sorted(count for count in even if least <= count < num_patches))
+
+
+def find_schedule(
+    costs: Costs,
+    effects: Effects,
+    budget: float,
+    *,
+    stages: int = 3,
+    procedure: Procedure = "exact",
+    counts: Sequence[int] | None = None,
+) -> Schedule:
+    """The schedule of the least loss whose cost is within ``budget``.
+
+    Args:
+        costs: of the method, in the budget's unit.
+        effects: loss of quality of single stages, on the same backbone.
+        budget: milliseconds per batch of the table, or a share of the dense MACs without one.
+        stages: at most so many.
+        procedure: see the module.
+        counts: to choose from; None takes :func:`candidate_counts`.
+
+    Raises:
+        ConfigError: as :func:`check_reach`.
+    """
+    require(stages >= 1, f"stages is {stages}; expected 1 or more")
+    name = method_of_config(costs.config).name
+    if counts is None:
+        counts = candidate_counts(costs.patches, costs.family.num_prefix, costs.table)
+    check_reach(costs, budget, counts)
+    stages = 1 if name == "sait" else stages  # it drops tokens once
+    solve = exact if procedure == "exact" else progressive
+    found = solve(costs, effects, budget, stages, counts)
+    require(
+        found is not None,
+        f"the progressive procedure finds no schedule of {budget:g} or less; take the exact one",
+    )
+    assert found is not None
+    timed = costs.table is not None
+    return replace(
+        found,
+        milliseconds=costs.of(found) if timed else None,
+        macs=costs.macs(found),
+        asked={"milliseconds" if timed else "macs": budget},
+        method=name,
+        procedure=procedure,
+        signal=f"{effects.signal} on {effects.images} images",
+        loss=effects.total(found.stages, found.counts),
+        table={} if costs.table is None else dict(costs.table.stamp),
+    )
+
+
+def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None) -> None:
+    """Raise :class:`ConfigError` unless a schedule is needed for ``budget``, and can meet it."""
+    name, unit = method_of_config(costs.config).name, "of the dense MACs"
+    if name == "stvit":
+        raise ConfigError(
+            "stvit drops no patches, so no schedule is solved for it; its cost goes by its "
+            "semantic tokens: vitrim sparsify --milliseconds sets them"
+        )
+    if costs.table is not None:
+        unit = "ms"
+    if counts is None:
+        counts = candidate_counts(costs.patches, costs.family.num_prefix, costs.table)
+    require(
+        budget < costs.dense,
+        f"a budget of {budget:g} {unit} asks for nothing: the dense model takes "
+        f"{costs.dense:.4g} {unit}",
+    )
+    # Without any loss the cheapest schedule is the best; one stage gets there.
+    free = Effects(
+        "", 0, (1, costs.patches), dict.fromkeys(range(1, costs.family.depth), (0.0, 0.0))
+    )
+    cheapest = exact(costs, free, math.inf, 1, counts)
+    floor = math.inf if cheapest is None else costs.of(cheapest)
+    require(
+        budget >= floor,
+        f"a budget of {budget:g} {unit} is under the floor: the cheapest schedule that {name} can "
+        f"follow here takes {floor:.4g} {unit} by prediction (dense: {costs.dense:.4g}). Ask for "
+        "more, or take a smaller model",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """A schedule in the making: cost and loss if nothing more were dropped."""
+
+    cost: float
+    loss: float
+    stages: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+def exact(
+    costs: Costs, effects: Effects, budget: float, stages: int, counts: Sequence[int]
+) -> Schedule | None:
+    """The schedule of the least loss within the budget, of those with equal loss the cheapest;
+    None where no schedule is within it.
+    """
+    counts = sorted(counts)
+    everything, whole = [*counts, costs.patches], len(counts)
+    # By (stages so far, place of the count): labels that none beats in cost and loss.
+    known: dict[tuple[int, int], list[_Label]] = {(0, whole): [_Label(costs.dense, 0.0)]}
+    best: _Label | None = None
+    for number, block in enumerate(sorted(effects.loss)):
+        reached: dict[tuple[int, int], list[_Label]] = {}
+        for so_far in range(min(stages, number + 1)):
+            added = costs.added((*range(1, so_far + 1), block), everything).tolist()
+            for before in range(1, whole + 1):
+                for label in known.get((so_far, before), ()):
+                    for after in range(before):
+                        loss = label.loss + effects.drop(
+                            block, everything[before], everything[after]
+                        )
+                        if best is not None and loss > best.loss:
+                            continue  # what follows can only lose more
+                        reached.setdefault((so_far + 1, after), []).append(
+                            _Label(
+                                label.cost + added[before][after],
+                                loss,
+                                (*label.stages, block),
+                                (*label.counts, everything[after]),
+                            )
+                        )
+        for state, labels in reached.items():
+            known[state] = _unbeaten([*known.get(state, ()), *labels])
+            for label in known[state]:
+                fits = label.cost <= budget
+                if fits and (best is None or (label.loss, label.cost) < (best.loss, best.cost)):
+                    best = label
+    if best is None:
+        return None
+    return Schedule(stages=best.stages, counts=best.counts, patches=costs.patches)
+
+
+def _unbeaten(labels: list[_Label]) -> list[_Label]:
+    """The labels than which none is both as cheap and as good."""
+    left: list[_Label] = []
+    for label in sorted(labels, key=lambda label: (label.cost, label.loss)):
+        if not left or label.loss < left[-1].loss:
+            left.append(label)
+    return left
+
+
+def progressive(
+    costs: Costs, effects: Effects, budget: float, stages: int, counts: Sequence[int]
+) -> Schedule | None:
+    """SPViT's layer-to-phase procedure, see the module; None where it cannot meet the budget."""
+    counts, blocks = sorted(counts), sorted(effects.loss)
+    everything = [*counts, costs.patches]
+    place = dict.fromkeys(blocks, len(counts))  # of each block's count in everything
+    largest = max(effects.at(block, counts[0]) for block in blocks)
+    tolerance = _TOLERANCE * largest
+    while any(place.values()):
+        for block in reversed(blocks):
+            least = place.get(block + 1, 0)  # later blocks see no more than earlier ones
+            while place[block] > least:
+                if effects.at(block, everything[place[block] - 1]) > tolerance:
+                    break
+                place[block] -= 1
+                kept = {block: everything[place[block]] for block in blocks}
+                schedule = _phases(kept, costs.patches, stages, counts)
+                if costs.of(schedule) <= budget:
+                    return schedule
+        tolerance = 2 * tolerance or math.inf
+    return None
+
+
+def _phases(kept: dict[int, int], num_patches: int, most: int, counts: Sequence[int]) -> Schedule:
+    """Neighbours of similar ratios as one stage before the first of them, with their mean count (or
+    the next smaller of ``counts``); the likeness is widened until there are ``most`` or fewer.
+    """
+    similar = _SIMILAR * num_patches
+    dropping = {block: count for block, count in kept.items() if count < num_patches}
+    while True:
+        phases: list[dict[int, int]] = []
+        for block, count in dropping.items():
+            if phases and next(iter(phases[-1].values())) - count <= similar:
+                phases[-1][block] = count
+            else:
+                phases.append({block: count})
+        if len(phases) <= most:
+            break
+        similar *= 1.25
+    means = [sum(phase.values()) / len(phase) for phase in phases]
+    left = [counts[max(0, bisect_right(counts, mean) - 1)] for mean in means]
+    return Schedule(
+        stages=tuple(next(iter(phase)) for phase in phases), counts=tuple(left), patches=num_patches
+    )

@@ -22,7 +22,10 @@ class DifferentAnswerError(VitrimError):
 
 
 def export_command(
-    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or a timm name: dense."),
+    ],
     to: Annotated[str, typer.Option(help=f"{', '.join(exporting.DTYPES)}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a new one.")],
     dtype: Annotated[
@@ -31,6 +34,10 @@ def export_command(
     batch: Annotated[
         str, typer.Option(help="Images per call, or dynamic for any number.")
     ] = "dynamic",
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
+    ] = None,
     macs: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="Mean cost, as a share of the dense model's MACs."),
@@ -45,28 +52,31 @@ def export_command(
     images: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
     json: JsonOption = None,
 ) -> None:
-    """Write a sparse model for another runtime, with its preprocessing and labels.
+    """Write a model for another runtime, with its preprocessing and labels.
 
     vitrim predict runs the result with onnxruntime or OpenVINO alone, without torch.
     """
     common.check_writable(json)
     exporting.check_format(to, dtype)
     size = _batch(batch)
-    sparse = common.require_sparse(common.load_model(model), model)
+    network = common.load_model(model, weights)
     if macs is not None:
-        sparse.set_budget(macs)
-    seen = None if data is None else prepared_images(sparse, data, images, min(images, 32))
+        common.require_sparse(network, model).set_budget(macs)
+    seen = None if data is None else prepared_images(network, data, images, min(images, 32))
     if seen is None and (check or dtype == "int8"):
         raise ConfigError(f"{'--check' if check else 'int8'} needs images; give them by --data")
-    _warn(sparse, seen)
-    config, names = common.data_config_of(sparse, data or ""), common.class_names_of(sparse)
+    if isinstance(network, SparseModel):
+        _warn(network, seen)
+    config, names = common.data_config_of(network, data or ""), common.class_names_of(network)
     common.note(f"exporting to {to} ...")
     exporting.export(
-        sparse, output, to, data_config=config, dtype=dtype, batch=size, labels=names, images=seen
+        network, output, to, data_config=config, dtype=dtype, batch=size, labels=names, images=seen
     )
     facts = {"written": str(output), "format": f"{to}, {dtype}", "images per call": batch}
-    if sparse.macs() is None:
+    if size is None and exporting.images_decide(network):
         facts["images per call"] = "1 (the counts depend on the image)"
+    elif size is None and to == "executorch":
+        facts["images per call"] = "1 (executorch has fixed sizes)"
     content: dict[str, Any] = {
         "model": model,
         "to": to,
@@ -75,7 +85,7 @@ def export_command(
         "check": None,
     }
     if check and seen is not None:
-        found = exporting.check(sparse, output, seen)
+        found = exporting.check(network, output, seen)
         facts["largest difference of a logit"] = f"{found.difference:.2g}"
         facts["same answer"] = f"{found.agreement:.1%} of {found.images} images"
         content["check"] = vars(found)

@@ -1,20 +1,18 @@
-"""Sparse models for other runtimes: a folder with the network, its preprocessing and its labels.
+"""Models for other runtimes: a folder with the network, its preprocessing and its labels.
 
-What is exported is the inference forward. Fixed counts take batches of any size; where the counts
-depend on the image, one image at a time, computed on what it keeps. Kept tokens are gathered with
-plain index operations: no branch is in the graph, and with fixed counts no size depends on data.
+What is exported is the inference forward. Fixed counts take batches of any size; no branch is in
+the graph and no size depends on data. Where the counts depend on the image, one image at a time is
+computed on what it keeps; or a fixed number of them, on as many tokens as the fullest keeps, the
+others' padding under a mask (``vitrim.padding``). Dense timm models go the same way, to compare.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +24,31 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.config import closest, to_plain
-from vitrim.errors import ConfigError, InputError, MissingExtraError
+from vitrim.errors import ConfigError, InputError
+from vitrim.families import family_of
 from vitrim.model import SparseModel, evaluating
 from vitrim.runtime import BUNDLE_FILE, FORMAT, FORMAT_VERSION, Bundle
+from vitrim.tools import formats
 
 DTYPES = {
     "pt2": ("fp32", "fp16", "bf16"),
     "onnx": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "fp16", "bf16"),
+    "executorch": ("fp32",),
 }
 """Format: the precisions that it is written in."""
-NOT_YET = {
-    "executorch": "not written yet; the nearest that works is onnx, or pt2 for torch itself",
+RUNTIMES = {
+    "pt2": "torch",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
 }
-RUNTIMES = {"pt2": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
-FILES = {"pt2": "model.pt2", "onnx": "model.onnx", "openvino": "model.xml"}
+FILES = {
+    "pt2": "model.pt2",
+    "onnx": "model.onnx",
+    "openvino": "model.xml",
+    "executorch": "model.pte",
+}
 TOLERANCE = 1e-4
 """Largest difference of a logit that single precision may make."""
 MIN_CALIBRATION = 32
@@ -63,7 +71,7 @@ class Check:
 class _Exported(nn.Module):
     """The model in the precision that it is exported in, with single precision outside."""
 
-    def __init__(self, model: SparseModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
@@ -73,7 +81,7 @@ class _Exported(nn.Module):
 
 
 def export(
-    sparse: SparseModel,
+    model: nn.Module,
     folder: Path,
     to: str,
     *,
@@ -83,15 +91,16 @@ def export(
     labels: Sequence[str] | None = None,
     images: Tensor | None = None,
 ) -> Path:
-    """Write ``sparse`` as a bundle; the folder appears whole or not at all.
+    """Write ``model`` as a bundle; the folder appears whole or not at all.
 
     Args:
-        sparse: on the CPU.
+        model: a sparse model, or a dense timm model of a served family; on the CPU.
         folder: of the bundle; it must not exist yet.
-        to: ``pt2`` (torch.export), ``onnx`` or ``openvino``.
+        to: ``pt2`` (torch.export), ``onnx``, ``openvino`` or ``executorch``.
         data_config: how images are prepared (timm's data config).
         dtype: ``fp32``, ``fp16``, ``bf16`` or ``int8``, as the format has it.
-        batch: images per call; None takes any number, or 1 where the counts depend on the image.
+        batch: images per call; None takes any number, or 1 where the counts depend on the image
+            and in ExecuTorch, whose sizes are fixed.
         labels: names of the classes.
         images: (B, channels, H, W), prepared; what the scales of ``int8`` are measured on.
 
@@ -101,7 +110,7 @@ def export(
         MissingExtraError: the format's package is not installed.
     """
     check_format(to, dtype)
-    batch = _batch(sparse, batch)
+    batch = _batch(model, to, batch)
     if dtype == "int8" and (images is None or len(images) < MIN_CALIBRATION):
         found = 0 if images is None else len(images)
         raise InputError(
@@ -118,20 +127,14 @@ def export(
         "batch": batch,
         "preprocessing": _preprocessing(data_config),
         "labels": None if labels is None else list(labels),
-        "model": {
-            "backbone": type(sparse.backbone).__name__,
-            "method": sparse.method.name,
-            "config": to_plain(sparse.config),
-            "macs": sparse.macs(),
-            "dense_macs": sparse.dense_macs(),
-        },
+        "model": _description(model),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         work = Path(name) / "bundle"
         work.mkdir()
-        program = _program(sparse, tuple(data_config["input_size"]), dtype, batch)
+        program = _program(model, tuple(data_config["input_size"]), dtype, batch)
         _write(program, to, work / FILES[to], dtype, images, batch)
         (work / BUNDLE_FILE).write_text(json.dumps(description, indent=1) + "\n")
         shutil.move(work, folder)
@@ -140,8 +143,6 @@ def export(
 
 def check_format(to: str, dtype: str) -> None:
     """Raise :class:`ConfigError` unless ``to`` is a format that is written in ``dtype``."""
-    if to in NOT_YET:
-        raise ConfigError(f"{to} is {NOT_YET[to]}")
     if to not in DTYPES:
         raise ConfigError(f"unknown format {to!r}{closest(to, DTYPES)}; known: {', '.join(DTYPES)}")
     if dtype not in DTYPES[to]:
@@ -150,15 +151,42 @@ def check_format(to: str, dtype: str) -> None:
         raise ConfigError(f"{to} is written in {', '.join(DTYPES[to])}, not in {dtype!r}{others}")
 
 
-def _batch(sparse: SparseModel, batch: int | None) -> int | None:
-    if sparse.macs() is not None:
-        return batch
-    if batch not in (None, 1):
+def images_decide(model: nn.Module) -> bool:
+    """Whether the counts of ``model`` depend on the image."""
+    return isinstance(model, SparseModel) and model.macs() is None
+
+
+def _batch(model: nn.Module, to: str, batch: int | None) -> int | None:
+    decide = images_decide(model)
+    if decide and to == "executorch":
         raise ConfigError(
-            f"the counts of this {sparse.method.name} depend on the image, so it is exported for "
-            f"one image at a time, not for {batch}; leave the batch out, or fix the counts"
+            "executorch needs sizes that are known beforehand, and the counts of this "
+            f"{_method_name(model)} depend on the image; fix the counts, or use onnx, the nearest "
+            "format that works"
         )
-    return 1
+    return 1 if batch is None and (decide or to == "executorch") else batch
+
+
+def _method_name(model: nn.Module) -> str | None:
+    return model.method.name if isinstance(model, SparseModel) else None
+
+
+def _description(model: nn.Module) -> dict[str, Any]:
+    """What the bundle says of the model in it."""
+    if isinstance(model, SparseModel):
+        backbone, config, macs = model.backbone, to_plain(model.config), model.macs()
+        dense_macs = model.dense_macs()
+    else:
+        family = family_of(model)
+        backbone, config = model, None
+        macs = dense_macs = family.dense_macs(family.grid())
+    return {
+        "backbone": type(backbone).__name__,
+        "method": _method_name(model),
+        "config": config,
+        "macs": macs,
+        "dense_macs": dense_macs,
+    }
 
 
 def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
@@ -176,17 +204,26 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program(
-    sparse: SparseModel, shape: tuple[int, ...], dtype: str, batch: int | None
+    model: nn.Module, shape: tuple[int, ...], dtype: str, batch: int | None
 ) -> torch.export.ExportedProgram:
     """The inference forward as a graph, for ``batch`` images or any number."""
     kind = _TORCH_DTYPES.get(dtype, torch.float32)
-    model = sparse
     if kind is not torch.float32:
-        model = deepcopy(sparse).to(kind)
+        model = deepcopy(model).to(kind)
     example = torch.zeros(2 if batch is None else batch, *shape)
     sizes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
-        return torch.export.export(_Exported(model, kind), (example,), dynamic_shapes=sizes)
+        try:
+            return torch.export.export(_Exported(model, kind), (example,), dynamic_shapes=sizes)
+        except Exception as error:  # the tracer's errors have no class in common
+            if not images_decide(model):
+                raise
+            raise ConfigError(
+                f"this {_method_name(model)}, whose counts depend on the image, cannot be "
+                f"exported for {example.shape[0]} image(s) at a time "
+                f"({type(error).__name__}); leave the batch out for one at a time, or fix the "
+                "counts"
+            ) from error
 
 
 def _write(
@@ -197,117 +234,49 @@ def _write(
     images: Tensor | None,
     batch: int | None,
 ) -> None:
-    if to == "pt2":
-        torch.export.save(program, path)
-        return
-    onnx_path = path if to == "onnx" else path.with_name("network.onnx")
-    write_onnx(program, onnx_path)
-    if to == "openvino":
-        _write_openvino(onnx_path, path, dtype)
-    elif dtype == "int8":
+    if dtype == "int8":
         assert images is not None
-        quantize(path, images, batch)
-
-
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a graph as ONNX."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export to ONNX", error.name or "onnx", "export") from error
-    with _quiet():
-        try:
-            written = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True)
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise ConfigError(
-                f"the model has an operation that ONNX lacks ({_last_line(error)}); the nearest "
-                "format that works is pt2"
-            ) from error
-    assert written is not None
-    written.save(path)
-
-
-def _last_line(error: BaseException) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return str(cause).strip().splitlines()[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own progress and deprecations."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _write_openvino(onnx_path: Path, path: Path, dtype: str) -> None:
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export to OpenVINO", "openvino", "export") from error
-    network = openvino.convert_model(onnx_path)
-    openvino.save_model(network, path, compress_to_fp16=dtype == "fp16")
-    for leftover in onnx_path.parent.glob(f"{onnx_path.name}*"):
-        leftover.unlink()
-
-
-def quantize(path: Path, images: Tensor, batch: int | None) -> None:
-    """Integer weights and activations in every matrix product, scales from ``images``."""
-    try:
-        from onnxruntime import quantization
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export in int8", "onnxruntime", "export") from error
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
-        def __init__(self) -> None:
-            size = batch or 8
-            whole = images[: len(images) // size * size]
-            self.parts = iter(torch.split(whole, size))
-
-        def get_next(self) -> dict[str, Any] | None:
-            part = next(self.parts, None)
-            return None if part is None else {"images": part.numpy()}
-
-    single = path.with_name("single.onnx")
-    with _quiet():
-        quant_pre_process(path, single, skip_optimization=True, skip_symbolic_shape=True)
-        quantization.quantize_static(
-            single,
-            path,
-            Reader(),
-            per_channel=True,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
-        )
-    for leftover in path.parent.glob("single.onnx*"):
-        leftover.unlink()
-
-
-def check(sparse: SparseModel, folder: Path, images: Tensor) -> Check:
-    """Run a bundle beside the model on prepared images (B, channels, H, W)."""
-    bundle = json.loads((folder / BUNDLE_FILE).read_text())
-    if bundle["runtime"] == "torch":
-        program: Any = torch.export.load(folder / bundle["file"]).module()
-        size = bundle["batch"] or len(images)
-        with torch.no_grad():
-            found = torch.cat([program(part) for part in torch.split(images, size)]).numpy()
+        formats.write_int8(program, path, images, batch)
+    elif to == "onnx":
+        formats.write_onnx(program, path)
     else:
-        found = Bundle(folder)(images.numpy())
-    with evaluating(sparse):
-        wanted = sparse(images).float().numpy()
+        write = {
+            "pt2": formats.write_pt2,
+            "openvino": formats.write_openvino,
+            "executorch": formats.write_executorch,
+        }[to]
+        write(program, path, dtype)
+
+
+def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
+    """Run a bundle beside the model on prepared images (B, channels, H, W)."""
+    found = run(folder, images)
+    with evaluating(model):
+        wanted = model(images).float().numpy()
     return Check(
         images=len(images),
         difference=float(np.abs(found - wanted).max()),
         agreement=float((found.argmax(1) == wanted.argmax(1)).mean()),
     )
+
+
+def run(folder: Path, images: Tensor) -> np.ndarray:
+    """Logits (B, classes) by a bundle of any runtime."""
+    bundle = json.loads((folder / BUNDLE_FILE).read_text())
+    network = folder / bundle["file"]
+    if bundle["runtime"] in ("onnxruntime", "openvino"):
+        return Bundle(folder)(images.numpy())
+    if bundle["runtime"] == "torch":
+        program: Any = torch.export.load(network).module()
+    else:
+        program = formats.load_executorch(network)
+    size = bundle["batch"] or len(images)
+    # The last call is filled up with the last image.
+    extra = images[-1:].expand(-len(images) % size, -1, -1, -1)
+    calls = torch.split(torch.cat([images, extra]), size)
+    with torch.no_grad():
+        logits = torch.cat([program(call) for call in calls])
+    return logits[: len(images)].numpy()
 
 
 def keeps_everything(sparse: SparseModel, images: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, MissingExtraError
-from vitrim.tools import export as exporting
+from vitrim.tools import formats
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "torch": ("fp32", "bf16"),
@@ -106,9 +106,9 @@ def _onnxruntime(
     import onnxruntime
 
     path = folder / "part.onnx"
-    exporting.write_onnx(program, path)
+    formats.write_onnx(program, path)
     if dtype == "int8" and any(node.op == "call_function" for node in program.graph.nodes):
-        exporting.quantize(path, example, len(example))
+        formats.quantize(path, example, len(example))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -128,7 +128,7 @@ def _openvino(
     import openvino
 
     path = folder / "part.onnx"
-    exporting.write_onnx(program, path)
+    formats.write_onnx(program, path)
     core, model = openvino.Core(), openvino.convert_model(path)
     precision = {"bf16": "bf16"}.get(dtype, "f32")
     config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}

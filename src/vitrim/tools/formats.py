@@ -1,0 +1,197 @@
+"""Writing an exported program as a file of each format.
+
+The graphs are what torch.export gives; where a runtime stumbles over a form of it, the form is
+changed here and the reason is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrim.errors import ConfigError, MissingExtraError
+
+Program = torch.export.ExportedProgram
+
+
+def write_pt2(program: Program, path: Path, dtype: str) -> None:
+    """A file that torch itself loads."""
+    torch.export.save(program, path)
+
+
+def write_onnx(program: Program, path: Path) -> None:
+    """An ONNX file, and its weights beside it if they are many.
+
+    Raises:
+        ConfigError: ONNX lacks an operation; it is named.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("export to ONNX", error.name or "onnx", "export") from error
+    with _quiet():
+        try:
+            written = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ConfigError(
+                f"the model has an operation that ONNX lacks ({_reason(error)}); the nearest "
+                "format that works is pt2"
+            ) from error
+    assert written is not None
+    _count_axes_from_the_front(written.model)
+    written.save(path)
+
+
+def _count_axes_from_the_front(model: Any) -> None:
+    """Where an image keeps nothing, onnxruntime reduces empty tensors, and gets their shape wrong
+    along an axis that is counted from the end.
+    """
+    import onnx_ir
+
+    for node in model.graph:
+        if not node.op_type.startswith("Reduce") or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        axes, shape = node.inputs[1].const_value, node.inputs[0].shape
+        if axes is None or shape is None or (axes.numpy() >= 0).all():
+            continue
+        positive = np.where(axes.numpy() < 0, axes.numpy() + len(shape), axes.numpy())
+        value = onnx_ir.Value(
+            name=f"{node.outputs[0].name}_axes", const_value=onnx_ir.tensor(positive)
+        )
+        model.graph.register_initializer(value)
+        node.replace_input_with(1, value)
+
+
+def write_openvino(program: Program, path: Path, dtype: str) -> None:
+    """OpenVINO's pair of files, by way of ONNX."""
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("export to OpenVINO", "openvino", "export") from error
+    onnx_path = path.with_name("network.onnx")
+    write_onnx(program, onnx_path)
+    try:
+        network = openvino.convert_model(onnx_path)
+    except Exception as error:  # its errors are of its own C++ classes
+        raise ConfigError(
+            f"the model has an operation that OpenVINO lacks ({_reason(error)}); the nearest "
+            "format that works is onnx"
+        ) from error
+    openvino.save_model(network, path, compress_to_fp16=dtype == "fp16")
+    for leftover in onnx_path.parent.glob(f"{onnx_path.name}*"):
+        leftover.unlink()
+
+
+def write_executorch(program: Program, path: Path, dtype: str) -> None:
+    """A file for ExecuTorch: XNNPACK's kernels where it has them, the portable ones elsewhere."""
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "export to ExecuTorch", error.name or "executorch", "export-executorch"
+        ) from error
+    with _quiet():
+        try:
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            written = edge.to_executorch()
+        except Exception as error:  # its passes raise errors of many classes
+            raise ConfigError(
+                f"the model has an operation that ExecuTorch lacks ({_reason(error)}); the nearest "
+                "format that works is onnx"
+            ) from error
+    path.write_bytes(written.buffer)
+
+
+def load_executorch(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs a file of :func:`write_executorch`."""
+    try:
+        from executorch.runtime import Runtime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            "running an ExecuTorch bundle", error.name or "executorch", "export-executorch"
+        ) from error
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+
+    def run(images: Tensor) -> Tensor:
+        # Outputs live in memory that the next call writes to.
+        logits: Tensor = method.execute([images.contiguous()])[0].clone()
+        return logits
+
+    return run
+
+
+def write_int8(program: Program, path: Path, images: Tensor, batch: int | None) -> None:
+    """ONNX with integer weights and activations, scales from ``images``."""
+    write_onnx(program, path)
+    quantize(path, images, batch)
+
+
+def quantize(path: Path, images: Tensor, batch: int | None) -> None:
+    """Integer weights and activations in every matrix product, scales from ``images``."""
+    try:
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("export in int8", "onnxruntime", "export") from error
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        def __init__(self) -> None:
+            size = batch or 8
+            whole = images[: len(images) // size * size]
+            self.parts = iter(torch.split(whole, size))
+
+        def get_next(self) -> dict[str, Any] | None:
+            part = next(self.parts, None)
+            return None if part is None else {"images": part.numpy()}
+
+    single = path.with_name("single.onnx")
+    with _quiet():
+        quant_pre_process(path, single, skip_optimization=True, skip_symbolic_shape=True)
+        try:
+            quantization.quantize_static(
+                single,
+                path,
+                Reader(),
+                per_channel=True,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
+            )
+        except Exception as error:  # of numpy, onnx or onnxruntime's own C++ classes
+            raise ConfigError(
+                f"onnxruntime cannot measure the scales of int8 ({_reason(error)}); the nearest "
+                "format that works is onnx in fp32"
+            ) from error
+    for leftover in path.parent.glob("single.onnx*"):
+        leftover.unlink()
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error goes back to."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own progress and deprecations."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -45,7 +45,9 @@ class Latency:
     dense: float
     """Of the backbone alone."""
     dial: str
+    """The method's; empty where it was not turned."""
     value: float
+    """Of the dial; 0 where there is none."""
     images: int
     """How many were looked at; 0 where every image keeps the same number of tokens."""
     table: dict[str, Any]
@@ -58,7 +60,7 @@ class Latency:
 
     def plain(self) -> dict[str, Any]:
         """For the metrics of a checkpoint."""
-        return to_plain(self)
+        return to_plain(self) | {"is_met": self.is_met}
 
 
 def check_table(
@@ -88,15 +90,23 @@ def check_milliseconds(milliseconds: float, table: LatencyTable, family: Any, gr
     )
 
 
-def mean_milliseconds(sparse: SparseModel, table: LatencyTable, batches: Sequence[Tensor]) -> float:
-    """Predicted latency per batch of the table, mean over the images.
+def as_it_is(sparse: SparseModel, table: LatencyTable, milliseconds: float) -> Latency:
+    """What the table says of a model whose images all keep the same number of tokens."""
+    predicted, _ = _measure(sparse, table, ())
+    return _latency(sparse, table, milliseconds, predicted)
 
-    Args:
-        sparse: the model, at its present settings.
-        table: of its device, runtime and backbone.
-        batches: images; not looked at where every image keeps the same number of tokens.
-    """
-    return _measure(sparse, table, batches)[0]
+
+def _latency(
+    sparse: SparseModel,
+    table: LatencyTable,
+    asked: float,
+    predicted: float,
+    dial: str = "",
+    value: float = 0.0,
+    images: int = 0,
+) -> Latency:
+    dense = float(predict(table, None, sparse.family, sparse.family.grid()))
+    return Latency(asked, predicted, dense, dial, value, images, dict(table.stamp))
 
 
 def _measure(
@@ -179,15 +189,8 @@ def meet(
             passes=0 if fixed else len(measured),
         )
         sparse.calibration = (record,)
-    return Latency(
-        asked=milliseconds,
-        predicted=curve.at(position),
-        dense=float(predict(table, None, sparse.family, sparse.family.grid())),
-        dial=dial.name,
-        value=value,
-        images=images,
-        table=dict(table.stamp),
-    )
+    predicted = curve.at(position)
+    return _latency(sparse, table, milliseconds, predicted, dial.name, value, images)
 
 
 def _search(curve: Curve, milliseconds: float, name: str, strict: bool) -> float:

@@ -26,8 +26,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -35,7 +33,7 @@ from torch import Tensor
 
 from vitrim.config import require
 from vitrim.errors import ConfigError
-from vitrim.latency import LatencyTable
+from vitrim.latency import Curve, LatencyTable
 from vitrim.methods import method_of_config
 from vitrim.schedule import Schedule
 from vitrim.tokens import Grid
@@ -46,7 +44,7 @@ Procedure = Literal["exact", "progressive"]
 
 _GRID = 24
 _JUMP = 2.5
-"""A curve jumps where it is this many times as steep as at its median."""
+"""A curve jumps where it is this many times as steep as on the whole."""
 _SIMILAR = 0.085
 """Neighbours whose kept shares differ by no more become one phase."""
 _TOLERANCE = 0.002
@@ -124,17 +122,27 @@ def candidate_counts(num_patches: int, prefix: int, table: LatencyTable | None) 
     even = {round(least + (num_patches - least) * i / _GRID) for i in range(_GRID)}
     if table is None:
         return tuple(sorted(even - {num_patches}))
-    curve = table.curves["block"]
-    slopes = [
-        (curve.median[place + 1] - curve.median[place]) / (tokens[1] - tokens[0])
-        for place, tokens in enumerate(pairwise(curve.tokens))
-    ]
-    usual = median(slopes) if slopes else 0.0
-    for slope, (start, stop) in zip(slopes, pairwise(curve.tokens), strict=True):
-        if usual > 0 and slope > _JUMP * usual:
-            even = {count for count in even if not start < count + prefix < stop}
-            even.add(start - prefix)
+    for start, stop in jumps(table.curves["block"]):
+        even = {count for count in even if not start < count + prefix < stop}
+        even.add(start - prefix)
     return tuple(sorted(count for count in even if least <= count < num_patches))
+
+
+def jumps(curve: Curve) -> list[tuple[int, int]]:
+    """Neighbouring measured counts between which a curve rises out of all proportion, and by more
+    than both measurements' spread.
+    """
+    spans = len(curve.tokens) - 1
+    if spans < 2:
+        return []
+    usual = (curve.median[-1] - curve.median[0]) / (curve.tokens[-1] - curve.tokens[0])
+    return [
+        (curve.tokens[i], curve.tokens[i + 1])
+        for i in range(spans)
+        if curve.low[i + 1] > curve.high[i]
+        and curve.median[i + 1] - curve.median[i]
+        > _JUMP * max(usual, 0.0) * (curve.tokens[i + 1] - curve.tokens[i])
+    ]
 
 
 def find_schedule(

@@ -27,6 +27,7 @@ from vitrim.errors import InputError, TrainingError
 from vitrim.methods.base import Method
 from vitrim.model import SparseModel
 from vitrim.train.devices import accelerator_of
+from vitrim.train.latency import LatencyBudget
 from vitrim.train.loader import TrainLoader, validation_loader
 from vitrim.train.logs import Logs, Record
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer
@@ -84,6 +85,7 @@ class _Trainer:
         task = create_task(recipe)
         self.dense_or_sparse: Any = task.model
         self.method: Method | None = getattr(task.model, "method", None)
+        self.latency: LatencyBudget | None = getattr(task, "latency", None)
         self.data_config = data_config_of(task, recipe)
         self._open_data()
         self._count_steps()
@@ -242,7 +244,15 @@ class _Trainer:
 
     def _validate(self, epoch: int) -> None:
         """Measure, and write the result if it is the best so far, or if nothing measures it."""
-        metrics: dict[str, Any] = {"step": self.step, "epoch": epoch, "weights": "last"}
+        if self.latency is None:
+            self._judge(epoch, {})
+            return
+        result: Any = self._result
+        with self.latency.met(result, self.data_config) as found:
+            self._judge(epoch, {"latency": found})
+
+    def _judge(self, epoch: int, cost: dict[str, Any]) -> None:
+        metrics: dict[str, Any] = {"step": self.step, "epoch": epoch, "weights": "last"} | cost
         if self.average is not None:
             metrics["weights"] = f"moving average, decay {self.average.decay}"
         if self.validation is None:
@@ -253,6 +263,10 @@ class _Trainer:
         if self.method is not None and self.method.serves_dense:
             result: Any = self._result
             found["val_dense_top1"] = top1(self.accelerator, result.backbone, self.validation)[0]
+        if "latency" in cost:
+            found["predicted_ms"] = cost["latency"]["predicted"]
+            if not cost["latency"]["is_met"]:
+                score -= 100  # in percent: whatever meets the budget is better
         if self.logs is not None:
             self.logs.write({"step": self.step, "epoch": epoch} | found)
         if score > self.best:

@@ -218,7 +218,7 @@ def is_stream_name(source: str) -> bool:
 
 
 def dataset_options(
-    data: DataRecipe, data_config: dict[str, Any], num_classes: int
+    data: DataRecipe, data_config: dict[str, Any], num_classes: int | None
 ) -> dict[str, Any]:
     """What the training and validation sources have in common."""
     return {

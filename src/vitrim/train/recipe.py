@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from vitrim.config import closest, from_plain, require
+from vitrim.config import closest, from_plain, require, to_plain
 from vitrim.errors import ConfigError
 from vitrim.methods import method_by_name
+from vitrim.schedule import load as load_schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,36 @@ class MethodRecipe:
             raise ConfigError("method.name is not set, so there is no method config to build")
         config_class: Any = method_by_name(self.name).config_class
         return from_plain(config_class, self.config, "method")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetRecipe:
+    """A latency to train for, as a table of ``vitrim profile`` predicts it."""
+
+    milliseconds: float | None = None
+    """Mean per batch of the table; None trains for what the method's own settings say."""
+    table: str | None = None
+    """The table's file. It may be of another machine than the one that trains."""
+    weight: float = 2.0
+    """Of the loss term, where counts are learned: the squared distance of the predicted latency
+    from the budget, relative to it."""
+    images: int = 256
+    """Training images on which the dial is set before a result is validated and saved, where
+    counts depend on the images."""
+
+    def __post_init__(self) -> None:
+        asked = self.milliseconds
+        require(
+            asked is None or 0 < asked < math.inf,
+            f"budget.milliseconds is {asked}; expected more than 0",
+        )
+        require(
+            (asked is None) == (self.table is None),
+            "budget needs both milliseconds and table, as in "
+            'budget = { milliseconds = 12.0, table = "table.json" }',
+        )
+        _require_at_least("budget", self, 0, "weight")
+        _require_at_least("budget", self, 1, "images")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,6 +280,8 @@ class Recipe:
     """What is trained."""
     method: MethodRecipe = field(default_factory=MethodRecipe)
     """How it is made sparse."""
+    budget: BudgetRecipe = field(default_factory=BudgetRecipe)
+    """For what latency."""
     data: DataRecipe
     """On what."""
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
@@ -262,6 +295,10 @@ class Recipe:
         dense = self.method.name is None and self.model.checkpoint is None
         fields = ", ".join(self.method.config)
         require(not (dense and fields), f"method.name is not set, but its fields are: {fields}")
+        require(
+            self.budget.milliseconds is None or not dense,
+            "budget is for sparse models; name a method, or leave the budget out",
+        )
         score_weight = self.method.config.get("score_weight", 0)
         require(
             self.model.teacher or not score_weight,
@@ -290,6 +327,8 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     fields = {key: value for key, value in method.items() if key != "name"}
     if fields.keys() == {"config"}:  # the form of recipe.json
         fields = dict(fields["config"])
+    if fields.get("schedule") is not None:
+        fields = _scheduled(method.get("name"), fields)
     tables["method"] = {"name": method.get("name"), "config": fields}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
     for table, key in needed.items():
@@ -298,6 +337,17 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
         missing = key and table != "model" and isinstance(inside, Mapping) and key not in inside
         require(not missing, f"the recipe has no {table}.{key}")
     return from_plain(Recipe, tables)
+
+
+def _scheduled(name: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """The method's fields, with those that the file ``schedule`` gives in place of that name."""
+    require(isinstance(name, str), "method.schedule needs method.name")
+    path = fields.pop("schedule")
+    require(isinstance(path, str), f"method.schedule is {path!r}; a file name was expected")
+    config_class: Any = method_by_name(name).config_class
+    config = from_plain(config_class, fields, "method")
+    before, after = to_plain(config), to_plain(load_schedule(path).apply(config))
+    return fields | {key: value for key, value in after.items() if value != before[key]}
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -17,9 +17,11 @@ from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
 from vitrim.methods.base import DenseOutput
+from vitrim.methods.stvit import STViT
 from vitrim.model import SparseModel
 from vitrim.models import LVVisionTransformer
 from vitrim.train.data import digits_data_config, is_digits
+from vitrim.train.latency import LatencyBudget, start_config
 from vitrim.train.recipe import ModelRecipe, Recipe
 from vitrim.train.samples import mix_seed, seeded
 
@@ -31,12 +33,19 @@ class SparseTask(nn.Module):
         sparse: the model to train.
         teacher: a dense model for distillation, or None. It stays in evaluation mode without
             gradients, and is part of no checkpoint.
+        latency: a budget of milliseconds to train for, or None.
     """
 
-    def __init__(self, sparse: SparseModel, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        sparse: SparseModel,
+        teacher: nn.Module | None = None,
+        latency: LatencyBudget | None = None,
+    ) -> None:
         super().__init__()
         self.model = sparse
         self.teacher = teacher
+        self.latency = latency
         if teacher is not None:
             teacher.eval().requires_grad_(False)
             self._teacher_family = family_of(teacher)
@@ -59,7 +68,16 @@ class SparseTask(nn.Module):
             seed: of the method's noise.
         """
         generator = torch.Generator(images.device).manual_seed(seed)
-        return self.model.losses(images, target, self._teach(images), generator)
+        teacher = self._teach(images)
+        if self.latency is None:
+            return self.model.losses(images, target, teacher, generator)
+        method = self.model.method
+        output = method.train_forward(self.model.family, images, generator)
+        terms = method.losses(output, target, teacher)
+        term = self.latency.term(self.model, output, images)
+        if term is None:
+            return terms
+        return terms | {"latency": term, "total": terms["total"] + self.latency.weight * term}
 
     def _teach(self, images: Tensor) -> DenseOutput | None:
         if self.teacher is None:
@@ -101,8 +119,20 @@ def create_task(recipe: Recipe) -> Task:
     if recipe.method.name is None:
         return DenseTask(backbone)
     teacher = deepcopy(backbone) if recipe.model.teacher else None
+    config = recipe.method.build()
+    if recipe.budget.milliseconds is not None:
+        config = start_config(_new_sparse(backbone, config, recipe), recipe.budget)
+    sparse = _new_sparse(backbone, config, recipe)
+    return SparseTask(sparse, teacher, _latency_of(recipe, sparse))
+
+
+def _new_sparse(backbone: nn.Module, config: Any, recipe: Recipe) -> SparseModel:
     generator = torch.Generator().manual_seed(mix_seed(recipe.run.seed, 4))
-    return SparseTask(SparseModel(backbone, recipe.method.build(), generator), teacher)
+    return SparseModel(backbone, config, generator)
+
+
+def _latency_of(recipe: Recipe, sparse: SparseModel) -> LatencyBudget | None:
+    return None if recipe.budget.milliseconds is None else LatencyBudget(recipe, sparse)
 
 
 def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
@@ -155,11 +185,14 @@ def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
         raise ConfigError(
             f"{folder} was made by {sparse.method.name!r}; method.name is {method.name!r}"
         )
+    latency = _latency_of(recipe, sparse)
+    if latency is not None and not isinstance(sparse.method, STViT):  # it has learned its number
+        sparse.method.config = start_config(sparse, recipe.budget)
     if not recipe.model.teacher:
-        return SparseTask(sparse)
+        return SparseTask(sparse, None, latency)
     named = recipe.model.name is not None
     teacher = create_dense(recipe.model, recipe.run.seed) if named else deepcopy(sparse.backbone)
-    return SparseTask(sparse, teacher)
+    return SparseTask(sparse, teacher, latency)
 
 
 def data_config_of(task: Task, recipe: Recipe) -> dict[str, Any]:

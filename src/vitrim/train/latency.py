@@ -1,0 +1,194 @@
+"""Training to a latency: a budget of milliseconds, as a table predicts them.
+
+Three parts. At the start, what a method fixes by its config is set from the table
+(:func:`start_config`). In each step, methods whose counts are learned get a loss term
+(:meth:`LatencyBudget.term`): the table, interpolated, at the batch's mean counts, through which the
+gradients of the decisions flow. Whenever a result is validated and saved, the dial is turned on
+training images until the prediction meets the budget (:meth:`LatencyBudget.met`), so that its
+accuracy is measured as it is meant to run.
+
+SPViT (arXiv 2112.13890) trains against a latency table of its device; there is no code of it, and
+this form is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vitrim.config import require
+from vitrim.latency import LatencyTable
+from vitrim.methods.asvit import ASViTConfig, ASViTOutput
+from vitrim.methods.base import SelectionOutput, TrainingOutput
+from vitrim.methods.sait import SaiTConfig
+from vitrim.methods.stvit import STViTConfig
+from vitrim.model import SparseModel
+from vitrim.stages import fixed_counts
+from vitrim.tools.latency import predict
+from vitrim.tools.milliseconds import as_it_is, batches_of, check_milliseconds, meet
+from vitrim.train.data import eval_loader
+from vitrim.train.loader import dataset_options
+from vitrim.train.recipe import BudgetRecipe, Recipe
+
+_SHARES = tuple(step / 1000 for step in range(1, 1001))
+"""That a start is chosen from."""
+
+
+class LatencyBudget:
+    """The budget of a recipe.
+
+    Args:
+        recipe: of the run; it has a budget.
+        sparse: the model that is trained.
+
+    Raises:
+        ConfigError: the table is damaged, or of another model; the budget is not under the dense
+            model's latency.
+    """
+
+    def __init__(self, recipe: Recipe, sparse: SparseModel) -> None:
+        self.recipe, self.weight = recipe, recipe.budget.weight
+        self.milliseconds, self.table = read_budget(recipe.budget, sparse)
+
+    def term(self, sparse: SparseModel, output: TrainingOutput, images: Tensor) -> Tensor | None:
+        """The squared distance of the predicted latency from the budget, relative to it; None where
+        the batch's counts do not depend on what is learned.
+        """
+        counts = mean_counts(output)
+        if not any(count.requires_grad for count in counts):
+            return None
+        grid = sparse.family.grid((images.shape[-2], images.shape[-1]))
+        predicted = predict(self.table, sparse.method, sparse.family, grid, counts)
+        loss: Tensor = (predicted / self.milliseconds - 1).square()
+        return loss
+
+    @contextmanager
+    def met(self, sparse: SparseModel, data_config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within this context the model's dial is where the prediction meets the budget, or nearest
+        to it; yields what was found, for the metrics of the result. Counts that no image changes
+        stay as they were trained.
+        """
+        restore = sparse.snapshot()
+        try:
+            if sparse.macs() is None:
+                batches = self._images(data_config)
+                found = meet(sparse, self.table, self.milliseconds, batches, strict=False)
+            else:
+                found = as_it_is(sparse, self.table, self.milliseconds)
+            yield found.plain()
+        finally:
+            restore()
+
+    def _images(self, data_config: dict[str, Any]) -> list[Tensor]:
+        """Training images, prepared as for evaluation."""
+        data = self.recipe.data
+        options = dataset_options(data, data_config, None) | {"labelled": False}
+        loader = eval_loader(
+            data.train,
+            data_config,
+            min(data.batch_size, 64),
+            data.workers,
+            self.recipe.budget.images,
+            split=data.train_split,
+            **options,
+        )
+        return batches_of(loader)
+
+
+def read_budget(recipe: BudgetRecipe, sparse: SparseModel) -> tuple[float, LatencyTable]:
+    """The budget in milliseconds and its table, checked against the model.
+
+    The table may be of another machine than the one that trains.
+    """
+    milliseconds, path = recipe.milliseconds, recipe.table
+    assert milliseconds is not None
+    assert path is not None
+    table = LatencyTable.load(path)
+    table.check(sparse.family, device=None)
+    check_milliseconds(milliseconds, table, sparse.family, sparse.family.grid())
+    return milliseconds, table
+
+
+def mean_counts(output: TrainingOutput) -> list[Tensor]:
+    """The batch's mean kept count after each stage, with the gradients of the decisions."""
+    if isinstance(output, SelectionOutput):
+        return [decision.keep_BN.sum(1).mean() for decision in output.decisions]
+    if isinstance(output, ASViTOutput):
+        return [keep_BN.sum(1).mean() for keep_BN in output.keeps]
+    return []
+
+
+def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
+    """The method's config with what it fixes set to the budget.
+
+    * One keep ratio r for all stages is solved for; ratios per stage, as of a schedule, are scaled
+      together. Where images decide they are the targets of the ratio loss.
+    * SaiT's density; the number of STViT's semantic tokens, as near as square grids come.
+    * AS-ViT's own budget in MACs leaves the loss, for that in milliseconds.
+
+    Args:
+        sparse: a model as the recipe has it.
+        budget: of the recipe.
+
+    Raises:
+        ConfigError: the budget is under the floor of what may be changed, or not under the dense
+            model's latency; the table is of another model.
+    """
+    milliseconds, table = read_budget(budget, sparse)
+    method, config, family = sparse.method, sparse.config, sparse.family
+    grid = family.grid()
+    choices: list[Any]
+
+    def cost(changed: Any) -> float:
+        method.config = changed
+        if hasattr(changed, "ratios"):
+            ratios = changed.ratios(len(method.stages))
+            counts: tuple[int, ...] | None = fixed_counts(ratios, math.prod(grid))
+        else:
+            counts = method.counts(family, grid)
+        assert counts is not None
+        return float(predict(table, method, family, grid, counts))
+
+    try:
+        if isinstance(config, ASViTConfig):
+            return replace(config, budget_weight=0.0)
+        if isinstance(config, STViTConfig):
+            shapes = [(rows, rows + more) for rows in range(1, min(grid)) for more in (0, 1)]
+            choices = [replace(config, semantic_tokens=shape) for shape in [*shapes, grid]]
+        elif isinstance(config, SaiTConfig):
+            if config.selector != "density":  # calibrated, when a result is saved
+                return config
+            choices = [replace(config, density=share) for share in _SHARES]
+        elif isinstance(config.keep_ratio, tuple):
+            choices = [_scaled(config, share) for share in _SHARES]
+        else:
+            choices = [replace(config, keep_ratio=share) for share in _SHARES]
+        return _nearest(choices, cost, milliseconds, method.name)
+    finally:
+        method.config = config
+
+
+def _scaled(config: Any, share: float) -> Any:
+    """Ratios per stage times a number: the last is ``share``, and none is above 1."""
+    factor = share / config.keep_ratio[-1]
+    return replace(config, keep_ratio=tuple(min(factor * r, 1.0) for r in config.keep_ratio))
+
+
+def _nearest(
+    choices: Sequence[Any], cost: Callable[[Any], float], milliseconds: float, name: str
+) -> Any:
+    """The config whose cost is nearest to the budget."""
+    costs = [cost(choice) for choice in choices]
+    floor = min(costs)
+    require(
+        milliseconds >= floor,
+        f"a budget of {milliseconds:g} ms is under the floor: {name} as the recipe sets it takes "
+        f"{floor:.4g} ms by prediction at its cheapest. Ask for more, drop tokens earlier "
+        "(method.stages, method.schedule), or take a smaller model",
+    )
+    return min(zip(costs, choices, strict=True), key=lambda pair: abs(pair[0] - milliseconds))[1]

@@ -35,7 +35,7 @@ from vitrim.train.data import eval_loader
 from vitrim.train.loader import dataset_options
 from vitrim.train.recipe import BudgetRecipe, Recipe
 
-_SHARES = tuple(step / 1000 for step in range(1, 1001))
+_SHARES = tuple(step / 400 for step in range(1, 401))
 """That a start is chosen from."""
 
 

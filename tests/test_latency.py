@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from tests.conftest import tiny_pit, tiny_vit
-from vitrim import cost
+from tests.conftest import images, tiny_convnext, tiny_lvvit, tiny_pit, tiny_vit
+from vitrim import (
+    ASViTConfig,
+    DynamicSpatialConfig,
+    DynamicViTConfig,
+    SPViTConfig,
+    STViTConfig,
+    cost,
+    sparsify,
+)
+from vitrim.cli.app import app
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import family_of
 from vitrim.hardware import cpu_name
 from vitrim.latency import Curve, LatencyTable, describe_model
+from vitrim.methods import method_of_config
+from vitrim.tools import parts, runners
+from vitrim.tools.latency import draw_table, predict, profile
 
 
 def curve(tokens, milliseconds):
@@ -134,3 +149,321 @@ def test_dense_steps_cost_what_the_family_says():
     steps = cost.dense_steps(family, (4, 4))
     assert cost.total_macs(steps) == family.dense_macs((4, 4))
     assert [step.part for step in steps] == ["stem", *["block"] * 4, "head"]
+
+
+# What is measured.
+
+
+def test_the_parts_make_the_model():
+    """Stem, chain of blocks and head, one after the other, are the backbone."""
+    backbone = tiny_vit()
+    x = images()
+    with torch.no_grad():
+        tokens = parts.Blocks(backbone)(parts.Stem(backbone)(x))
+        halves = parts.Stem(backbone)(x)
+        torch.testing.assert_close(parts.Head(backbone)(tokens), backbone(x))
+        attended = parts.AttentionHalves(backbone)(halves)
+    assert parts.Blocks(backbone).repeats == 4
+    assert attended.shape == tokens.shape
+    assert not torch.equal(attended, tokens)
+
+
+def test_a_packed_chain_is_the_chain_of_each_image():
+    backbone = tiny_vit()
+    x = images(4)
+    with torch.no_grad():
+        features = parts.Stem(backbone)(x)
+        module = parts.PackedBlocks(backbone)
+        packed, rows = module._packed(features), module(features)
+        for image, count in enumerate(packed.layout.counts):
+            start = int(packed.layout.start_B[image])
+            own = slice(start, start + count + 1)
+            alone = parts.Blocks(backbone)(packed.x[own].unsqueeze(0))
+            torch.testing.assert_close(rows[own], alone[0])
+
+
+@pytest.mark.parametrize(("mean", "num_images"), [(12, 4), (7, 3), (1, 5), (100, 16)])
+def test_packed_counts_spread_around_their_mean(mean, num_images):
+    counts = parts.spread_counts(mean, num_images)
+    assert sum(counts) == mean * num_images
+    assert min(counts) >= 1
+    assert mean < 4 or len(set(counts)) > 1
+
+
+def kind_name(config):
+    method = method_of_config(config)(family_of(tiny_vit()), config)
+    return cost.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
+
+
+@pytest.mark.parametrize("config", parts.KINDS, ids=kind_name)
+def test_a_selector_alone_runs_no_block_but_its_own(config):
+    """It keeps what the method keeps; of the backbone it runs what its step's MACs say."""
+    backbone = tiny_vit()
+    module = parts.Selecting(backbone, config)
+    assert module.part == kind_name(config)
+    ran = Counter()
+    for index, block in enumerate(backbone.blocks):
+        block.mlp.register_forward_hook(lambda *_, index=index: ran.update([index]))
+    x = parts.Stem(backbone)(images()) if module.adaptive else torch.randn(2, 12, 32)
+    if isinstance(config, STViTConfig):
+        x = parts.Stem(backbone)(images())
+    with torch.no_grad():
+        kept = module(x)
+    assert kept.numel() < x.numel() or module.adaptive
+    assert sum(ran.values()) == (2 if isinstance(config, STViTConfig) else 0)
+
+
+def test_a_checkpoints_own_selector_is_measured_with_one_stage():
+    config = ASViTConfig(stages=(1, 2), thresholds=(0.01, 0.02))
+    assert parts.single_stage(config, 4).thresholds == 0.01
+    config = SPViTConfig(stages=(1, 2), keep_ratio=(0.9, 0.5), package_mode="sum")
+    single = parts.single_stage(config, 4)
+    assert (single.stages, single.package_mode) == ((1,), "sum")
+    assert parts.single_stage(STViTConfig(generation_layers=3), 8).base_layers == 5
+
+
+class FakeMachine:
+    """A runtime that takes as long as a formula says, by a clock of its own."""
+
+    CALLING = 2.0
+
+    def __init__(self, monkeypatch, fails_after=math.inf):
+        self.now, self.calls, self.fails_after = 0.0, [], fails_after
+        monkeypatch.setattr(runners, "bind", self.bind)
+
+    def clock(self):
+        return self.now
+
+    def bind(self, module, example, varies, runtime, dtype, threads):
+        def call(x):
+            self.calls.append((type(module).__name__, x.shape[1]))
+            if len(self.calls) > self.fails_after:
+                raise KeyboardInterrupt
+            milliseconds = self.CALLING + module.repeats * self.formula(module, x.shape[1])
+            self.now += milliseconds / 1e3
+
+        return lambda x: lambda: call(x)
+
+    @staticmethod
+    def formula(module, tokens):
+        """Milliseconds of a part run once."""
+        if isinstance(module, parts.Nothing):
+            return 0.0
+        weight = 3.0 if isinstance(module, parts.Blocks) else 1.0
+        return weight * math.ceil(tokens / 4)
+
+
+SETTINGS = {"points": 5, "rounds": 3, "min_seconds": 0.0}
+
+
+def test_what_calling_costs_is_counted_once(monkeypatch):
+    machine = FakeMachine(monkeypatch)
+    family = family_of(tiny_vit())
+    found = profile(tiny_vit(), clock=machine.clock, configs=[DynamicViTConfig()], **SETTINGS)
+    block = found.curves["block"]
+    assert block.tokens == (3, 6, 10, 14, 17)
+    assert block.median == pytest.approx([3.0, 6.0, 9.0, 12.0, 15.0])
+    assert block.low == pytest.approx(block.high)
+    assert found.milliseconds("stem", 17) == pytest.approx(2.0 + 1.0)  # its input is 3 wide
+    assert found.milliseconds("select-dynamicvit", 17) == pytest.approx(5.0)
+    dense = predict(found, None, family, (4, 4))
+    assert dense == pytest.approx(3.0 + 4 * 15.0 + 5.0)
+    found.check(family, runtime="torch", batch=1, threads=1, dtype="fp32")
+
+
+def test_turns_rotate(monkeypatch):
+    machine = FakeMachine(monkeypatch)
+    profile(tiny_vit(), clock=machine.clock, configs=[], **SETTINGS)
+    each = len(machine.calls) // 7  # a first call of all; then in each round one to warm up, one
+    rounds = [machine.calls[each:][i * 2 * each : (i + 1) * 2 * each] for i in range(3)]
+    assert len({calls[0] for calls in rounds}) == 3
+    assert len({frozenset(Counter(calls).items()) for calls in rounds}) == 1
+
+
+def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
+    path = tmp_path / "table.json.partial"
+    whole = FakeMachine(monkeypatch)
+    profile(tiny_vit(), clock=whole.clock, configs=[], **SETTINGS)
+    each = len(whole.calls) // 7
+    options = {"configs": [], "side_file": path, **SETTINGS}
+
+    broken = FakeMachine(monkeypatch, fails_after=each + 3 * each)  # in the second round
+    with pytest.raises(KeyboardInterrupt):
+        profile(tiny_vit(), clock=broken.clock, **options)
+    assert {len(times) for times in json.loads(path.read_text())["samples"].values()} == {1}
+
+    resumed = FakeMachine(monkeypatch)
+    found = profile(tiny_vit(), clock=resumed.clock, **options)
+    assert len(resumed.calls) == each + 2 * 2 * each
+    assert found.curves["block"].median == pytest.approx([3.0, 6.0, 9.0, 12.0, 15.0])
+
+    finished = FakeMachine(monkeypatch)
+    profile(tiny_vit(), clock=finished.clock, **options)
+    assert finished.calls == []
+
+    with pytest.raises(ConfigError, match=r"other settings: batch 1, now 2.*delete the file"):
+        profile(tiny_vit(), batch=2, **options)
+    with pytest.raises(ConfigError, match=r"depth 4, now 3"):
+        profile(tiny_vit(depth=3), **options)
+    with pytest.raises(ConfigError, match=r"measured parts, now"):
+        profile(tiny_vit(), **(options | {"points": 4}))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"damaged.*delete it"):
+        profile(tiny_vit(), **options)
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_lvvit])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
+    """What is measured, in torch itself, has every part that the methods' steps name."""
+    backbone = make()
+    found = profile(backbone, batch=batch, points=3, rounds=1, min_seconds=0.0)
+    family = family_of(backbone)
+    for config in parts.kinds_of(family):
+        sparse = sparsify(backbone, config)
+        counts = sparse.method.counts(family, (4, 4))
+        if counts is None:
+            counts = [torch.tensor([9.0, 4.0, 5.0])] * len(sparse.method.stages)
+        assert 0 < float(predict(found, sparse.method, family, (4, 4), counts)) < math.inf
+
+
+def test_semantic_tokens_behind_a_class_token_have_blocks_of_their_own():
+    config = STViTConfig(semantic_tokens=4, keep_prefix=True, global_centres=False)
+    sparse = sparsify(tiny_vit(), config)
+    found = profile(sparse, points=3, rounds=1, min_seconds=0.0)
+    assert found.curves["select-stvit"].tokens == (2, 5, 10)
+    assert "cross" in found.curves
+    assert predict(found, sparse.method, sparse.family, (4, 4), (4,)) > 0
+
+
+# What is predicted.
+
+
+def packed_table(batch):
+    counts = (3, 17)
+    curves = {
+        "stem": curve([17], [1.0]),
+        "block": curve(counts, [3.0, 17.0]),
+        "packed": curve(counts, [300.0, 1700.0]),
+        "select-dynamicvit-adaptive": curve(counts, [0.0, 0.0]),
+        "head": curve(counts, [0.0, 0.0]),
+    }
+    return LatencyTable(dict(table().stamp) | {"batch": batch}, curves)
+
+
+def test_counts_of_images_are_a_mean_of_latencies_or_one_packed_batch():
+    sparse = sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5, stages=(2,)))
+    family, counts = sparse.family, torch.tensor([4, 12])
+
+    def predicted(batch, counts):
+        return float(predict(packed_table(batch), sparse.method, family, (4, 4), [counts]))
+
+    assert predicted(1, counts) == pytest.approx(1 + 2 * 17 + 2 * (5 + 13) / 2)
+    assert predicted(2, counts) == pytest.approx(1 + 2 * 17 + 2 * 900)
+    assert predicted(2, torch.tensor([8, 8])) == pytest.approx(1 + 2 * 17 + 2 * 9)
+    assert predicted(2, 8) == pytest.approx(1 + 2 * 17 + 2 * 9)
+
+
+def test_gradients_reach_the_counts():
+    sparse = sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5, stages=(2,)))
+    counts = torch.tensor([4.0, 12.0], requires_grad=True)
+    predict(packed_table(1), sparse.method, sparse.family, (4, 4), [counts]).backward()
+    assert counts.grad.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_work_that_no_table_describes_is_refused_by_name():
+    masked = sparsify(tiny_vit(), SPViTConfig(execution="mask"))
+    found = profile(masked, points=2, rounds=1, min_seconds=0.0)
+    with pytest.raises(ConfigError, match="no curve of 'masked'"):
+        predict(found, masked.method, masked.family, (4, 4), (9, 9, 9))
+    spatial = sparsify(tiny_convnext(), DynamicSpatialConfig())
+    with pytest.raises(ConfigError, match="dynamic_spatial on the family 'convnext'"):
+        predict(found, spatial.method, spatial.family, (8, 8), (9, 9, 9))
+
+
+# Runtimes.
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "message"),
+    [
+        ("torch", "int8", "torch is profiled in fp32, bf16.*int8 is run by onnxruntime"),
+        ("onnxruntime", "bf16", "onnxruntime is profiled in fp32, int8.*bf16 is run by torch, "),
+        ("openvino", "int8", "openvino is profiled in fp32, bf16"),
+        ("onnxruntim", "fp32", "unknown runtime 'onnxruntim'.*did you mean 'onnxruntime'"),
+        ("torch", "fp8", "not in 'fp8'$"),
+    ],
+)
+def test_what_a_runtime_lacks_is_refused_by_name(runtime, dtype, message):
+    with pytest.raises(ConfigError, match=message):
+        profile(tiny_vit(), runtime=runtime, dtype=dtype)
+
+
+def test_arguments_out_of_range_are_refused():
+    for name in ("batch", "threads", "rounds"):
+        with pytest.raises(ConfigError, match=f"{name} is 0"):
+            profile(tiny_vit(), **{name: 0})
+    with pytest.raises(ConfigError, match="points is 1"):
+        profile(tiny_vit(), points=1)
+    with pytest.raises(ConfigError, match="not for the family 'pit'"):
+        profile(tiny_pit())
+    with pytest.raises(ConfigError, match="'dynamicvitt' is unknown"):
+        parts.kinds_of(family_of(tiny_vit()), ["dynamicvitt"])
+    with pytest.raises(ConfigError, match="'stvit_r' is profiled on no plain"):
+        parts.kinds_of(family_of(tiny_vit()), ["stvit_r"])
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype"),
+    [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32")],
+)
+def test_a_runtime_computes_what_torch_does_on_any_number_of_tokens(runtime, dtype):
+    pytest.importorskip(runtime)
+    module = parts.Blocks(tiny_vit(depth=1)).eval()
+    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    bound = runners.bind(module, x, True, runtime, dtype, 1)
+    for tokens in (17, 9):
+        part = x[:, :tokens].contiguous()
+        found = torch.from_numpy(bound(part)()[0])
+        with torch.no_grad():
+            wanted = module(part)
+        assert (found - wanted).abs().max() < (1e-4 if dtype == "fp32" else 1.0)
+
+
+def test_bfloat16_is_run_in_torch():
+    found = profile(
+        tiny_vit(), dtype="bf16", configs=[DynamicViTConfig()], points=2, rounds=1, min_seconds=0.0
+    )
+    assert found.stamp["dtype"] == "bf16"
+
+
+# The command.
+
+
+@pytest.fixture
+def tiny_deit(monkeypatch):
+    monkeypatch.setattr("vitrim.cli.common.load_model", lambda *_, **__: tiny_vit())
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["profile", *map(str, words)])
+
+
+def test_the_command_writes_a_table_and_a_picture(tiny_deit, tmp_path):
+    path, picture = tmp_path / "table.json", tmp_path / "curves.svg"
+    options = ("--points", 3, "--rounds", 2, "--seconds", 0, "--methods", "dynamicvit")
+    result = run("deit_tiny", "-o", path, "--plot", picture, *options)
+    assert result.exit_code == 0, result.output
+    assert "select-dynamicvit-adaptive" in result.output
+    found = LatencyTable.load(path)
+    assert {"block", "stem", "head", "mlp", "attention", "select-dynamicvit"} <= set(found.curves)
+    assert not any("sait" in part for part in found.curves)
+    assert "svg" in picture.read_text()[:200]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.svg", "table.json"]
+
+
+def test_a_picture_of_another_kind_is_refused_before_the_work(tiny_deit, tmp_path):
+    result = run("deit_tiny", "-o", tmp_path / "table.json", "--plot", tmp_path / "curves.bmp")
+    assert isinstance(result.exception, InputError)
+    with pytest.raises(InputError, match="no name of a picture"):
+        draw_table(tmp_path / "curves.bmp", table())

@@ -90,7 +90,7 @@ def profile(
     describe_model(family_of(source))
     if configs is None:
         configs = [model.config] if isinstance(model, SparseModel) else kinds_of(family_of(source))
-    backbone = copy.deepcopy(source).to(device, runners.TORCH_DTYPES.get(dtype)).eval()
+    backbone = copy.deepcopy(source).to(device, runners.torch_dtype(runtime, dtype)).eval()
     backbone.requires_grad_(False)
     probes = list(probes_of(backbone, configs, runtime, batch, points))
     with limited_threads(threads):
@@ -172,7 +172,7 @@ def _calls(
     probes: Sequence[Probe], runtime: str, dtype: str, threads: int, device: torch.device
 ) -> dict[str, runners.Call]:
     """What to time, by key; made ready, which may take longer than timing it."""
-    kind = runners.TORCH_DTYPES.get(dtype) if runtime.startswith("torch") else None
+    kind = runners.torch_dtype(runtime, dtype)
     bound: dict[int, runners.Bound] = {}
     calls = {}
     for probe in reversed(probes):  # the largest first: it is what a module is exported with

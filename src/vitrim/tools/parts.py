@@ -288,7 +288,7 @@ def probes_of(
         "head": (Head(backbone), few),
     }
     if batch > 1 and runtime == "torch":
-        plain["packed"] = PackedBlocks(backbone), many[1::2]
+        plain["packed"] = PackedBlocks(backbone), sorted({*many[1::2], many[-1]})
     for config in configs:
         selecting = Selecting(backbone, config)
         if selecting.adaptive and batch > 1 and not in_torch:

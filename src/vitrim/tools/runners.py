@@ -25,7 +25,6 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "openvino": ("fp32", "bf16"),
 }
 """The precisions that each runs in."""
-TORCH_DTYPES = {"bf16": torch.bfloat16}
 
 Call = Callable[[], Any]
 Bound = Callable[[Tensor], Call]
@@ -53,6 +52,12 @@ def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
         __import__(runtime)
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"profiling {runtime}", runtime, "export") from error
+
+
+def torch_dtype(runtime: str, dtype: str) -> torch.dtype:
+    """The type of modules and inputs; runtimes other than torch convert single precision."""
+    in_bfloat16 = dtype == "bf16" and runtime.startswith("torch")
+    return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
 def version_of(runtime: str) -> str:
@@ -87,8 +92,11 @@ def bind(
 
 def _compiled(module: nn.Module) -> Bound:
     def bound(x: Tensor) -> Call:
-        # A compilation of its own for each shape, as a model of fixed counts has.
+        # A compilation of its own for each shape, as a model of fixed counts has: made now, as
+        # torch makes so many only when told to.
         compiled = torch.compile(module, dynamic=False)
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1000):
+            compiled(x)
         return lambda: compiled(x)
 
     return bound

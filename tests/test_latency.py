@@ -273,7 +273,10 @@ def test_what_calling_costs_is_counted_once(monkeypatch):
 
 def test_turns_rotate(monkeypatch):
     machine = FakeMachine(monkeypatch)
-    profile(tiny_vit(), clock=machine.clock, configs=[], **SETTINGS)
+    percents = []
+    profile(tiny_vit(), clock=machine.clock, configs=[], progress=percents.append, **SETTINGS)
+    assert percents == sorted(percents)
+    assert percents[-4:] == [30, 53, 76, 100]
     each = len(machine.calls) // 7  # a first call of all; then in each round one to warm up, one
     rounds = [machine.calls[each:][i * 2 * each : (i + 1) * 2 * each] for i in range(3)]
     assert len({calls[0] for calls in rounds}) == 3

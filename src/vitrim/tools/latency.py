@@ -36,6 +36,9 @@ from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_thr
 from vitrim.tools.curve import check_plot
 from vitrim.tools.parts import NOTHING, POINTS, Probe, kinds_of, probes_of
 
+_READY = 30
+"""Percent of the work that are done when everything is ready to be timed."""
+
 Progress = Callable[[int], None]
 Samples = dict[str, list[float]]
 
@@ -97,10 +100,11 @@ def profile(
         stamp = _stamp(backbone, device, runtime, batch, threads, dtype)
         samples = _resumed(side_file, stamp, probes)
         if min(map(len, samples.values())) < rounds:
-            calls = _calls(probes, runtime, dtype, threads, device)
+            report = progress or (lambda percent: None)
+            calls = _calls(probes, runtime, dtype, threads, device, report)
             save = _saver(side_file, stamp)
             with torch.inference_mode():
-                _measure(calls, samples, rounds, min_seconds, clock, save, progress)
+                _measure(calls, samples, rounds, min_seconds, clock, save, report)
     return LatencyTable(stamp, _curves(probes, samples))
 
 
@@ -169,19 +173,27 @@ def _key(probe: Probe) -> str:
 
 
 def _calls(
-    probes: Sequence[Probe], runtime: str, dtype: str, threads: int, device: torch.device
+    probes: Sequence[Probe],
+    runtime: str,
+    dtype: str,
+    threads: int,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, runners.Call]:
     """What to time, by key; made ready, which may take longer than timing it."""
     kind = runners.torch_dtype(runtime, dtype)
     bound: dict[int, runners.Bound] = {}
     calls = {}
-    for probe in reversed(probes):  # the largest first: it is what a module is exported with
+    for done, probe in enumerate(
+        reversed(probes)
+    ):  # the largest first: it is what a module is exported with
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(probe.shape, generator=generator).to(device, kind)
         module = probe.module
         if id(module) not in bound:
             bound[id(module)] = runners.bind(module, x, probe.varies, runtime, dtype, threads)
         calls[_key(probe)] = bound[id(module)](x)
+        progress(_READY * (done + 1) // len(probes))
     return dict(reversed(calls.items()))
 
 
@@ -192,7 +204,7 @@ def _measure(
     min_seconds: float,
     clock: Clock,
     save: Callable[[Samples], None],
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Fill ``samples`` up to so many rounds."""
     names = list(calls)
@@ -204,8 +216,7 @@ def _measure(
         for name in names[start:] + names[:start]:
             samples[name].append(_milliseconds(calls[name], min_seconds, clock))
         save(samples)
-        if progress is not None:
-            progress(round(100 * (turn + 1) / rounds))
+        progress(_READY + (100 - _READY) * (turn + 1) // rounds)
 
 
 def _milliseconds(call: runners.Call, min_seconds: float, clock: Clock) -> float:

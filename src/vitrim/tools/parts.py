@@ -302,8 +302,8 @@ def probes_of(
         else:  # a graph keeps a fixed number, so there is one graph for each number that enters
             for tokens in (few[len(few) // 3], few[-1]):
                 shape = (batch, tokens, family.embed_dim)
-                module = Selecting(backbone, config)
-                yield Probe(selecting.part, tokens, module, shape, varies=False)
+                selecting = Selecting(backbone, config)
+                yield Probe(selecting.part, tokens, selecting, shape, varies=False)
     for part, (module, counts) in plain.items():
         for tokens in counts:
             yield Probe(part, tokens, module, (batch, tokens, family.embed_dim), varies=True)

@@ -29,6 +29,7 @@ FLOORS = {
     "losses": 0,
     "bucketing": 0,
     "packing": 0,
+    "padding": 0,
     "predictor": 0,
     "pooling": 0,
     "semantic_attention": 0,

@@ -33,6 +33,7 @@ from vitrim.bucketing import (
     divide,
     make_bucket,
 )
+from vitrim.padding import select_padded
 from vitrim.tokens import Tokens
 
 SLICE = 1536
@@ -265,6 +266,9 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
     num_images, num_patches = keep_BN.shape
     if num_images == 1 and isinstance(tokens, Tokens):
         return _select_one(tokens, keep_BN[0], packages_BPC)
+    if torch.compiler.is_exporting():
+        assert isinstance(tokens, Tokens)
+        return select_padded(tokens, keep_BN, packages_BPC)
     device, prefix = tokens.x.device, tokens.num_prefix
     order: Sequence[int] = range(num_images)
     if isinstance(tokens, Tokens):

@@ -519,6 +519,8 @@ def test_a_recipe_takes_a_schedule(tmp_path):
         load_recipe("digits-dynamicvit", ["method.schedule=absent.json"])
     with pytest.raises(ConfigError, match="drops tokens once"):
         load_recipe("digits-sait", [word])
+    own = load_recipe("digits-sait", ["method.schedule=sandwich"])
+    assert own.method.build().schedule == "sandwich"
     with pytest.raises(ConfigError, match=r"needs method\.name"):
         load_recipe("digits-dense", [word])
 

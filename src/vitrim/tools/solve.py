@@ -42,7 +42,7 @@ from vitrim.tools.latency import predict
 
 Procedure = Literal["exact", "progressive"]
 
-_GRID = 24
+_GRID = 36
 _JUMP = 2.5
 """A curve jumps where it is this many times as steep as on the whole."""
 _SIMILAR = 0.085

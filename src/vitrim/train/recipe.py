@@ -327,8 +327,7 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     fields = {key: value for key, value in method.items() if key != "name"}
     if fields.keys() == {"config"}:  # the form of recipe.json
         fields = dict(fields["config"])
-    if fields.get("schedule") is not None:
-        fields = _scheduled(method.get("name"), fields)
+    fields = _scheduled(method.get("name"), fields)
     tables["method"] = {"name": method.get("name"), "config": fields}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
     for table, key in needed.items():
@@ -340,10 +339,16 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
 
 
 def _scheduled(name: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """The method's fields, with those that the file ``schedule`` gives in place of that name."""
+    """The method's fields, with those that a schedule's file gives in place of ``schedule``.
+
+    SaiT has a setting of that name, when its training is sparse; a file's name ends in .json.
+    """
+    path = fields.get("schedule")
+    if path is None or (name == "sait" and not str(path).endswith(".json")):
+        return fields
     require(isinstance(name, str), "method.schedule needs method.name")
-    path = fields.pop("schedule")
     require(isinstance(path, str), f"method.schedule is {path!r}; a file name was expected")
+    fields = {key: value for key, value in fields.items() if key != "schedule"}
     config_class: Any = method_by_name(name).config_class
     config = from_plain(config_class, fields, "method")
     before, after = to_plain(config), to_plain(load_schedule(path).apply(config))

@@ -16,9 +16,13 @@ from PIL import Image
 
 import vitrim.cli
 from tests.conftest import golden, golden_weights, tiny_vit
+from tests.tables import table_of
 from vitrim import DynamicViTConfig, SaiTConfig
 from vitrim.checkpoint import describe_data, save
 from vitrim.cli import main
+from vitrim.config import to_plain
+from vitrim.hardware import cpu_name
+from vitrim.schedule import load as load_schedule
 from vitrim.train.data import eval_loader
 
 QUICK = ["--workers", "0", "--device", "cpu"]
@@ -257,6 +261,89 @@ def test_sparsify_needs_no_image_for_fixed_counts(capsys, dense, made, tmp_path)
     assert "by formula" in out
     sparse = vitrim.from_pretrained(tmp_path / "sparse")
     assert sparse.macs() / sparse.dense_macs() == pytest.approx(0.5, rel=0.03)
+
+
+# budgets in milliseconds
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A latency table of the small dense model."""
+    times = table_of(tiny_vit(patch_size=4))
+    times.save(tmp_path / "table.json")
+    return tmp_path / "table.json"
+
+
+def test_a_schedule_is_found_and_followed(capsys, dense, made, table, tmp_path):
+    file, data = tmp_path / "schedule.json", ("--data", made / "data", *QUICK)
+    budget = ("--milliseconds", "6", "--table", table)
+    code, out, err = run(capsys, "schedule", *dense, *data, *budget, "--stages", "2", "-o", file)
+    assert code == 0, err
+    assert "of 64 patches go on" in out
+    assert "broken.png" in err
+    schedule = load_schedule(file)
+    assert schedule.asked == {"milliseconds": 6.0}
+    assert schedule.milliseconds <= 6
+    assert schedule.table["runtime"] == "torch"
+    output = tmp_path / "sparse"
+    code, out, err = run(capsys, "sparsify", *dense, *data, "--schedule", file, "-o", output)
+    assert code == 0, err
+    assert vitrim.from_pretrained(output).method.stages == schedule.stages
+    recorded = json.loads((output / "config.json").read_text())["metrics"]
+    assert recorded == {"schedule": to_plain(schedule)}
+    arguments = ("--macs", "0.7", "--procedure", "progressive", "--signal", "attention")
+    code, out, err = run(capsys, "schedule", *dense, *data, *arguments, "-o", file)
+    assert code == 0, err
+    assert load_schedule(file).macs <= 0.7
+
+
+@pytest.mark.parametrize("method", ["asvit", "sait"])
+def test_sparsify_meets_milliseconds_and_records_them(capsys, dense, made, table, tmp_path, method):
+    output, report = tmp_path / "sparse", tmp_path / "report.json"
+    code, out, err = run(
+        capsys,
+        *("sparsify", *dense, "--method", method, "--data", made / "data", *QUICK),
+        *("--milliseconds", "6", "--table", table, "-o", output, "--json", report),
+    )
+    assert code == 0, err
+    assert "6 ms" in out
+    latency = json.loads((output / "config.json").read_text())["metrics"]["latency"]
+    assert latency["asked"] == 6
+    assert latency["predicted"] == pytest.approx(6, rel=0.05)
+    assert latency["table"]["cpu"] == cpu_name()
+    assert json.loads(report.read_text())["latency"] == latency
+    assert vitrim.from_pretrained(output).calibration
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--milliseconds", "6"], "needs --table"),
+        (["--table", "TABLE", "--macs", "0.5"], "--table is for --milliseconds"),
+        (["--milliseconds", "6", "--table", "TABLE", "--macs", "0.5"], "two budgets"),
+        (["--milliseconds", "1", "--table", "TABLE"], "under the floor"),
+        (["--milliseconds", "60", "--table", "TABLE"], "asks for nothing: the dense model takes"),
+        (["--milliseconds", "6", "--table", "TABLE", "--runtime", "openvino"], "runtime 'torch'"),
+        (["--milliseconds", "6", "--table", "ABSENT"], "cannot read the latency table"),
+        (["--schedule", "ABSENT"], "cannot be read as a schedule"),
+        (["--schedule", "TABLE"], "is no schedule"),
+    ],
+)
+def test_bad_budgets_in_milliseconds(capsys, dense, made, table, tmp_path, words, message):
+    places = {"TABLE": table, "ABSENT": tmp_path / "absent.json"}
+    words = [places.get(word, word) for word in words]
+    command = ("sparsify", *dense, "--data", made / "data", "-o", tmp_path / "out", *QUICK)
+    assert message in fails(capsys, tmp_path, *command, *words)
+
+
+def test_a_table_of_another_machine_must_be_meant(capsys, dense, made, table, tmp_path):
+    content = json.loads(table.read_text())
+    content["stamp"]["cpu"] = "a phone's"
+    table.write_text(json.dumps(content))
+    command = ["schedule", *dense, "--data", made / "data", "--milliseconds", "6"]
+    command += ["--table", table, *QUICK, "-o", tmp_path / "schedule.json"]
+    assert "a phone's" in fails(capsys, tmp_path, *command)
+    assert run(capsys, *command, "--elsewhere")[0] == 0
 
 
 # bench

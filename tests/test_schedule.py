@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import vitrim
 from tests.conftest import images, seeded, tiny_swin, tiny_vit
+from tests.tables import table_of
 from tests.training import TINY, curve, quiet, tiny_recipe, write_images
 from vitrim import (
     ASViTConfig,
@@ -22,15 +22,11 @@ from vitrim import (
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
-    cost,
     losses,
     sparsify,
 )
 from vitrim import schedule as schedules
 from vitrim.families import family_of
-from vitrim.hardware import cpu_name
-from vitrim.latency import Curve, LatencyTable, describe_model
-from vitrim.methods import METHODS
 from vitrim.methods.base import Decision, SelectionOutput
 from vitrim.schedule import Schedule
 from vitrim.stages import fixed_counts
@@ -50,32 +46,6 @@ NAMES = [type(config).__name__ for config in CONFIGS]
 def small(**kwargs):
     """Four blocks on 64 patches."""
     return tiny_vit(patch_size=4, **kwargs)
-
-
-def table_of(backbone, *, jump=0, **stamp):
-    """A table whose blocks take longer with more tokens, and jump behind so many tokens."""
-    family = family_of(backbone)
-    most = math.prod(family.grid()) + family.num_prefix
-    tokens = sorted({most, *range(2, most, 3)})
-
-    def made(scale, constant):
-        times = tuple(
-            constant + scale * (n + n * n / 200) + (scale * 30 if jump and n > jump else 0)
-            for n in tokens
-        )
-        return Curve(tuple(tokens), times, times, times)
-
-    parts = {"stem": made(0, 0.3), "head": made(0, 0.1), "block": made(0.02, 0.05)}
-    parts |= {"attention": made(0.008, 0.02), "mlp": made(0.012, 0.03), "cross": made(0.02, 0.1)}
-    parts["packed"] = parts["block"]
-    for name in METHODS:
-        for adaptive in (False, True):
-            # Scoring is half a block, a generation of semantic tokens two of them.
-            scale = {"asvit": 0.01, "sait": 0.01, "stvit": 0.04}.get(name, 0.002)
-            parts[cost.select_part(name, adaptive)] = made(scale, 0.04 + 0.01 * adaptive)
-    place = {"runtime": "torch", "batch": 1, "threads": 1, "dtype": "fp32"}
-    place |= {"device": "cpu", "cpu": cpu_name()}
-    return LatencyTable(place | describe_model(family) | stamp, parts)
 
 
 def some_effects(depth, num_patches, seed=0):

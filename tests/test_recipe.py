@@ -127,3 +127,11 @@ def test_values_that_would_fail_later_fail_at_once(overrides, message):
 def test_a_score_loss_needs_a_teacher():
     with pytest.raises(ConfigError, match="needs a teacher"):
         load_recipe("dynamicvit-adapt", ["model.teacher=false", "data.labels=true"])
+
+
+def test_sparse_recipes_start_from_the_dense_model_of_their_family():
+    for name in list_recipes():
+        _, _, family = name.removeprefix("digits-").partition("-")
+        if name.startswith("digits-") and family:
+            dense, sparse = load_recipe(f"digits-{family}").model, load_recipe(name).model
+            assert (sparse.name, sparse.kwargs) == (dense.name, dense.kwargs), name

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vitrim
-from tests.conftest import images, seeded, tiny_swin, tiny_vit
+from tests.conftest import images, seeded, tiny_lvvit, tiny_swin, tiny_vit
 from tests.tables import table_of
 from tests.training import TINY, curve, quiet, tiny_recipe, write_images
 from vitrim import (
@@ -147,14 +147,15 @@ def test_a_method_that_cannot_says_why():
 
 
 @pytest.mark.parametrize("signal", ["agreement", "attention"])
-def test_effects_fall_to_nothing(signal):
-    effects = measure_effects(family_of(small()), [images(8)], signal)
+@pytest.mark.parametrize("make", [small, tiny_lvvit])
+def test_effects_fall_to_nothing(signal, make):
+    effects = measure_effects(family_of(make(img_size=48)), [images(8, 48)], signal)
     assert set(effects.loss) == {1, 2, 3}
     for row in effects.loss.values():
         assert row[-1] == 0 < row[0]
         assert all(a >= b for a, b in itertools.pairwise(row))
-    assert effects.total((1, 3), (40, 20)) == pytest.approx(
-        effects.at(1, 40) + effects.at(3, 20) - effects.at(3, 40)
+    assert effects.total((1, 3), (30, 20)) == pytest.approx(
+        effects.at(1, 30) + effects.at(3, 20) - effects.at(3, 30)
     )
 
 
@@ -376,28 +377,27 @@ def table():
     return table_of(tiny_vit(num_classes=TINY["num_classes"]))
 
 
-def test_the_latency_term_is_the_table_at_the_mean_counts(folder, table):
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_the_latency_term_is_the_table_at_the_batchs_counts(folder, table, threshold):
     dense = predict(table, None, family_of(tiny_vit()), (4, 4))
-    recipe = run_recipe(folder, table, 0.8 * dense)
-    task = create_task(recipe)
-    sparse = task.model
+    changes = {} if threshold is None else {"method__threshold": threshold}
+    recipe = run_recipe(folder, table, 0.7 * dense, **changes)
+    sparse = create_task(recipe).model
     keep = torch.ones(2, 16)
     keep[0, 8:] = 0
     keep.requires_grad_()
     tokens = sparse.family.stem(images())
     decision = Decision(torch.zeros(2, 16, 2), tokens, keep)
-    decisions = (decision,) * len(sparse.method.stages)
-    output = SelectionOutput(torch.zeros(2, 2), tokens.patches, tokens, decisions)
+    output = SelectionOutput(torch.zeros(2, 2), tokens.patches, tokens, (decision,) * 3)
     term = LatencyBudget(recipe, sparse).term(sparse, output, images())
-    mean = predict(table, sparse.method, sparse.family, (4, 4), [12] * len(decisions))
-    assert term.item() == pytest.approx((mean / (0.8 * dense) - 1) ** 2, rel=1e-4)
+    kept = (12,) if threshold is None else (8, 16)
+    times = [predict(table, sparse.method, sparse.family, (4, 4), [n] * 3) for n in kept]
+    expected = (sum(times) / len(times) / (0.7 * dense) - 1) ** 2
+    assert term.item() == pytest.approx(expected, rel=1e-4)
     term.backward()
     assert bool((keep.grad > 0).all())  # too slow: fewer tokens are better
-    fixed = Decision(decision.log_probs, tokens, torch.ones(2, 16))
-    assert (
-        LatencyBudget(recipe, sparse).term(sparse, replace(output, decisions=(fixed,)), keep)
-        is None
-    )
+    fixed = replace(output, decisions=(replace(decision, keep_BN=keep.detach()),))
+    assert LatencyBudget(recipe, sparse).term(sparse, fixed, images()) is None
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 Three parts. At the start, what a method fixes by its config is set from the table
 (:func:`start_config`). In each step, methods whose counts are learned get a loss term
-(:meth:`LatencyBudget.term`): the table, interpolated, at the batch's mean counts, through which the
-gradients of the decisions flow. Whenever a result is validated and saved, the dial is turned on
-training images until the prediction meets the budget (:meth:`LatencyBudget.met`), so that its
-accuracy is measured as it is meant to run.
+(:meth:`LatencyBudget.term`): the table, interpolated, at the counts of the batch's images (at their
+mean, where inference keeps one count), through which the gradients of the decisions flow. Whenever
+a result is validated and saved, the dial is turned on training images until the prediction meets
+the budget (:meth:`LatencyBudget.met`), so that its accuracy is measured as it is meant to run.
 
 SPViT (arXiv 2112.13890) trains against a latency table of its device; there is no code of it, and
 this form is ours.
@@ -59,10 +59,12 @@ class LatencyBudget:
         """The squared distance of the predicted latency from the budget, relative to it; None where
         the batch's counts do not depend on what is learned.
         """
-        counts = mean_counts(output)
-        if not any(count.requires_grad for count in counts):
+        counts = kept_counts(output)
+        if not any(count_B.requires_grad for count_B in counts):
             return None
         grid = sparse.family.grid((images.shape[-2], images.shape[-1]))
+        if sparse.method.counts(sparse.family, grid) is not None:  # inference keeps the mean of all
+            counts = [count_B.mean() for count_B in counts]
         predicted = predict(self.table, sparse.method, sparse.family, grid, counts)
         loss: Tensor = (predicted / self.milliseconds - 1).square()
         return loss
@@ -114,12 +116,12 @@ def read_budget(recipe: BudgetRecipe, sparse: SparseModel) -> tuple[float, Laten
     return milliseconds, table
 
 
-def mean_counts(output: TrainingOutput) -> list[Tensor]:
-    """The batch's mean kept count after each stage, with the gradients of the decisions."""
+def kept_counts(output: TrainingOutput) -> list[Tensor]:
+    """(B,) per stage: how many patches of each image go on, with the gradients of the decisions."""
     if isinstance(output, SelectionOutput):
-        return [decision.keep_BN.sum(1).mean() for decision in output.decisions]
+        return [decision.keep_BN.sum(1) for decision in output.decisions]
     if isinstance(output, ASViTOutput):
-        return [keep_BN.sum(1).mean() for keep_BN in output.keeps]
+        return [keep_BN.sum(1) for keep_BN in output.keeps]
     return []
 
 

@@ -5,6 +5,9 @@ attention needs to know where an image ends. The rows lie image after image, the
 their length, so that attention can take neighbours of like length together. What is per image is
 handed out in the batch's own order: nobody outside meets the internal one.
 
+What deals with the counts themselves stays out of torch.compile's graphs, which would be made anew
+for the counts of every batch; the blocks' norms and MLPs are in them, for any number of rows.
+
 Attention runs as ``torch.nn.attention.varlen`` on CUDA in half precision, and elsewhere as
 ``scaled_dot_product_attention`` on buckets of images: ``bucketing`` says how they are chosen, and
 ``results/packing.md`` which ways were tried.
@@ -17,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import Attention
@@ -38,6 +41,15 @@ from vitrim.tokens import Tokens
 
 SLICE = 1536
 """Rows of a slice at most: measured; anything from 900 to 1800 is as good."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: Function) -> Function:
+    """A graph break around what works with the counts of images."""
+    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class Layout:
@@ -191,31 +203,37 @@ class PackedTokens:
         return self.layout.num_images
 
     @property
+    @_not_compiled
     def counts_B(self) -> Tensor:
         """(B,): patch tokens of each image."""
         return self.layout.counts_B
 
     @property
+    @_not_compiled
     def patches(self) -> Tensor:
         """(patch rows, C)"""
         return self.x.index_select(0, self.layout.patch_row_N)
 
     @property
+    @_not_compiled
     def prefix_BPC(self) -> Tensor:
         return self.x[self.layout.prefix_row_BP]
 
     def with_x(self, x: Tensor) -> PackedTokens:
         return replace(self, x=x)
 
+    @_not_compiled
     def with_prefix(self, prefix_BPC: Tensor) -> PackedTokens:
         """The same patch tokens behind other prefix tokens, as many as there are now."""
         rows = self.layout.prefix_row_BP.flatten()
         return self.with_x(self.x.index_copy(0, rows, prefix_BPC.flatten(0, 1)))
 
+    @_not_compiled
     def sum_per_image(self, values: Tensor) -> Tensor:
         """(B, ...): sum over each image's patch tokens of ``values`` (patch rows, ...)."""
         return self.layout.pad_patches(values).sum(1)
 
+    @_not_compiled
     def max_per_image(self, values: Tensor) -> Tensor:
         """(B, ...): largest of each image's patch tokens of ``values`` (patch rows, ...); -inf of
         none.
@@ -224,10 +242,12 @@ class PackedTokens:
         image = self.layout.image_N.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
         return least.scatter_reduce(0, image, values, "amax")
 
+    @_not_compiled
     def spread(self, per_image: Tensor) -> Tensor:
         """(patch rows, ...): each image's value of ``per_image`` (B, ...) for all its patches."""
         return per_image.index_select(0, self.layout.image_N)
 
+    @_not_compiled
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
         """(B, num_patches): ``values`` (patch rows,) on the original grid, ``fill`` elsewhere."""
         grid = values.new_full((self.num_images * num_patches,), fill)
@@ -241,6 +261,7 @@ class PackedTokens:
         places = dict(zip(layout.order, parts, strict=True))
         return [places[image].sort().values for image in range(self.num_images)]
 
+    @_not_compiled
     def padded(self) -> Tokens:
         """The same tokens padded to the longest image, under a keep mask."""
         layout = self.layout
@@ -263,12 +284,19 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
         keep_BN: (B, N) bool, on the original grid.
         packages_BPC: tokens to put behind each image's prefix, as further prefix tokens.
     """
-    num_images, num_patches = keep_BN.shape
+    num_images = len(keep_BN)
     if num_images == 1 and isinstance(tokens, Tokens):
         return _select_one(tokens, keep_BN[0], packages_BPC)
     if torch.compiler.is_exporting():
         assert isinstance(tokens, Tokens)
         return select_padded(tokens, keep_BN, packages_BPC)
+    return _select_many(tokens, keep_BN, packages_BPC)
+
+
+@_not_compiled
+def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None) -> AnyTokens:
+    """:func:`select` for several images."""
+    num_images, num_patches = keep_BN.shape
     device, prefix = tokens.x.device, tokens.num_prefix
     order: Sequence[int] = range(num_images)
     if isinstance(tokens, Tokens):
@@ -332,6 +360,7 @@ def _starts(counts: list[int], order: Sequence[int]) -> list[int]:
     return starts
 
 
+@_not_compiled
 def packed_attention(
     attention: Attention,
     x_TC: Tensor,
@@ -381,9 +410,10 @@ def in_slices(run: Callable[[Tensor], Tensor], x_TC: Tensor) -> Tensor:
     """``run``, which works row by row, on slices of the packed rows that suit a CPU's caches.
 
     The hidden rows of an MLP are many times larger than a cache; a slice's are still there when the
-    next operation comes for them. A device with memory of its own gets all rows at once.
+    next operation comes for them. A device with memory of its own gets all rows at once, and so
+    does a compiled graph, which would be made anew for each number of slices.
     """
-    if x_TC.device.type != "cpu" or len(x_TC) <= SLICE:
+    if torch.compiler.is_compiling() or x_TC.device.type != "cpu" or len(x_TC) <= SLICE:
         return run(x_TC)
     return torch.cat([run(part) for part in x_TC.chunk(-(-len(x_TC) // SLICE))])
 

@@ -1,0 +1,69 @@
+"""torch.compile: one graph for fixed counts, and none made anew for the counts of a batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import vitrim
+from tests.conftest import images, seeded, tiny_vit
+from tests.test_methods import FIRST, is_fixed, sparse_model
+from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+
+ADAPTIVE = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.45),
+    "asvit": ASViTConfig(thresholds=0.05),
+    "sait": SaiTConfig(min_kept=1, mass=0.6),
+    "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.45),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("case", "backbone"), [pair for pair in FIRST if is_fixed(*pair)])
+def test_fixed_counts_are_one_graph(case, backbone):
+    """Compiled once for a shape: no break, and no recompilation for other images."""
+    sparse, counter = sparse_model(case, backbone), CompileCounter()
+    compiled = torch.compile(sparse, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for seed in range(3):
+            x = images(3, seed=seed)
+            torch.testing.assert_close(compiled(x), sparse(x), atol=1e-5, rtol=0)
+    assert counter.frame_count == 1
+
+
+def decisive(config):
+    """A sparse model whose images keep different counts."""
+    sparse = vitrim.sparsify(tiny_vit(), config, generator=seeded(3)).eval()
+    with torch.no_grad():
+        for block in sparse.backbone.blocks:
+            block.attn.qkv.weight.mul_(6)
+        for parameter in sparse.method.parameters():
+            parameter.mul_(16 if parameter.ndim > 1 else 1)
+    return sparse
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_packed_batches_share_their_graphs(name):
+    """After a warm-up, batches with other counts run on the graphs that are there."""
+    sparse, counter = decisive(ADAPTIVE[name]), CompileCounter()
+    compiled = torch.compile(sparse, backend=counter)
+    seen = set()
+    with torch.no_grad():
+        for seed in range(4):
+            compiled(images(6, seed=seed))
+        graphs = counter.frame_count
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in range(4, 9):
+                x = images(6, seed=seed)
+                torch.testing.assert_close(compiled(x), sparse(x), atol=1e-5, rtol=0)
+                stages = sparse.trace(x).stages
+                seen.add(tuple(tuple(stage.counts.tolist()) for stage in stages))
+    assert counter.frame_count == graphs
+    assert len(seen) > 1

@@ -238,6 +238,17 @@ def test_a_folder_holds_one_recipe(folder, tmp_path):
     assert curve(tmp_path / "run") == before[3:]
 
 
+def test_a_run_of_before_a_field_was_added_goes_on(folder, tmp_path):
+    recipe = tiny_recipe(folder, run__epochs=1)
+    train(recipe, tmp_path / "run", on_progress=quiet)
+    before, path = curve(tmp_path / "run"), tmp_path / "run" / "recipe.json"
+    plain = json.loads(path.read_text())
+    assert plain["model"].pop("init") == "timm"
+    path.write_text(json.dumps(plain))
+    assert train(recipe, tmp_path / "run").metrics["step"] == 4
+    assert curve(tmp_path / "run") == before
+
+
 def test_worker_processes_change_nothing(folder, tmp_path):
     """Five batches and two to a step: each epoch leaves one that the workers had read ahead."""
     for workers in (0, 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 
 from vitrim.checkpoint import write_atomic
 from vitrim.config import to_plain
-from vitrim.errors import TrainingError
+from vitrim.errors import ConfigError, TrainingError
 from vitrim.train.logs import LOG_FILE
-from vitrim.train.recipe import Recipe
+from vitrim.train.recipe import Recipe, recipe_from_plain
 
 RECIPE_FILE = "recipe.json"
 STATE_FOLDER = "state"
@@ -44,12 +45,19 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); use another folder") from error
-    different = _differences(there, json.loads(json.dumps(to_plain(recipe))))
+    with suppress(ConfigError):  # written before a field was added: it had the default
+        there = _plain(recipe_from_plain(there))
+    different = _differences(there, _plain(recipe))
     if different:
         raise TrainingError(
             f"{folder} holds another recipe's run (it differs in {', '.join(different)}); use "
             "another folder, or the same recipe to go on"
         )
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(to_plain(recipe)))
+    return plain
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

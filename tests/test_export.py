@@ -24,7 +24,7 @@ from vitrim import (
     SPViTConfig,
     STViTConfig,
 )
-from vitrim.errors import CheckpointError
+from vitrim.errors import CheckpointError, MissingExtraError
 from vitrim.runtime import BUNDLE_FILE, Bundle, prepare
 from vitrim.tools.export import DTYPES, check, export, keeps_everything
 from vitrim.train.data import eval_transform
@@ -78,14 +78,23 @@ def same(sparse, folder, batch=5):
     assert found.agreement == 1
 
 
+def check_sizes_are_known(path):
+    """No branch or loop, and every TopK takes a number that is written in the network."""
+    graph = onnx.load(path).graph
+    known = {each.name for each in graph.initializer}
+    known |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    for node in graph.node:
+        assert node.op_type not in {"If", "Loop", "Scan", "NonZero", "Unique", "Compress"}
+        assert node.op_type != "TopK" or node.input[1] in known
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_fixed_counts_take_any_batch(name, tmp_path):
     sparse, folder = exported(tmp_path, FIXED[name])
     assert Bundle(folder).batch is None
     for batch in (1, 2, 5):
         same(sparse, folder, batch)
-    operations = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
-    assert not operations & {"If", "Loop", "NonZero"}
+    check_sizes_are_known(folder / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -97,6 +106,64 @@ def test_counts_per_image_take_one_image(name, tmp_path):
     same(sparse, folder)
     operations = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
     assert not operations & {"If", "Loop"}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_counts_per_image_in_batches(name, tmp_path):
+    """Padded to the fullest image of each call; the last call is filled up."""
+    sparse, folder = exported(tmp_path, ADAPTIVE[name], batch=3)
+    assert Bundle(folder).batch == 3
+    same(sparse, folder, batch=8)
+
+
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_counts_per_image_in_batches_without_a_class_token(pool, tmp_path):
+    sparse = sparse_vit(ADAPTIVE["asvit"], class_token=False, global_pool=pool)
+    folder = export(sparse, tmp_path / "bundle", "onnx", data_config=DATA, batch=2)
+    same(sparse, folder, batch=6)
+
+
+DROPS_ALL = {
+    "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.999),
+    "asvit": ASViTConfig(thresholds=0.5),
+    "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.9999),
+}
+
+
+@pytest.mark.parametrize("name", DROPS_ALL)
+def test_images_that_keep_nothing(name, tmp_path):
+    sparse, folder = exported(tmp_path, DROPS_ALL[name])
+    assert not any(stage.counts.any() for stage in sparse.trace(images(5, seed=9)).stages)
+    same(sparse, folder)
+
+
+def test_images_that_keep_nothing_in_int8(tmp_path):
+    sparse, folder = exported(tmp_path, DROPS_ALL["asvit"], dtype="int8", images=images(40))
+    assert check(sparse, folder, images(8, seed=9)).difference < 0.2
+
+
+def test_dense_models_go_the_same_way(tmp_path):
+    dense = tiny_vit()
+    folder = export(dense, tmp_path / "bundle", "onnx", data_config=DATA)
+    same(dense, folder)
+    described = json.loads((folder / BUNDLE_FILE).read_text())["model"]
+    assert described["method"] is None
+    assert described["macs"] == described["dense_macs"] > 0
+
+
+def test_executorch(tmp_path):
+    pytest.importorskip("executorch")
+    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], "executorch")
+    same(sparse, folder, batch=2)
+
+
+def test_an_absent_executorch_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    name = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match="export-executorch"):
+        exported(tmp_path, FIXED["dynamicvit"], "executorch")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", ["pt2", "openvino"])

@@ -15,6 +15,7 @@ from PIL import Image
 
 import vitrim
 from tests.conftest import images, seeded, tiny_vit
+from tests.test_methods import sparse_model
 from vitrim import (
     ASViTConfig,
     ConfigError,
@@ -76,6 +77,27 @@ def same(sparse, folder, batch=5):
     assert found.images == batch
     assert found.difference < 1e-4
     assert found.agreement == 1
+
+
+STRUCTURED = [
+    ("dynamicvit", "lv-vit"),
+    ("dynamic_spatial", "swin"),
+    ("dynamic_spatial", "convnext"),
+    ("spvit_pyramid fixed", "pit"),
+    ("stvit_r", "swin"),
+    ("stvit_swin", "swin"),
+]
+"""Fixed counts on other families: a case and a backbone of the methods' contract."""
+
+
+@pytest.mark.parametrize(("case", "backbone"), STRUCTURED)
+def test_fixed_counts_on_other_families(case, backbone, tmp_path):
+    sparse = sparse_model(case, backbone)
+    with torch.no_grad():  # fresh selectors tie to the last digits
+        for parameter in sparse.method.parameters():
+            parameter.mul_(16 if parameter.ndim > 1 else 1)
+    folder = export(sparse, tmp_path / "bundle", "onnx", data_config=DATA, batch=2)
+    same(sparse, folder, batch=3)
 
 
 def check_sizes_are_known(path):

@@ -176,8 +176,8 @@ class Bench:
                 *("--crop-pct", CROP_PCT[self.model], "--json", output, *options),
             )
         text = output.read_text()
-        for path, name in ((self.assets, "ASSETS"), (self.runs.parent, "RUNS")):
-            text = text.replace(str(path.resolve()), name).replace(str(path), name)
+        for path, word in ((self.assets, "ASSETS"), (self.runs.parent, "RUNS")):
+            text = text.replace(str(path.resolve()), word).replace(str(path), word)
         content: dict[str, Any] = json.loads(text)
         return self._with_speed(content, name, model)
 

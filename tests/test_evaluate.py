@@ -189,6 +189,17 @@ def test_dense_alone_counts_its_macs(loader):
     assert counted_macs(model, images(3)) == found.dense_macs
 
 
+def test_macs_are_counted_in_inference_mode_where_parameters_enter_modules():
+    with torch.inference_mode():
+        model = tiny_pit()
+        size = model.patch_embed.conv.weight.shape[1]
+        assert counted_macs(model, torch.zeros(1, size, 32, 32)) > 0
+    model = tiny_pit()
+    with torch.inference_mode():
+        found = counted_macs(model, torch.zeros(1, 3, 32, 32))
+    assert found == family_of(model).dense_macs(family_of(model).grid())
+
+
 def test_bfloat16_autocast_is_close(loader):
     sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=1.0))
     found = evaluate(sparse, loader, dtype=torch.bfloat16)

@@ -255,8 +255,9 @@ def counted_macs(model: nn.Module, images: Tensor) -> int:
     """
     counter = FlopCounterMode(display=False)
     try:
-        with evaluating(model), counter:
-            model(images)
+        # Without gradients the counter trips over parameters that enter a module, as PiT's do.
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), counter:
+            model(images.clone())
     except AssertionError as error:  # timm's way of refusing a shape
         raise InputError(
             f"the model does not take images of shape {tuple(images.shape)}: {error}"

@@ -483,9 +483,9 @@ def test_the_short_recipes_fit_together(backbone):
     dense, sparse = (
         load_recipe(name) for name in (f"digits-{backbone}", f"digits-dynamic_spatial-{backbone}")
     )
-    assert dense.model == sparse.model
+    assert (dense.model.name, dense.model.kwargs) == (sparse.model.name, sparse.model.kwargs)
     model = timm.create_model(sparse.model.name, **sparse.model.kwargs)
     made = sparsify(model, sparse.method.build())
     assert made.family.image_size == (64, 64)
-    expected = {"swin": (44, 31, 19), "convnext": (179, 127, 76)}[backbone]
+    expected = {"swin": (44, 31, 19), "convnext": (11, 7, 4)}[backbone]
     assert made.method.counts(made.family, made.family.grid()) == expected

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import vitrim
-from tests.conftest import images, tiny_vit
+from tests.conftest import images, tiny_pit, tiny_vit
 from vitrim import ConfigError, DynamicViTConfig, InputError
+from vitrim.families import family_of
 from vitrim.tools.evaluate import (
     Spread,
     _Answers,
@@ -190,10 +191,6 @@ def test_dense_alone_counts_its_macs(loader):
 
 
 def test_macs_are_counted_in_inference_mode_where_parameters_enter_modules():
-    with torch.inference_mode():
-        model = tiny_pit()
-        size = model.patch_embed.conv.weight.shape[1]
-        assert counted_macs(model, torch.zeros(1, size, 32, 32)) > 0
     model = tiny_pit()
     with torch.inference_mode():
         found = counted_macs(model, torch.zeros(1, 3, 32, 32))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitrim.checkpoint import write_atomic
 from vitrim.errors import InputError, MissingExtraError
 from vitrim.tools.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".pdf", ".png", ".svg")
 
@@ -26,6 +30,13 @@ def check_plot(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError("drawing the curve", "matplotlib", "viz") from error
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure in the format that the name says; whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=150)
+    write_atomic(path, picture.getvalue())
 
 
 def draw_curve(path: Path, title: str, points: Sequence[tuple[str, Evaluation]]) -> None:
@@ -61,6 +72,4 @@ def draw_curve(path: Path, title: str, points: Sequence[tuple[str, Evaluation]])
     axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=150)
-    write_atomic(path, picture.getvalue())
+    save_figure(figure, path)

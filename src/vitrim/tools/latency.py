@@ -11,7 +11,6 @@ was interrupted goes on.
 from __future__ import annotations
 
 import copy
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from vitrim.model import SparseModel
 from vitrim.tokens import Grid
 from vitrim.tools import runners
 from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_threads
-from vitrim.tools.curve import check_plot
+from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.parts import NOTHING, POINTS, Probe, kinds_of, probes_of
 
 _READY = 30
@@ -184,9 +183,8 @@ def _calls(
     kind = runners.torch_dtype(runtime, dtype)
     bound: dict[int, runners.Bound] = {}
     calls = {}
-    for done, probe in enumerate(
-        reversed(probes)
-    ):  # the largest first: it is what a module is exported with
+    # The largest first: it is what a module is exported with.
+    for done, probe in enumerate(reversed(probes)):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(probe.shape, generator=generator).to(device, kind)
         module = probe.module
@@ -343,6 +341,4 @@ def draw_table(path: Path, table: LatencyTable) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower().removeprefix("."), dpi=150)
-    write_atomic(path, picture.getvalue())
+    save_figure(figure, path)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.checkpoint import from_pretrained, write_atomic
-from vitrim.cli.budgets import prepared_images
 from vitrim.cli.common import data_config_of
+from vitrim.cli.images import prepared_images
 from vitrim.hardware import hardware
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from vitrim.checkpoint import from_pretrained, write_atomic
-from vitrim.cli.budgets import prepared_images
+from vitrim.cli.images import prepared_images
 from vitrim.model import SparseModel
 from vitrim.tools.benchmark import Row, benchmark
 

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
 
 from vitrim import checkpoint
 from vitrim.budget import TOLERANCE, Calibration, check_budget
 from vitrim.calibrate import MAX_IMAGES, calibrate
 from vitrim.cli import common, tables
+from vitrim.cli.images import unlabelled_batches
 from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
 from vitrim.cli.schedule import (
     ElsewhereOption,
@@ -31,12 +31,12 @@ from vitrim.cli.schedule import (
     table_of,
 )
 from vitrim.config import to_plain
-from vitrim.errors import ConfigError, InputError
+from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import METHODS, method_by_name
 from vitrim.model import SparseModel
 from vitrim.schedule import load as load_schedule
-from vitrim.tools.milliseconds import batches_of, check_table, follow, sparsify_to
+from vitrim.tools.milliseconds import check_table, follow, sparsify_to
 
 MacsOption = Annotated[
     list[str] | None,
@@ -66,35 +66,6 @@ class Met:
     value: float
     set_by: str
     """``formula``, ``record``, or what was calibrated on."""
-
-
-def calibration_loader(
-    model: nn.Module,
-    source: str,
-    images: int,
-    batch: int,
-    workers: int,
-    *,
-    crop_pct: float | None = None,
-    split: str | None = None,
-) -> Any:
-    """Images of ``source``, spread evenly over it; labels are not read."""
-    from vitrim.train.data import eval_loader
-
-    config = common.data_config_of(model, source)
-    if crop_pct is not None:
-        config["crop_pct"] = crop_pct
-    return eval_loader(source, config, batch, workers, images, labelled=False, split=split)
-
-
-def prepared_images(model: nn.Module, source: str, count: int, batch: int) -> Tensor:
-    """Prepared images of ``source`` in one tensor; those that cannot be read are named."""
-    loader = calibration_loader(model, common.data_source(source), count, batch, 0)
-    found = [images for images, _ in loader]
-    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
-    if not found:
-        raise InputError(f"{source} has not one readable image")
-    return torch.cat(found)
 
 
 def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str) -> list[Met]:
@@ -194,11 +165,8 @@ def sparsify_command(
     dense = dense_model(model, weights).to(where)
     if latency_table is not None:
         check_table(latency_table, family_of(dense), runtime=runtime, elsewhere=elsewhere)
-    source = "digits/train" if common.data_source(data) == "digits/test" else data
-    loader = calibration_loader(dense, source, images, batch, workers, split=split)
     start = time.perf_counter()
-    batches = batches_of(loader, where)
-    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    source, batches = unlabelled_batches(dense, data, images, batch, workers, split, where)
     latency, found = None, tuple[Calibration, ...]()
     if milliseconds is not None and latency_table is not None:
         sparse, latency, follows = sparsify_to(

@@ -14,7 +14,8 @@ from torch import nn
 
 from vitrim.calibrate import MAX_IMAGES
 from vitrim.cli import common, tables
-from vitrim.cli.budgets import MacsOption, budgets_of, calibration_loader, meet
+from vitrim.cli.budgets import MacsOption, budgets_of, meet
+from vitrim.cli.images import calibration_loader
 from vitrim.cli.options import (
     DeviceOption,
     JsonOption,

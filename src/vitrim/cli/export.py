@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitrim import runtime
 from vitrim.cli import common, tables
-from vitrim.cli.budgets import prepared_images
+from vitrim.cli.images import prepared_images
 from vitrim.cli.options import JsonOption
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.model import SparseModel

@@ -11,7 +11,8 @@ import typer
 from torch import nn
 
 from vitrim.cli import common, tables
-from vitrim.cli.budgets import MacsOption, budgets_of, prepared_images
+from vitrim.cli.budgets import MacsOption, budgets_of
+from vitrim.cli.images import prepared_images
 from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name

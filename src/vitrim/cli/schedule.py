@@ -11,6 +11,7 @@ from torch import nn
 
 from vitrim.budget import check_budget
 from vitrim.cli import common, tables
+from vitrim.cli.images import unlabelled_batches
 from vitrim.cli.options import DeviceOption, WorkersOption
 from vitrim.config import from_plain, to_plain
 from vitrim.errors import ConfigError
@@ -20,7 +21,7 @@ from vitrim.methods import method_by_name
 from vitrim.model import SparseModel
 from vitrim.schedule import Schedule
 from vitrim.tools.effects import measure_effects
-from vitrim.tools.milliseconds import EFFECT_IMAGES, Latency, batches_of, check_table
+from vitrim.tools.milliseconds import EFFECT_IMAGES, Latency, check_table
 from vitrim.tools.solve import Costs, check_reach, find_schedule
 
 MillisecondsOption = Annotated[
@@ -100,8 +101,6 @@ def schedule_command(
 
     The schedule is a small JSON file, for recipes (method.schedule) and vitrim sparsify --schedule.
     """
-    from vitrim.cli.budgets import calibration_loader
-
     common.check_writable(output)
     latency_table = table_of(milliseconds, table)
     if (milliseconds is None) == (macs is None):
@@ -114,10 +113,7 @@ def schedule_command(
         check_table(latency_table, family, runtime=runtime, elsewhere=elsewhere)
     if macs is not None:
         check_budget(macs)
-    source = "digits/train" if common.data_source(data) == "digits/test" else data
-    loader = calibration_loader(dense, source, images, batch, workers, split=split)
-    batches = batches_of(loader, where)
-    common.name_unreadable(tuple(str(file.name) for file in loader.unreadable))
+    _, batches = unlabelled_batches(dense, data, images, batch, workers, split, where)
     height, width = batches[0].shape[-2:]
     costs = Costs(family, family.grid((height, width)), config, latency_table)
     budget = milliseconds if milliseconds is not None else macs

@@ -4,7 +4,8 @@ Every part of a model (``vitrim.tools.parts``) is timed on as many numbers of to
 see the device's steps. All take turns: in each round everything runs once for a slice of time, in
 rotating order, so that a busy neighbour strikes all alike. What it costs to hand features to a
 runtime and to get them back is measured too and taken off, in the same round: a model pays it once,
-with its stem. After each round the times are kept in a file beside the table, from which a run that
+with its stem. Parts that a model runs once are timed one call at a time, with caches as a model
+leaves them. After each round the times are kept in a file beside the table, from which a run that
 was interrupted goes on.
 """
 
@@ -33,7 +34,7 @@ from vitrim.tokens import Grid
 from vitrim.tools import runners
 from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_threads
 from vitrim.tools.curve import check_plot, save_figure
-from vitrim.tools.parts import NOTHING, POINTS, Probe, kinds_of, probes_of
+from vitrim.tools.parts import NOTHING, NOTHING_COLD, POINTS, Probe, kinds_of, probes_of
 
 _READY = 30
 """Percent of the work that are done when everything is ready to be timed."""
@@ -103,7 +104,7 @@ def profile(
             calls = _calls(probes, runtime, dtype, threads, device, report)
             save = _saver(side_file, stamp)
             with torch.inference_mode():
-                _measure(calls, samples, rounds, min_seconds, clock, save, report)
+                _measure(calls, probes, samples, rounds, min_seconds, clock, save, report)
     return LatencyTable(stamp, _curves(probes, samples))
 
 
@@ -197,6 +198,7 @@ def _calls(
 
 def _measure(
     calls: Mapping[str, runners.Call],
+    probes: Sequence[Probe],
     samples: Samples,
     rounds: int,
     min_seconds: float,
@@ -206,13 +208,16 @@ def _measure(
 ) -> None:
     """Fill ``samples`` up to so many rounds."""
     names = list(calls)
+    cold = {_key(probe) for probe in probes if probe.module.cold}
+    chain = calls[min((probe.tokens, _key(probe)) for probe in probes if probe.part == "block")[1]]
     for call in calls.values():  # the first call allocates, and compiles
         call()
     first = min(map(len, samples.values()))
     for turn in range(first, rounds):
         start = turn * len(names) // rounds  # another one begins each round
         for name in names[start:] + names[:start]:
-            samples[name].append(_milliseconds(calls[name], min_seconds, clock))
+            time_turn = _milliseconds_after(chain) if name in cold else _milliseconds
+            samples[name].append(time_turn(calls[name], min_seconds, clock))
         save(samples)
         progress(_READY + (100 - _READY) * (turn + 1) // rounds)
 
@@ -222,6 +227,21 @@ def _milliseconds(call: runners.Call, min_seconds: float, clock: Clock) -> float
     seconds = _seconds(call, 1, clock)
     repeats = max(1, round(min_seconds / max(seconds, 1e-9)))
     return 1e3 * _seconds(call, repeats, clock) / repeats
+
+
+def _milliseconds_after(before: runners.Call) -> Callable[[runners.Call, float, Clock], float]:
+    """The same with another call before each, which is not counted."""
+
+    def milliseconds(call: runners.Call, min_seconds: float, clock: Clock) -> float:
+        both = _seconds(before, 1, clock) + _seconds(call, 1, clock)
+        repeats = max(1, round(min_seconds / max(both, 1e-9)))
+        total = 0.0
+        for _ in range(repeats):
+            before()
+            total += _seconds(call, 1, clock)
+        return 1e3 * total / repeats
+
+    return milliseconds
 
 
 def _seconds(call: runners.Call, repeats: int, clock: Clock) -> float:
@@ -242,13 +262,14 @@ def _curves(probes: Sequence[Probe], samples: Samples) -> dict[str, Curve]:
     """Milliseconds of each part run once, less what calling the runtime costs."""
     points: dict[str, dict[int, Quartiles]] = {}
     for probe in probes:
-        if probe.part == NOTHING:
+        if probe.part in (NOTHING, NOTHING_COLD):
             continue
         times = samples[_key(probe)]
         if not probe.module.counts_calls:
-            overhead = samples[f"{NOTHING}@{probe.shape[1]}"]
+            nothing = NOTHING_COLD if probe.module.cold else NOTHING
+            overhead = samples[f"{nothing}@{probe.shape[1]}"]
             pairs = zip(times, overhead, strict=True)
-            times = [max(t - nothing, 0.0) / probe.module.repeats for t, nothing in pairs]
+            times = [max(t - calling, 0.0) / probe.module.repeats for t, calling in pairs]
         points.setdefault(probe.part, {})[probe.tokens] = Quartiles.of(times)
     return {part: _curve(found) for part, found in points.items()}
 

@@ -2,8 +2,9 @@
 
 A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
 on as many tokens from first to last, so that weights come from where they come from in a model, and
-what it costs to call a runtime is shared by a whole chain. What a method does to choose tokens is
-the method's own inference on a backbone whose blocks do nothing.
+what it costs to call a runtime is shared by a whole chain. Other parts find the caches full of the
+blocks' weights in a model, so here the shortest chain runs before each call of them. What a method
+does to choose tokens is the method's own inference on a backbone whose blocks do nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
 """Numbers of tokens that blocks are timed on, if not told otherwise; compiling takes its time."""
 FEW_POINTS = 6
 """The same of parts that cost little."""
-NOTHING = "nothing"
+NOTHING, NOTHING_COLD = "nothing", "nothing-cold"
 
 SPREAD = 0.25
 """The images of a packed batch have from this share fewer to this share more than their mean."""
@@ -47,6 +48,8 @@ class Part(nn.Module):
     """How often a call runs what the curve is of."""
     counts_calls = False
     """Whether the cost of calling the runtime belongs to the part: to one part of a model."""
+    cold = True
+    """Whether a chain of blocks runs before each call."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -62,6 +65,10 @@ class Part(nn.Module):
 
 class Nothing(Part):
     """What it costs to hand a runtime features and to get them back."""
+
+    def __init__(self, backbone: nn.Module, cold: bool) -> None:
+        super().__init__(backbone)
+        self.cold = cold
 
     def forward(self, images: Tensor) -> Tensor:
         return images + 1
@@ -84,6 +91,8 @@ class Head(Part):
 
 
 class _Chain(Part):
+    cold = False
+
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__(backbone)
         self.repeats = self.family.depth
@@ -281,7 +290,8 @@ def probes_of(
     image = (batch, int(backbone.in_chans), *family.image_size)
     yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
     plain: dict[str, tuple[Part, list[int]]] = {
-        NOTHING: (Nothing(backbone), sorted({*many, *few})),
+        NOTHING: (Nothing(backbone, cold=False), sorted({*many, *few})),
+        NOTHING_COLD: (Nothing(backbone, cold=True), few),
         "block": (Blocks(backbone), many),
         "attention": (AttentionHalves(backbone), few),
         "mlp": (MlpHalves(backbone), few),

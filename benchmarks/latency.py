@@ -1,23 +1,19 @@
 """How well a latency table predicts models that were not profiled.
 
-``python benchmarks/latency.py`` on an otherwise idle machine (under four minutes on 2 cores) makes
-the tables of a backbone for torch and onnxruntime, then measures schedules of several methods that
-the tables know nothing of, in turns, and writes ``results/latency.json``: predicted and measured
-milliseconds, and the median error (without the dense model, which is there to compare with).
-Weights and images are random, as time allows: where each image decides, it keeps what it happens to
-keep, which the prediction is told.
+``python benchmarks/latency.py`` on an otherwise idle machine makes the tables of a backbone for
+torch and onnxruntime, in the same rounds measures schedules of several methods that the tables know
+nothing of, and writes ``results/latency.json``: predicted and measured milliseconds, and the median
+error (without the dense model, which is there to compare with). Weights and images are random, as
+time allows: where each image decides, it keeps what it happens to keep, which the prediction is
+told.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +30,10 @@ from vitrim import (
     sparsify,
 )
 from vitrim.checkpoint import write_atomic
+from vitrim.families import family_of
 from vitrim.hardware import hardware
-from vitrim.tools import runners
-from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.latency import predict, profile
-from vitrim.tools.parts import kinds_of
+from vitrim.tools.parts import DENSE, kinds_of
 
 MODEL = "deit_tiny_patch16_224"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -85,47 +80,50 @@ def packed_schedules(depth: int) -> dict[str, Any]:
 
 
 def check(
-    backbone: nn.Module, runtime: str, batch: int, configs: dict[str, Any], options: Any
+    backbone: nn.Module,
+    runtime: str,
+    batch: int,
+    threads: int,
+    configs: dict[str, Any],
+    options: Any,
 ) -> list[dict[str, Any]]:
-    """Profile, predict and measure in one runtime."""
-    threads = options.threads
-    sparse = {"dense": sparsify(backbone, DynamicViTConfig(keep_ratio=1.0))}
-    for name, config in configs.items():
-        sparse[name] = sparsify(backbone, config, generator=torch.Generator().manual_seed(1))
+    """Profile, with whole models beside the parts, and predict those; in one runtime."""
+    sparse = {
+        name: sparsify(backbone, config, generator=torch.Generator().manual_seed(1)).eval()
+        for name, config in configs.items()
+    }
+    family = family_of(backbone)
     names = METHODS if batch == 1 else ("dynamicvit",)
     table = profile(
         backbone,
         runtime=runtime,
         batch=batch,
         threads=threads,
-        configs=[c for c in kinds_of(sparse["dense"].family, names) if _is_wanted(c)],
+        configs=[c for c in kinds_of(family, names) if _is_wanted(c)],
         points=options.points if batch == 1 else options.points // 2,
         rounds=options.rounds,
+        min_seconds=options.seconds,
+        beside=sparse,
     )
     generator = torch.Generator().manual_seed(0)
-    size = sparse["dense"].family.image_size
-    images = torch.randn((max(batch, 4), 3, *size), generator=generator)
-    batches = list(images.split(batch))
-    with torch.no_grad():
-        models = {name: _runner(model, batches, runtime, threads) for name, model in sparse.items()}
-    with limited_threads(threads), torch.inference_mode():
-        timing = take_turns(models, batches, options.rounds, 0.05, math.inf, time.perf_counter)
+    images = torch.randn((batch, 3, *family.image_size), generator=generator)
+    predicted = {DENSE: float(predict(table, None, family, family.grid()))}
+    predicted |= {name: _predicted(table, model, images) for name, model in sparse.items()}
     rows = []
-    for name, model in sparse.items():
-        measured = Quartiles.of([1e3 * seconds for seconds in timing[name].seconds])
-        predicted = _predicted(table, model, images)
+    for name, milliseconds in predicted.items():
+        curve = table.curves[name]
         row = {
             "runtime": runtime,
             "batch": batch,
             "threads": threads,
             "schedule": name,
-            "predicted": predicted,
-            "measured": asdict(measured),
-            "error": predicted / measured.median - 1,
+            "predicted": milliseconds,
+            "measured": {"low": curve.low[0], "median": curve.median[0], "high": curve.high[0]},
+            "error": milliseconds / curve.median[0] - 1,
         }
         print(
-            f"{runtime:12} batch {batch:2}  {name:30} predicted {predicted:8.2f} ms  measured "
-            f"{measured.median:8.2f} ms  {100 * row['error']:+5.1f}%",
+            f"{runtime:12} {threads} thread(s) batch {batch}  {name:30} predicted "
+            f"{milliseconds:7.2f} ms  measured {curve.median[0]:7.2f} ms  {row['error']:+6.1%}",
             flush=True,
         )
         rows.append(row)
@@ -149,44 +147,34 @@ def _predicted(table: Any, model: SparseModel, images: Tensor) -> float:
     return float(predict(table, model.method, family, family.grid(), counts))
 
 
-def _runner(
-    model: SparseModel, batches: list[Tensor], runtime: str, threads: int
-) -> Callable[[Tensor], Any]:
-    model.eval()
-    if runtime == "torch":
-        return model
-    bound = runners.bind(model, batches[0], False, runtime, "fp32", threads)
-    calls = {id(part): bound(part) for part in batches}
-    return lambda part: calls[id(part)]()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--runtimes", default="torch,onnxruntime")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--points", type=int, default=14)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.02, help="length of a turn")
     parser.add_argument("--output", type=Path, default=RESULTS / "latency.json")
     options = parser.parse_args()
     torch.manual_seed(0)
     backbone = timm.create_model(options.model).eval().requires_grad_(False)
     depth = len(backbone.blocks)
-    rows = []
-    for runtime in options.runtimes.split(","):
-        rows += check(backbone, runtime, 1, schedules(depth), options)
-        if runtime == "torch":
-            rows += check(backbone, runtime, PACKED_BATCH, packed_schedules(depth), options)
-    errors = {}
-    for runtime in options.runtimes.split(","):
-        own = [row for row in rows if row["runtime"] == runtime and row["schedule"] != "dense"]
-        errors[runtime] = statistics.median(abs(row["error"]) for row in own)
-    for runtime, error in errors.items():
-        print(f"{runtime}: median error {100 * error:.1f}%")
+    rows, errors = [], {}
+    for threads in options.threads:
+        for runtime in options.runtimes.split(","):
+            found = check(backbone, runtime, 1, threads, schedules(depth), options)
+            if runtime == "torch":
+                packed = packed_schedules(depth)
+                found += check(backbone, runtime, PACKED_BATCH, threads, packed, options)
+            error = statistics.median(abs(r["error"]) for r in found if r["schedule"] != DENSE)
+            print(f"{runtime}, {threads} thread(s): median error {100 * error:.1f}%")
+            errors[f"{runtime}, {threads} thread(s)"] = error
+            rows += found
     run = {
         "command": " ".join(["python", *sys.argv]),
         "model": options.model,
-        "hardware": hardware(torch.device("cpu")) | {"threads": options.threads},
+        "hardware": hardware(torch.device("cpu")),
         "median_error": errors,
         "rows": rows,
     }

@@ -122,6 +122,9 @@ def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    # Left to themselves its threads spin for tens of milliseconds after a call, and slow whatever
+    # runs next on their cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,12 +61,13 @@ def profile_command(
         common.check_writable(plot)
         check_plot(plot)
     loaded = common.load_model(model, pretrained=False, image_size=image_size)
+    backbone = loaded.backbone if isinstance(loaded, SparseModel) else loaded
     configs = None
     if methods is not None:
         if isinstance(loaded, SparseModel):
             raise ConfigError(f"{model} is a checkpoint, which has a method; leave --methods out")
         names = [name.strip() for name in methods.split(",")]
-        configs = kinds_of(family_of(loaded), names)
+        configs = kinds_of(family_of(backbone), names)
     side_file = output.with_name(f"{output.name}.partial")
     if side_file.exists():
         common.note(f"going on with {side_file}")
@@ -90,7 +91,21 @@ def profile_command(
     if plot is not None:
         draw_table(plot, table)
     common.out().print(_summary(table))
+    common.out().print(_dense(table, family_of(backbone)))
     common.out().print(f"written: {output}", markup=False, soft_wrap=True)
+
+
+def _dense(table: LatencyTable, family: Any) -> str:
+    """How well the sum of the parts meets the dense model, which was measured beside them."""
+    from vitrim.tools.latency import predict
+    from vitrim.tools.parts import DENSE
+
+    predicted = predict(table, None, family, family.grid())
+    measured = table.curves[DENSE].median[0]
+    return (
+        f"dense model: {measured:.2f} ms measured, {predicted:.2f} ms predicted from its parts "
+        f"({predicted / measured - 1:+.1%})"
+    )
 
 
 def _summary(table: LatencyTable) -> object:

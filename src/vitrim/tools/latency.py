@@ -34,7 +34,15 @@ from vitrim.tokens import Grid
 from vitrim.tools import runners
 from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_threads
 from vitrim.tools.curve import check_plot, save_figure
-from vitrim.tools.parts import NOTHING, NOTHING_COLD, POINTS, Probe, kinds_of, probes_of
+from vitrim.tools.parts import (
+    DENSE,
+    NOTHING,
+    NOTHING_COLD,
+    POINTS,
+    Probe,
+    kinds_of,
+    probes_of,
+)
 
 _READY = 30
 """Percent of the work that are done when everything is ready to be timed."""
@@ -56,6 +64,7 @@ def profile(
     min_seconds: float = 0.02,
     device: str | torch.device = "cpu",
     side_file: Path | None = None,
+    beside: Mapping[str, nn.Module] | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -75,6 +84,8 @@ def profile(
         min_seconds: a turn lasts at least about this long, and at least one call.
         device: ``"cpu"``, or for torch a CUDA device.
         side_file: what was measured so far; read if it is there, written after every round.
+        beside: whole models by name, on the same backbone, which take turns with the parts: to hold
+            predictions against. The dense model always does, as ``dense``.
         clock: seconds; monotonic.
         progress: told how many percent are done.
 
@@ -93,9 +104,13 @@ def profile(
     describe_model(family_of(source))
     if configs is None:
         configs = [model.config] if isinstance(model, SparseModel) else kinds_of(family_of(source))
-    backbone = copy.deepcopy(source).to(device, runners.torch_dtype(runtime, dtype)).eval()
-    backbone.requires_grad_(False)
-    probes = list(probes_of(backbone, configs, runtime, batch, points))
+    kind = runners.torch_dtype(runtime, dtype)
+    backbone, *models = (
+        copy.deepcopy(module).to(device, kind).eval().requires_grad_(False)
+        for module in (source, *(beside or {}).values())
+    )
+    whole = dict(zip(beside or {}, models, strict=True))
+    probes = list(probes_of(backbone, configs, runtime, batch, points, whole))
     with limited_threads(threads):
         stamp = _stamp(backbone, device, runtime, batch, threads, dtype)
         samples = _resumed(side_file, stamp, probes)
@@ -347,6 +362,8 @@ def draw_table(path: Path, table: LatencyTable) -> None:
     left, right = figure.subplots(1, 2)
     in_blocks = ("block", "packed", "attention", "mlp", "cross")
     for part, curve in table.curves.items():
+        if part == DENSE:
+            continue
         axes = left if part in in_blocks else right
         (line,) = axes.plot(curve.tokens, curve.median, ".-", label=part)
         axes.fill_between(curve.tokens, curve.low, curve.high, color=line.get_color(), alpha=0.2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,8 @@ POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
 FEW_POINTS = 6
 """The same of parts that cost little."""
 NOTHING, NOTHING_COLD = "nothing", "nothing-cold"
+DENSE = "dense"
+"""The whole dense model, to hold the sum of its parts against."""
 
 SPREAD = 0.25
 """The images of a packed batch have from this share fewer to this share more than their mean."""
@@ -88,6 +90,20 @@ class Head(Part):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.family.head(self.tokens(images))
+
+
+class Whole(Part):
+    """A model as it is: the backbone itself, or a sparse one on it."""
+
+    counts_calls = True
+    cold = False
+
+    def __init__(self, backbone: nn.Module, model: nn.Module) -> None:
+        super().__init__(backbone)
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)  # type: ignore[no-any-return]
 
 
 class _Chain(Part):
@@ -278,9 +294,14 @@ def kinds_of(family: Any, names: Sequence[str] = ()) -> list[Any]:
 
 
 def probes_of(
-    backbone: Any, configs: Sequence[Any], runtime: str, batch: int, points: int
+    backbone: Any,
+    configs: Sequence[Any],
+    runtime: str,
+    batch: int,
+    points: int,
+    beside: Mapping[str, nn.Module],
 ) -> Iterator[Probe]:
-    """Everything that is timed."""
+    """Everything that is timed; ``beside`` are whole models on backbones like this one."""
     family = family_of(backbone)
     assert isinstance(family, ViT)
     patches, prefix = math.prod(family.grid()), family.num_prefix
@@ -289,6 +310,8 @@ def probes_of(
     in_torch = runtime.startswith("torch")
     image = (batch, int(backbone.in_chans), *family.image_size)
     yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
+    for name, model in {DENSE: backbone, **beside}.items():
+        yield Probe(name, patches + prefix, Whole(backbone, model), image, varies=False)
     plain: dict[str, tuple[Part, list[int]]] = {
         NOTHING: (Nothing(backbone, cold=False), sorted({*many, *few})),
         NOTHING_COLD: (Nothing(backbone, cold=True), few),

@@ -161,9 +161,8 @@ def _rows(
         }
     rows, dense = [], candidates[0]
     for each in candidates:
-        pairs = zip(timing["dense"].seconds, timing[each.name].seconds, strict=True)
-        speedup = Quartiles.of([before / after for before, after in pairs])
-        seconds = Quartiles.of(timing[each.name].seconds)
+        own = timing[each.name]
+        speedup, seconds = own.speedup(timing["dense"]), Quartiles.of(own.seconds)
         share = macs[each.name] / macs["dense"]
         row: dict[str, Any] = {
             "method": each.name,
@@ -171,8 +170,8 @@ def _rows(
             "batch": batch,
             "top1": each.top1,
             "macs": macs[each.name],
-            "rounds": len(timing[each.name].seconds),
-            "milliseconds": vars(Quartiles.of([1e3 * s for s in timing[each.name].seconds])),
+            "rounds": len(own.seconds),
+            "milliseconds": vars(seconds / 1e-3),
             "images_per_second": batch / seconds.median,
             "speedup": vars(speedup),
             "efficiency": vars(speedup / (1 / share)),

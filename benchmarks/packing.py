@@ -4,9 +4,10 @@
 all of them and writes ``results/packing.json`` and the tables of ``results/packing.md``.
 
 DeiT-S, 12 blocks and head. The counts of the batch spread by 25 tokens around their mean of 111;
-the uniform batch keeps 111 of every image. The ways take turns: each runs once per round, in
-rotating order, and the relative throughput is the ratio of times within a round. ``--fit`` measures
-the constants of the cost model instead (``vitrim/bucketing.py``).
+the uniform batch keeps 111 of every image. The ways take turns, and each is compared with the
+uniform batch right before and right after it: two virtual processors may share a core for seconds,
+and then all times are half as long again. ``--fit`` measures the constants of the cost model
+instead (``vitrim/bucketing.py``).
 """
 
 from __future__ import annotations
@@ -215,16 +216,23 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def measure(ways: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in each round; at least three rounds."""
-    names, times = list(ways), {name: [] for name in ways}
+Pair = tuple[float, float]
+"""Seconds of the uniform batch, before and after a way on average, and of the way."""
+
+
+def measure(ways: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[Pair]]:
+    """Times of each way in each round, of the packed one in three places; three rounds or more."""
+    names, pairs = list(ways), {name: list[Pair]() for name in ways}
+    third = len(names) // 3
+    order = [*names[:third], PACKED, *names[third : 2 * third], PACKED, *names[2 * third :]]
     deadline, turn = time.perf_counter() + seconds, 0
     while turn < 3 or time.perf_counter() < deadline:
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(timed(ways[name], device))
+        for name in order:
+            uniform = ways[UNIFORM + STAGE if name.endswith(STAGE) else UNIFORM]
+            before, own, after = (timed(run, device) for run in (uniform, ways[name], uniform))
+            pairs[name].append(((before + after) / 2, own))
         turn += 1
-    return times
+    return pairs
 
 
 def timed(run: Run, device: torch.device) -> float:
@@ -251,18 +259,16 @@ def measured_rows(options: argparse.Namespace, dtype: str, device: torch.device)
         if not name.startswith(UNIFORM):
             tolerance = 1e-4 if dtype == "fp32" else 0.1
             torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
-    times = measure(ways, options.seconds, device)
+    pairs = measure(ways, options.seconds, device)
     rows = []
-    for name, own in times.items():
-        base = times[UNIFORM + STAGE if name.endswith(STAGE) else UNIFORM]
+    for name, own in pairs.items():
+        relative = Quartiles.of([uniform / seconds for uniform, seconds in own])
         rows.append(
             {
                 "way": name,
                 "dtype": dtype,
-                "relative": vars_of(
-                    Quartiles.of([uniform / time for uniform, time in zip(base, own, strict=True)])
-                ),
-                "milliseconds": vars_of(Quartiles.of([1e3 * time for time in own])),
+                "relative": vars_of(relative),
+                "milliseconds": vars_of(Quartiles.of([1e3 * seconds for _, seconds in own])),
                 "rounds": len(own),
             }
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -17,6 +19,10 @@ ADAPTIVE = {
     "sait": SaiTConfig(min_kept=1, mass=0.6),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.45),
 }
+
+
+STAGES = {name: {"stages": (3, 6, 9)} for name in ("dynamicvit", "asvit", "spvit")}
+"""Where a backbone of twelve blocks drops tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +44,9 @@ def test_fixed_counts_are_one_graph(case, backbone):
     assert counter.frame_count == 1
 
 
-def decisive(config):
+def decisive(config, **kwargs):
     """A sparse model whose images keep different counts."""
-    sparse = vitrim.sparsify(tiny_vit(), config, generator=seeded(3)).eval()
+    sparse = vitrim.sparsify(tiny_vit(**kwargs), config, generator=seeded(3)).eval()
     with torch.no_grad():
         for block in sparse.backbone.blocks:
             block.attn.qkv.weight.mul_(6)
@@ -67,3 +73,19 @@ def test_packed_batches_share_their_graphs(name):
                 seen.add(tuple(tuple(stage.counts.tolist()) for stage in stages))
     assert counter.frame_count == graphs
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_more_blocks_than_torch_compiles_one_by_one(name, batch):
+    """Blocks share what is compiled: torch gives up on a function after eight versions of it."""
+    config = replace(ADAPTIVE[name], **STAGES.get(name, {}))
+    sparse, counter = decisive(config, depth=12), CompileCounter()
+    compiled = torch.compile(sparse, backend=counter)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for seed in range(4):
+            x = images(batch, seed=seed)
+            torch.testing.assert_close(compiled(x), sparse(x), atol=1e-4, rtol=0)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in range(4, 8):
+                compiled(images(batch, seed=seed))

@@ -84,6 +84,7 @@ STRUCTURED = [
     ("dynamic_spatial", "swin"),
     ("dynamic_spatial", "convnext"),
     ("spvit_pyramid fixed", "pit"),
+    ("spvit_pyramid fixed", "swin"),
     ("stvit_r", "swin"),
     ("stvit_swin", "swin"),
 ]
@@ -203,6 +204,24 @@ def test_other_precisions(to, dtype, tmp_path):
     found = check(sparse, folder, images(8, seed=9))
     assert 1e-7 < found.difference < 0.1
     assert sparse.backbone.head.weight.dtype == torch.float32  # the model is as it was
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [("fp32", "f32"), ("fp16", "f16"), ("bf16", "bf16")])
+def test_openvino_is_told_the_precision(dtype, hint, tmp_path, monkeypatch):
+    """Left to itself it computes in bfloat16 where the processor can, and parity is lost."""
+    import openvino
+
+    _, folder = exported(tmp_path, FIXED["sait"], "openvino", dtype=dtype, batch=1)
+    configs = []
+
+    class Core:
+        def compile_model(self, model, device, config):
+            configs.append(config)
+            return lambda inputs: [np.zeros((1, 7), np.float32)]
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    Bundle(folder)(np.zeros((1, 3, 32, 32), np.float32))
+    assert [config["INFERENCE_PRECISION_HINT"] for config in configs] == [hint]
 
 
 def test_a_batch_that_is_not_a_whole_number_of_calls(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -271,33 +272,63 @@ def test_what_calling_costs_is_counted_once(monkeypatch):
     found.check(family, runtime="torch", batch=1, threads=1, dtype="fp32")
 
 
+def calls_of_a_run():
+    """Of all parts once, at first; and in a round: one to warm up and one to time, and a chain of
+    blocks before each of a part that a model runs once.
+    """
+    probes = list(parts.probes_of(tiny_vit(), [], "torch", 1, SETTINGS["points"], {}))
+    cold = sum(probe.module.cold for probe in probes)
+    assert 0 < cold < len(probes)
+    return len(probes), 2 * len(probes) + 2 * cold
+
+
+def test_parts_that_a_model_runs_once_follow_a_chain_of_blocks(monkeypatch):
+    machine = FakeMachine(monkeypatch)
+    profile(tiny_vit(), clock=machine.clock, configs=[], **SETTINGS)
+    first, _ = calls_of_a_run()
+    before = Counter(
+        earlier
+        for earlier, call in itertools.pairwise(machine.calls[first:])
+        if call[0] in ("Stem", "Head")
+    )
+    assert before.keys() == {("Blocks", 3)}
+
+
+def test_whole_models_take_turns_with_the_parts(monkeypatch):
+    machine = FakeMachine(monkeypatch)
+    sparse = sparsify(tiny_vit(), DynamicViTConfig())
+    options = {"configs": [], "beside": {"sparse": sparse}, **SETTINGS}
+    found = profile(tiny_vit(), clock=machine.clock, **options)
+    assert found.milliseconds("dense", 17) == found.milliseconds("sparse", 17)
+    assert found.milliseconds("dense", 17) == pytest.approx(2.0 + 1.0)  # its input is 3 wide
+
+
 def test_turns_rotate(monkeypatch):
     machine = FakeMachine(monkeypatch)
     percents = []
     profile(tiny_vit(), clock=machine.clock, configs=[], progress=percents.append, **SETTINGS)
     assert percents == sorted(percents)
     assert percents[-4:] == [30, 53, 76, 100]
-    each = len(machine.calls) // 7  # a first call of all; then in each round one to warm up, one
-    rounds = [machine.calls[each:][i * 2 * each : (i + 1) * 2 * each] for i in range(3)]
+    first, each = calls_of_a_run()
+    rounds = [machine.calls[first:][i * each : (i + 1) * each] for i in range(3)]
+    assert len(machine.calls) == first + 3 * each
     assert len({calls[0] for calls in rounds}) == 3
     assert len({frozenset(Counter(calls).items()) for calls in rounds}) == 1
 
 
 def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
     path = tmp_path / "table.json.partial"
-    whole = FakeMachine(monkeypatch)
-    profile(tiny_vit(), clock=whole.clock, configs=[], **SETTINGS)
-    each = len(whole.calls) // 7
+    first, each = calls_of_a_run()
     options = {"configs": [], "side_file": path, **SETTINGS}
 
-    broken = FakeMachine(monkeypatch, fails_after=each + 3 * each)  # in the second round
+    broken = FakeMachine(monkeypatch, fails_after=first + each + 5)  # in the second round
     with pytest.raises(KeyboardInterrupt):
         profile(tiny_vit(), clock=broken.clock, **options)
     assert {len(times) for times in json.loads(path.read_text())["samples"].values()} == {1}
 
     resumed = FakeMachine(monkeypatch)
     found = profile(tiny_vit(), clock=resumed.clock, **options)
-    assert len(resumed.calls) == each + 2 * 2 * each
+    assert len(resumed.calls) == first + 2 * each
     assert found.curves["block"].median == pytest.approx([3.0, 6.0, 9.0, 12.0, 15.0])
 
     finished = FakeMachine(monkeypatch)

@@ -32,7 +32,7 @@ class Costs:
     """
 
     call: float
-    """A call without its work."""
+    """A call without its work, on one thread."""
     pair: float
     """A query and a key."""
     ragged: float
@@ -48,7 +48,8 @@ class Costs:
         """Of ``images`` of the same ``length``, as they lie."""
         tail = length % _LANES
         query = self.pair * length + (self.ragged + self.tail * tail if tail else 0.0)
-        return self.call + images * length * query * heads * _share(images, length, heads, threads)
+        work = images * length * query * heads * _share(images, length, heads, threads)
+        return self._calling(threads) + work
 
     def of_padded(
         self, images: int, longest: int, heads: int, threads: int, equal: bool = False
@@ -57,7 +58,11 @@ class Costs:
         keys = _padded(longest)
         work = (self.pair * longest + self.row) * keys + (0.0 if equal else self.back * longest)
         share = _share(images, longest, heads, threads)
-        return self.call + images * work * heads * share
+        return self._calling(threads) + images * work * heads * share
+
+    def _calling(self, threads: int) -> float:
+        """Each of a call's operations waits for its last thread: measured with one and two."""
+        return self.call * threads**2
 
 
 def _padded(length: int) -> int:

@@ -129,7 +129,8 @@ def sparse_block(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan)
     def drop(path: nn.Module, out: Tensor) -> Tensor:
         if not path.training:
             return out
-        whole: Tensor = path(out.view(plan.num_images, -1, out.shape[1]))  # it drops whole images
+        images = out.reshape(plan.num_images, -1, out.shape[1])
+        whole: Tensor = path(images)  # it drops whole images
         return whole.flatten(0, 1)
 
     out = _attend(block, block.norm1(x_TC), block.norm1(package_BC), plan)
@@ -152,9 +153,9 @@ def _attend(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> T
     absent, bias = qkv.new_zeros(1, qkv.shape[1]), attention.qkv.bias
     padding = absent if bias is None else bias.to(qkv.dtype).unsqueeze(0)  # timm pads with zeros
     qkv = torch.cat([qkv, absent, padding]).index_select(0, plan.slot_P)
-    qkv = qkv.view(-1, area, 3, attention.num_heads, qkv.shape[1] // 3 // attention.num_heads)
+    qkv = qkv.reshape(-1, area, 3, attention.num_heads, qkv.shape[1] // 3 // attention.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    package = package.view(plan.num_images, 1, 3, attention.num_heads, 1, q.shape[-1])
+    package = package.reshape(plan.num_images, 1, 3, attention.num_heads, 1, q.shape[-1])
     package = package.expand(-1, plan.windows, -1, -1, -1, -1).flatten(0, 1)
     k, v = torch.cat([k, package[:, 1]], 2), torch.cat([v, package[:, 2]], 2)
     context = F.scaled_dot_product_attention(

@@ -42,6 +42,11 @@ def fixed_counts(ratios: Sequence[float], num_patches: int) -> tuple[int, ...]:
     return tuple(max(1, int(num_patches * ratio)) for ratio in ratios)
 
 
+def stretches(stages: Sequence[int], depth: int) -> list[range]:
+    """The blocks before the first stage, then those from each stage to the next."""
+    return [range(start, stop) for start, stop in pairwise((0, *stages, depth))]
+
+
 def check_stages(stages: Sequence[int], depth: int | None = None) -> None:
     """Raise :class:`ConfigError` unless ``stages`` are sorted blocks of a backbone of ``depth``."""
     require(len(stages) > 0, "stages is empty; name at least one block, such as (3, 6, 9)")

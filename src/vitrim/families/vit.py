@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
@@ -29,6 +30,8 @@ from vitrim.tokens import Grid, Tokens
 
 _POOLS = ("token", "avg", "map")
 _MLPS = (Mlp, GluMlp, SwiGLU)
+
+SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
 
 
 class ViT(Family):
@@ -104,6 +107,9 @@ class ViT(Family):
 
     def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
+        if isinstance(tokens, PackedTokens):
+            out: AnyTokens = self._run_packed(index, tokens)
+            return out
         block: Any = self.backbone.blocks[index]
 
         def run(x: Tensor) -> Tensor:
@@ -112,6 +118,12 @@ class ViT(Family):
         if self.backbone.grad_checkpointing and torch.is_grad_enabled():
             return tokens.with_x(checkpoint(run, tokens.x, use_reentrant=False))
         return tokens.with_x(run(tokens.x))
+
+    @partial(torch.compiler.disable, recursive=False)
+    def _run_packed(self, index: int, tokens: PackedTokens) -> AnyTokens:
+        # torch.compile shares what it makes of a block among all blocks, but not where it sees the
+        # index: more blocks than it makes graphs of one function would run uncompiled.
+        return blocks.run_block(self.backbone.blocks[index], tokens, self.has_class)
 
     def attention_half(
         self, index: int, tokens: AnyTokens, score: Score | None = None
@@ -235,12 +247,10 @@ class ViT(Family):
         tokens = self.stem(images)
         return self.run_blocks(range(self.depth), tokens)
 
-    def run_blocks(self, indices: Sequence[int], tokens: Tokens) -> Tokens:
-        """Several blocks, one after the other, on tokens that are not packed."""
+    def run_blocks(self, indices: Sequence[int], tokens: SomeTokens) -> SomeTokens:
+        """Several blocks, one after the other."""
         for index in indices:
-            out = self.run_block(index, tokens)
-            assert isinstance(out, Tokens)
-            tokens = out
+            tokens = cast(SomeTokens, self.run_block(index, tokens))
         return tokens
 
     def saliency(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tokens, tuple[Tensor, ...]]:

@@ -58,7 +58,7 @@ from vitrim.methods.base import (
     with_total,
 )
 from vitrim.packing import AnyTokens, select
-from vitrim.stages import check_stages
+from vitrim.stages import check_stages, stretches
 from vitrim.tokens import Grid, Tokens
 
 
@@ -269,17 +269,15 @@ class ASViT(Method):
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
-        num_patches, tokens = stem.num_patches, cast(AnyTokens, stem)
-        for block in range(family.depth):
-            if block + 1 not in self.stages:
-                tokens = family.run_block(block, tokens)
-                continue
-            before, score = self._attend(family, block, tokens)
-            tokens = self._drop(family, before, score, num_patches, self.stages.index(block + 1))
+        *others, last = stretches(self.stages, family.depth)
+        tokens = cast(AnyTokens, stem)
+        for stage, (*whole, block) in enumerate(others):  # tokens leave in the middle of a block
+            before, score = self._attend(family, block, family.run_blocks(whole, tokens))
+            tokens = self._drop(family, before, score, stem.num_patches, stage)
             if recorder:
                 recorder.add(block + 1, before, score, tokens)
             tokens = family.mlp_half(block, tokens)
-        return family.head(tokens)
+        return family.head(family.run_blocks(last, tokens))
 
     def _attend(self, family: ViT, block: int, tokens: AnyTokens) -> tuple[AnyTokens, Tensor]:
         """The attention half of a block, and its score of the patch tokens."""

@@ -49,7 +49,14 @@ from vitrim.methods.base import (
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.predictor import Predictor
-from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, quarter_stages, stage_ratios
+from vitrim.stages import (
+    check_keep_ratio,
+    check_stages,
+    fixed_counts,
+    quarter_stages,
+    stage_ratios,
+    stretches,
+)
 from vitrim.tokens import Grid, Tokens
 
 
@@ -152,11 +159,11 @@ class DynamicViT(RatioMethod):
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
-        num_patches, tokens = stem.num_patches, cast(AnyTokens, stem)
-        for block in range(family.depth):
-            if block in self.stages:
-                tokens = self._drop(family, tokens, self.stages.index(block), num_patches, recorder)
-            tokens = family.run_block(block, tokens)
+        before, *others = stretches(self.stages, family.depth)
+        tokens = cast(AnyTokens, family.run_blocks(before, stem))
+        for stage, blocks in enumerate(others):
+            tokens = self._drop(family, tokens, stage, stem.num_patches, recorder)
+            tokens = family.run_blocks(blocks, tokens)
         return family.head(tokens)
 
     def _drop(

@@ -252,8 +252,7 @@ class SaiT(Method):
         """Logits, from what goes on at the point of pruning."""
         if self.config.where == "mid":
             tokens = family.mlp_half(self.stages[0] - 1, tokens)
-        for block in range(self.stages[0], family.depth):
-            tokens = family.run_block(block, tokens)
+        tokens = family.run_blocks(range(self.stages[0], family.depth), tokens)
         return family.head(tokens)
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:

@@ -56,7 +56,14 @@ from vitrim.methods.base import (
 )
 from vitrim.packing import AnyTokens, select
 from vitrim.selector import Scores, Selector, masked, package_of
-from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, quarter_stages, stage_ratios
+from vitrim.stages import (
+    check_keep_ratio,
+    check_stages,
+    fixed_counts,
+    quarter_stages,
+    stage_ratios,
+    stretches,
+)
 from vitrim.tokens import Grid, Tokens
 
 
@@ -194,21 +201,20 @@ class SPViT(RatioMethod):
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
-        num_patches, tokens = stem.num_patches, cast(AnyTokens, stem)
-        noise = None
+        num_patches, noise = stem.num_patches, None
         if self.config.inference == "gumbel":
             noise = torch.Generator(images.device).manual_seed(self.config.seed)
-        for block in range(family.depth):
-            if block in self.stages:
-                before, stage = tokens, self.stages.index(block)
-                skips = self._drops_nothing(stage, num_patches)
-                if not skips or recorder:
-                    scores = self._score(family, stage, before)
-                if not skips:
-                    tokens = self._drop(family, stage, before, scores, num_patches, noise)
-                if recorder:
-                    recorder.add(block, before, self._rank(scores), tokens)
-            tokens = family.run_block(block, tokens)
+        first, *others = stretches(self.stages, family.depth)
+        tokens = cast(AnyTokens, family.run_blocks(first, stem))
+        for stage, blocks in enumerate(others):
+            before, skips = tokens, self._drops_nothing(stage, num_patches)
+            if not skips or recorder:
+                scores = self._score(family, stage, before)
+            if not skips:
+                tokens = self._drop(family, stage, before, scores, num_patches, noise)
+            if recorder:
+                recorder.add(self.stages[stage], before, self._rank(scores), tokens)
+            tokens = family.run_blocks(blocks, tokens)
         return family.head(tokens)
 
     def _score(self, family: ViT, stage: int, tokens: AnyTokens) -> Scores:

@@ -188,6 +188,11 @@ class Timing:
     calls: int
     """In each round."""
 
+    def speedup(self, base: Timing) -> Quartiles:
+        """Time of the base over this time, round by round."""
+        pairs = zip(base.seconds, self.seconds, strict=True)
+        return Quartiles.of([before / after for before, after in pairs])
+
 
 def take_turns(
     runners: Mapping[str, Callable[[Tensor], Any]],
@@ -244,9 +249,7 @@ def _rows(
     base = next(iter(timing))
     rows = []
     for name, own in timing.items():
-        pairs = zip(timing[base].seconds, own.seconds, strict=True)
-        speedup = Quartiles.of([before / after for before, after in pairs])
-        seconds = Quartiles.of(own.seconds)
+        speedup, seconds = own.speedup(timing[base]), Quartiles.of(own.seconds)
         rows.append(
             Row(
                 name=name,

@@ -1,0 +1,185 @@
+"""What budgets in milliseconds give when the result is measured: asked, predicted, measured.
+
+``python benchmarks/milliseconds.py`` on an otherwise idle machine (about ten minutes) profiles the
+embedded set's vision transformer, trains digits recipes to budgets of that table, and times what
+comes out beside the dense model; with ``--assets FOLDER`` (see ``real_weights.py``) it does the
+same without training for DeiT-Tiny on real images. Writes ``results/milliseconds.json`` and
+``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim.cli.common import load_model
+from vitrim.cli.images import prepared_images
+from vitrim.families import family_of
+from vitrim.hardware import hardware
+from vitrim.latency import LatencyTable
+from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
+from vitrim.tools.latency import predict, profile
+from vitrim.tools.milliseconds import sparsify_to
+from vitrim.train.engine import train
+from vitrim.train.recipe import BudgetRecipe, load_recipe
+from vitrim.train.task import create_dense
+
+RESULTS = Path(__file__).parents[1] / "results"
+REAL = "deit_tiny_patch16_224"
+FREE = {
+    "asvit": ASViTConfig(value_weighting=True),
+    "sait": SaiTConfig(score="cls_value_norm"),
+}
+TRAINED = {
+    "dynamicvit": ("digits-dynamicvit", DynamicViTConfig()),
+    "dynamicvit, each image": ("digits-dynamicvit", DynamicViTConfig(threshold=0.5)),
+    "spvit, each image": ("digits-spvit", SPViTConfig()),
+    "asvit": ("digits-asvit", ASViTConfig()),
+}
+SHARES = (0.8, 0.65)
+"""Of the dense model's predicted latency."""
+TRAINED_BATCH = 16
+CALIBRATED_ON, TIMED = 256, 64
+
+
+def without_training(assets: Path, options: Any) -> Iterator[dict[str, Any]]:
+    """DeiT-Tiny, one image at a time: solved schedules and the dial."""
+    model = load_model(REAL, assets / "weights" / f"{REAL}.safetensors")
+    table = profile(model, threads=options.threads, configs=list(FREE.values()))
+    seen = prepared_images(model, str(assets / "imagenet-adapt-1000"), CALIBRATED_ON, 32)
+    unseen = prepared_images(model, str(assets / "imagenet-val-1300"), TIMED, 32)
+    for name, config in FREE.items():
+        for share in SHARES:
+            asked = share * dense_milliseconds(table, model)
+            sparse, latency, _ = sparsify_to(model, config, table, asked, seen.split(32))
+            how = {"model": REAL, "method": name, "way": "without training", "batch": 1}
+            yield how | measured(model, sparse, latency.plain(), unseen.split(1), options)
+
+
+def by_training(options: Any) -> Iterator[dict[str, Any]]:
+    """The embedded set's model in batches: recipes with a budget."""
+    dense = create_dense(load_recipe("digits-dynamicvit").model, seed=0).eval()
+    configs = [config for _, config in TRAINED.values()]
+    table = profile(dense, batch=TRAINED_BATCH, threads=options.threads, configs=configs)
+    with tempfile.TemporaryDirectory() as folder:
+        table.save(Path(folder) / "table.json")
+        for name, (recipe_name, config) in TRAINED.items():
+            for share in SHARES:
+                asked = share * dense_milliseconds(table, dense)
+                recipe = load_recipe(recipe_name)
+                method = recipe.method
+                if isinstance(config, DynamicViTConfig):
+                    method = replace(method, threshold=config.threshold)
+                recipe = replace(
+                    recipe,
+                    method=method,
+                    budget=BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json"),
+                )
+                result = train(recipe, Path(folder) / f"{name}-{share}")
+                sparse = from_pretrained(result.folder / "checkpoint")
+                unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)
+                how = {
+                    "model": "the embedded set's ViT",
+                    "method": name,
+                    "way": f"trained by {recipe_name}",
+                    "batch": TRAINED_BATCH,
+                }
+                batches = unseen.split(TRAINED_BATCH)
+                yield how | measured(dense, sparse, result.metrics["latency"], batches, options)
+
+
+def dense_milliseconds(table: LatencyTable, model: nn.Module) -> float:
+    family = family_of(model)
+    return float(predict(table, None, family, family.grid()))
+
+
+def measured(
+    dense: nn.Module,
+    sparse: nn.Module,
+    latency: dict[str, Any],
+    batches: Sequence[Tensor],
+    options: Any,
+) -> dict[str, Any]:
+    """What was asked and predicted, beside what the models take in turns."""
+    models = {"dense": dense.eval(), "sparse": sparse.eval()}
+    with limited_threads(options.threads), torch.inference_mode():
+        timing = take_turns(models, batches, options.rounds, 0.5, math.inf, time.perf_counter)
+    of = {name: Quartiles.of([1e3 * s for s in own.seconds]) for name, own in timing.items()}
+    return {
+        "asked": latency["asked"],
+        "predicted": latency["predicted"],
+        "measured": vars(of["sparse"]),
+        "error": of["sparse"].median / latency["asked"] - 1,
+        "dense": {"predicted": latency["dense"], "measured": vars(of["dense"])},
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    measured, dense = row["measured"], row["dense"]
+    cells = [
+        *(row["model"], row["batch"], row["method"], row["way"]),
+        *(f"{row['asked']:.2f}", f"{row['predicted']:.2f}"),
+        f"{measured['median']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]",
+        f"{row['error']:+.1%}",
+        *(f"{dense['predicted']:.2f}", f"{dense['measured']['median']:.2f}"),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def page(content: dict[str, Any]) -> str:
+    stamp = content["hardware"]
+    return "\n".join(
+        [
+            "# Budgets in milliseconds, and what was measured",
+            "",
+            f"Made by `python benchmarks/milliseconds.py` on {stamp['threads']} thread(s) of "
+            f"{stamp['cpu']}, torch {stamp['torch']}, {content['date']}. Milliseconds per batch, "
+            "medians [quartiles] over rounds in which the dense and the sparse model take turns, "
+            "on images that were not calibrated or trained on. The tables were made just before.",
+            "",
+            "| model | batch | method | way | asked | predicted | measured | error | dense, "
+            "predicted | dense, measured |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *map(line, content["rows"]),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assets", type=Path, help="Real weights and images.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    rows = []
+    sources = [by_training(options)]
+    if options.assets is not None:
+        sources.insert(0, without_training(options.assets, options))
+    for source in sources:
+        for row in source:
+            rows.append(row)
+            print(line(row), flush=True)
+    content = {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(torch.device("cpu")) | {"threads": options.threads},
+        "rows": rows,
+    }
+    write_atomic(RESULTS / "milliseconds.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(RESULTS / "milliseconds.md", page(content).encode())
+
+
+if __name__ == "__main__":
+    main()

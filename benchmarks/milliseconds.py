@@ -79,14 +79,11 @@ def by_training(options: Any) -> Iterator[dict[str, Any]]:
             for share in SHARES:
                 asked = share * dense_milliseconds(table, dense)
                 recipe = load_recipe(recipe_name)
-                method = recipe.method
                 if isinstance(config, DynamicViTConfig):
-                    method = replace(method, threshold=config.threshold)
-                recipe = replace(
-                    recipe,
-                    method=method,
-                    budget=BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json"),
-                )
+                    fields = recipe.method.config | {"threshold": config.threshold}
+                    recipe = replace(recipe, method=replace(recipe.method, config=fields))
+                budget = BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json")
+                recipe = replace(recipe, budget=budget)
                 result = train(recipe, Path(folder) / f"{name}-{share}")
                 sparse = from_pretrained(result.folder / "checkpoint")
                 unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)

@@ -5,12 +5,32 @@ Every piece is the block's own sub-module, called as timm calls it.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitrim.attention import Score, recorded_attention
 from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
+
+SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
+
+
+def run_blocks(
+    chosen: Sequence[nn.Module], tokens: SomeTokens, has_class: bool, again: bool
+) -> SomeTokens:
+    """Several blocks, one after the other; ``again`` computes them once more in the backward pass
+    instead of keeping what is inside (activation checkpointing).
+    """
+    for block in chosen:
+
+        def run(x: Tensor, block: Any = block, tokens: AnyTokens = tokens) -> Tensor:
+            return run_block(block, tokens.with_x(x), has_class).x
+
+        x = checkpoint(run, tokens.x, use_reentrant=False) if again else run(tokens.x)
+        tokens = cast(SomeTokens, tokens.with_x(x))
+    return tokens
 
 
 def run_block(block: Any, tokens: AnyTokens, has_class: bool) -> AnyTokens:

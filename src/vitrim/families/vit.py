@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrim.attention import AttentionRecord, Score, cross_attention
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
+from vitrim.families.blocks import SomeTokens
 from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.packing import AnyTokens, PackedTokens
 from vitrim.tokens import Grid, Tokens
 
 _POOLS = ("token", "avg", "map")
 _MLPS = (Mlp, GluMlp, SwiGLU)
-
-SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
 
 
 class ViT(Family):
@@ -107,23 +104,7 @@ class ViT(Family):
 
     def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
-        if isinstance(tokens, PackedTokens):
-            out: AnyTokens = self._run_packed(index, tokens)
-            return out
-        block: Any = self.backbone.blocks[index]
-
-        def run(x: Tensor) -> Tensor:
-            return blocks.run_block(block, tokens.with_x(x), self.has_class).x
-
-        if self.backbone.grad_checkpointing and torch.is_grad_enabled():
-            return tokens.with_x(checkpoint(run, tokens.x, use_reentrant=False))
-        return tokens.with_x(run(tokens.x))
-
-    @partial(torch.compiler.disable, recursive=False)
-    def _run_packed(self, index: int, tokens: PackedTokens) -> AnyTokens:
-        # torch.compile shares what it makes of a block among all blocks, but not where it sees the
-        # index: more blocks than it makes graphs of one function would run uncompiled.
-        return blocks.run_block(self.backbone.blocks[index], tokens, self.has_class)
+        return self.run_blocks((index,), tokens)
 
     def attention_half(
         self, index: int, tokens: AnyTokens, score: Score | None = None
@@ -249,9 +230,11 @@ class ViT(Family):
 
     def run_blocks(self, indices: Sequence[int], tokens: SomeTokens) -> SomeTokens:
         """Several blocks, one after the other."""
-        for index in indices:
-            tokens = cast(SomeTokens, self.run_block(index, tokens))
-        return tokens
+        # By their modules, whatever their indices: torch.compile shares what it makes of blocks
+        # that differ in weights alone, and gives up on a function that it has made eight times.
+        chosen = [self.backbone.blocks[index] for index in indices]
+        again = self.backbone.grad_checkpointing and torch.is_grad_enabled()
+        return blocks.run_blocks(chosen, tokens, self.has_class, again)
 
     def saliency(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tokens, tuple[Tensor, ...]]:
         """How much each patch token matters to what the dense model predicts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from vitrim.families import blocks
 
 # The tests run in several processes: one that used every core would hold up the others.
 torch.set_num_threads(1)
@@ -126,6 +129,23 @@ def norm_operations(model: nn.Module) -> list[int]:
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda _m, x, _y: operations.append(5 * x[0].numel()))
     return operations
+
+
+def watch_blocks(
+    model: Any, monkeypatch: pytest.MonkeyPatch, record: Callable[[int, Any, Any], None]
+) -> None:
+    """``record`` gets the index of each block of a plain vision transformer that is run whole, and
+    the tokens before and after it.
+    """
+    run_block, indices = blocks.run_block, {b: i for i, b in enumerate(model.backbone.blocks)}
+
+    def run(block: Any, tokens: Any, has_class: bool) -> Any:
+        after = run_block(block, tokens, has_class)
+        if block in indices:  # not a teacher's
+            record(indices[block], tokens, after)
+        return after
+
+    monkeypatch.setattr(blocks, "run_block", run)
 
 
 def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from tests import test_golden_asvit, test_golden_dynamicvit, test_golden_spvit
-from tests.conftest import golden, golden_input, golden_weights
+from tests.conftest import golden, golden_input, golden_weights, watch_blocks
 from tests.golden_checks import assert_feature, assert_gradients, taught
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.convert import load_dense
@@ -17,21 +17,15 @@ from vitrim.convert import load_dense
 
 def features_of(model, monkeypatch):
     """What the backbone's parts return, by the authors' names, once the model runs."""
-    kept = {}
+    kept, mlp_half = {}, model.family.mlp_half
 
-    def watch(name):
-        run = getattr(model.family, name)
+    def second_half(index, tokens):  # a block that scores runs in halves
+        after = mlp_half(index, tokens)
+        kept[f"blocks.{index}"] = after.x
+        return after
 
-        def watched(index, tokens, *rest):
-            after = run(index, tokens, *rest)
-            if name != "attention_half":
-                kept[f"blocks.{index}"] = after.x
-            return after
-
-        monkeypatch.setattr(model.family, name, watched)
-
-    for name in ("run_block", "mlp_half"):  # a block that scores runs in halves
-        watch(name)
+    monkeypatch.setattr(model.family, "mlp_half", second_half)
+    watch_blocks(model, monkeypatch, lambda i, _, after: kept.update({f"blocks.{i}": after.x}))
     for name in ("patch_embed", "norm"):
         module = model.backbone.get_submodule(name)
         module.register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))

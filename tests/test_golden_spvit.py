@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.conftest import golden, golden_input, golden_weights
+from tests.conftest import golden, golden_input, golden_weights, watch_blocks
 from tests.golden_checks import assert_feature, assert_gradients, taught
 from tests.test_golden_dynamicvit import tolerance
 from vitrim import CheckpointError, SPViTConfig, load_official
@@ -17,14 +17,8 @@ from vitrim.tokens import Tokens
 
 def features_of(model, monkeypatch):
     """What the backbone's parts return, by the authors' names, once the model runs."""
-    kept, run_block = {}, model.family.run_block
-
-    def run(index, tokens):
-        after = run_block(index, tokens)
-        kept[f"blocks.{index}"] = after.x
-        return after
-
-    monkeypatch.setattr(model.family, "run_block", run)
+    kept = {}
+    watch_blocks(model, monkeypatch, lambda i, _, after: kept.update({f"blocks.{i}": after.x}))
     for name in ("patch_embed", "norm"):
         module = model.backbone.get_submodule(name)
         module.register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import images, seeded, tiny_vit
+from tests.conftest import images, seeded, tiny_vit, watch_blocks
 from vitrim import ConfigError, SPViTConfig, sparsify
 from vitrim.losses import batch_ratio_loss
 from vitrim.methods.base import DenseOutput
@@ -184,14 +184,12 @@ def test_training_forward_agrees_with_inference(variant):
 
 def blocks_of(sparse, monkeypatch):
     """The tokens that enter and leave each block, once the model runs."""
-    inputs, outputs, run_block = {}, {}, sparse.family.run_block
+    inputs, outputs = {}, {}
 
-    def run(index, tokens):
-        inputs[index] = tokens
-        outputs[index] = run_block(index, tokens)
-        return outputs[index]
+    def record(index, before, after):
+        inputs[index], outputs[index] = before, after
 
-    monkeypatch.setattr(sparse.family, "run_block", run)
+    watch_blocks(sparse, monkeypatch, record)
     return inputs, outputs
 
 

@@ -166,7 +166,10 @@ def _attend(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> T
         dropout_p=attention.attn_drop.p if attention.training else 0.0,
         scale=attention.scale,
     )
-    context = context.transpose(1, 2).reshape(-1, attention.proj.in_features)
+    context = context.transpose(1, 2)
+    if torch.compiler.is_exporting():  # a runtime's attention may lay its result out otherwise
+        context = context.clone(memory_format=torch.contiguous_format)
+    context = context.reshape(-1, attention.proj.in_features)
     out: Tensor = attention.proj(context.index_select(0, plan.place_T))
     dropped: Tensor = attention.proj_drop(out)
     return dropped

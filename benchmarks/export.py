@@ -3,10 +3,10 @@
 ``python benchmarks/export.py`` exports DeiT-Small with random weights, dense, with DynamicViT at
 r = 0.7 and, for one image at a time, with AS-ViT calibrated to the same cost on the embedded
 images; then it times them in torch, torch.compile, onnxruntime and OpenVINO. Within a runtime the
-candidates take turns in rotating order. Writes ``results/export.json`` and prints a table; parts
-that are measured already stay (``--again`` measures them anew), so it can run piece by piece:
-``--only onnxruntime openvino``. The machine should do nothing else: about five minutes on two
-cores, half of it exporting; what is exported is kept in ``runs/export``.
+candidates take turns in rotating order. Writes ``results/export.json`` and the table of
+``results/export.md``; parts that are measured already stay (``--again`` measures them anew), so it
+can run piece by piece: ``--only onnxruntime openvino``. The machine should do nothing else: about
+ten minutes on two cores, half of it exporting; what is exported is kept in ``runs/export``.
 """
 
 from __future__ import annotations
@@ -127,6 +127,29 @@ def measure(
         }
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table, between marks: what stands around it is written by hand."""
+    lines = [
+        "| runtime | precision | batch | model | GMACs | ms per call | speed-up | efficiency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds, speedup = row["seconds"], row["speedup"]
+        cells = [
+            *(row["runtime"], row["dtype"], row["batch"], row["name"], f"{row['macs'] / 1e9:.3f}"),
+            f"{1e3 * seconds['median']:.2f} [{1e3 * seconds['low']:.2f}, "
+            f"{1e3 * seconds['high']:.2f}]",
+            f"{speedup['median']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]",
+            f"{row['efficiency']['median']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    path, begin, end = RESULTS.with_suffix(".md"), "<!-- table -->", "<!-- end of table -->"
+    before, _, rest = path.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    table = "\n".join(lines)
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
 def line(row: dict[str, Any]) -> str:
     seconds, speedup = row["seconds"], row["speedup"]
     return (
@@ -177,6 +200,10 @@ def main() -> None:
             write_atomic(options.output, (json.dumps(content, indent=1) + "\n").encode())
             for row in found:
                 print(line(row), flush=True)
+    order = {runtime: place for place, runtime in enumerate(DTYPES)}
+    rows.sort(key=lambda row: (order[row["runtime"]], row["dtype"], row["batch"]))
+    if options.output == RESULTS:
+        write_atomic(RESULTS.with_suffix(".md"), page(rows).encode())
 
 
 if __name__ == "__main__":

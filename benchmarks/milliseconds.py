@@ -1,6 +1,6 @@
 """What budgets in milliseconds give when the result is measured: asked, predicted, measured.
 
-``python benchmarks/milliseconds.py`` on an otherwise idle machine (about ten minutes) profiles the
+``python benchmarks/milliseconds.py`` on an otherwise idle machine (about six minutes) profiles the
 embedded set's vision transformer, trains digits recipes to budgets of that table, and times what
 comes out beside the dense model; with ``--assets FOLDER`` (see ``real_weights.py``) it does the
 same without training for DeiT-Tiny on real images. Writes ``results/milliseconds.json`` and
@@ -32,6 +32,7 @@ from vitrim.latency import LatencyTable
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.latency import predict, profile
 from vitrim.tools.milliseconds import sparsify_to
+from vitrim.tools.parts import kinds_of
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, load_recipe
 from vitrim.train.task import create_dense
@@ -48,16 +49,16 @@ TRAINED = {
     "spvit, each image": ("digits-spvit", SPViTConfig()),
     "asvit": ("digits-asvit", ASViTConfig()),
 }
-SHARES = (0.8, 0.65)
+SHARES, TRAINED_SHARE = (0.8, 0.65), 0.7
 """Of the dense model's predicted latency."""
 TRAINED_BATCH = 16
-CALIBRATED_ON, TIMED = 256, 64
+CALIBRATED_ON, TIMED = 256, 32
 
 
 def without_training(assets: Path, options: Any) -> Iterator[dict[str, Any]]:
     """DeiT-Tiny, one image at a time: solved schedules and the dial."""
     model = load_model(REAL, assets / "weights" / f"{REAL}.safetensors")
-    table = profile(model, threads=options.threads, configs=list(FREE.values()))
+    table = profile(model, threads=options.threads, configs=kinds_of(family_of(model), tuple(FREE)))
     seen = prepared_images(model, str(assets / "imagenet-adapt-1000"), CALIBRATED_ON, 32)
     unseen = prepared_images(model, str(assets / "imagenet-val-1300"), TIMED, 32)
     for name, config in FREE.items():
@@ -71,30 +72,28 @@ def without_training(assets: Path, options: Any) -> Iterator[dict[str, Any]]:
 def by_training(options: Any) -> Iterator[dict[str, Any]]:
     """The embedded set's model in batches: recipes with a budget."""
     dense = create_dense(load_recipe("digits-dynamicvit").model, seed=0).eval()
-    configs = [config for _, config in TRAINED.values()]
+    configs = kinds_of(family_of(dense), ("dynamicvit", "spvit", "asvit"))
     table = profile(dense, batch=TRAINED_BATCH, threads=options.threads, configs=configs)
     with tempfile.TemporaryDirectory() as folder:
         table.save(Path(folder) / "table.json")
+        asked = TRAINED_SHARE * dense_milliseconds(table, dense)
+        budget = BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json")
         for name, (recipe_name, config) in TRAINED.items():
-            for share in SHARES:
-                asked = share * dense_milliseconds(table, dense)
-                recipe = load_recipe(recipe_name)
-                if isinstance(config, DynamicViTConfig):
-                    fields = recipe.method.config | {"threshold": config.threshold}
-                    recipe = replace(recipe, method=replace(recipe.method, config=fields))
-                budget = BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json")
-                recipe = replace(recipe, budget=budget)
-                result = train(recipe, Path(folder) / f"{name}-{share}")
-                sparse = from_pretrained(result.folder / "checkpoint")
-                unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)
-                how = {
-                    "model": "the embedded set's ViT",
-                    "method": name,
-                    "way": f"trained by {recipe_name}",
-                    "batch": TRAINED_BATCH,
-                }
-                batches = unseen.split(TRAINED_BATCH)
-                yield how | measured(dense, sparse, result.metrics["latency"], batches, options)
+            recipe = replace(load_recipe(recipe_name), budget=budget)
+            if isinstance(config, DynamicViTConfig):
+                fields = recipe.method.config | {"threshold": config.threshold}
+                recipe = replace(recipe, method=replace(recipe.method, config=fields))
+            result = train(recipe, Path(folder) / name)
+            sparse = from_pretrained(result.folder / "checkpoint")
+            unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)
+            how = {
+                "model": "the embedded set's ViT",
+                "method": name,
+                "way": f"trained by {recipe_name}",
+                "batch": TRAINED_BATCH,
+            }
+            batches = unseen.split(TRAINED_BATCH)
+            yield how | measured(dense, sparse, result.metrics["latency"], batches, options)
 
 
 def dense_milliseconds(table: LatencyTable, model: nn.Module) -> float:
@@ -112,7 +111,7 @@ def measured(
     """What was asked and predicted, beside what the models take in turns."""
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     with limited_threads(options.threads), torch.inference_mode():
-        timing = take_turns(models, batches, options.rounds, 0.5, math.inf, time.perf_counter)
+        timing = take_turns(models, batches, options.rounds, 0.3, math.inf, time.perf_counter)
     of = {name: Quartiles.of([1e3 * s for s in own.seconds]) for name, own in timing.items()}
     return {
         "asked": latency["asked"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -209,7 +210,7 @@ def page(content: dict[str, Any]) -> str:
         [
             "# Every method at equal MACs, in every runtime",
             "",
-            "Made by `make bench` (`benchmarks/compare.py`), single precision, "
+            f"Made by `make bench`, here as `{content['command']}`, single precision, "
             f"{stamp['threads']} threads, {stamp['cpu']}, {content['date']}.",
             f"Accuracy: {content['data']}.",
             "",
@@ -291,7 +292,7 @@ def main() -> None:
         candidate.model.eval()
     images = prepared_images(candidates[1].model, source, 4 * max(BATCHES), max(BATCHES))
     content = {
-        "command": "make bench",
+        "command": " ".join(["python benchmarks/compare.py", *sys.argv[1:]]),
         "data": data,
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(torch.device("cpu")) | {"threads": options.threads},

@@ -12,6 +12,7 @@ ten minutes on two cores, half of it exporting; what is exported is kept in ``ru
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -86,7 +87,7 @@ def runner(name: str, model: nn.Module, runtime: str, dtype: str, batch: int, **
     if runtime in FORMATS:
         bundle = Bundle(exported(name, model, runtime, dtype, batch, **how), how_many())
         return lambda images: bundle(images.numpy())
-    model = model.to(TORCH_DTYPES[dtype])
+    model = copy.deepcopy(model).to(TORCH_DTYPES[dtype])
     return torch.compile(model) if runtime == "torch-compile" else model
 
 
@@ -109,8 +110,6 @@ def measure(
     with torch.inference_mode():
         batches = list(torch.split(timed.to(kind), batch))
         timing = take_turns(runners, batches, rounds, 0.3, math.inf, time.perf_counter)
-    for model in models.values():
-        model.float()
     for name, own in timing.items():
         speedup = own.speedup(timing["dense"])
         yield {

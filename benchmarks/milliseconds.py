@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+from vitrim import ASViTConfig, SaiTConfig
 from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.cli.common import load_model
 from vitrim.cli.images import prepared_images
@@ -43,12 +44,13 @@ FREE = {
     "asvit": ASViTConfig(value_weighting=True),
     "sait": SaiTConfig(score="cls_value_norm"),
 }
-TRAINED = {
-    "dynamicvit": ("digits-dynamicvit", DynamicViTConfig()),
-    "dynamicvit, each image": ("digits-dynamicvit", DynamicViTConfig(threshold=0.5)),
-    "spvit, each image": ("digits-spvit", SPViTConfig()),
-    "asvit": ("digits-asvit", ASViTConfig()),
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamicvit": ("digits-dynamicvit", {}),
+    "dynamicvit, each image": ("digits-dynamicvit", {"threshold": 0.5}),
+    "spvit, each image": ("digits-spvit", {}),
+    "asvit": ("digits-asvit", {}),
 }
+"""Recipes, and fields of the method that differ."""
 SHARES, TRAINED_SHARE = (0.8, 0.65), 0.7
 """Of the dense model's predicted latency."""
 TRAINED_BATCH = 16
@@ -78,11 +80,10 @@ def by_training(options: Any) -> Iterator[dict[str, Any]]:
         table.save(Path(folder) / "table.json")
         asked = TRAINED_SHARE * dense_milliseconds(table, dense)
         budget = BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json")
-        for name, (recipe_name, config) in TRAINED.items():
-            recipe = replace(load_recipe(recipe_name), budget=budget)
-            if isinstance(config, DynamicViTConfig):
-                fields = recipe.method.config | {"threshold": config.threshold}
-                recipe = replace(recipe, method=replace(recipe.method, config=fields))
+        for name, (recipe_name, fields) in TRAINED.items():
+            recipe = load_recipe(recipe_name)
+            method = replace(recipe.method, config=recipe.method.config | fields)
+            recipe = replace(recipe, method=method, budget=budget)
             result = train(recipe, Path(folder) / name)
             sparse = from_pretrained(result.folder / "checkpoint")
             unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)
@@ -112,7 +113,7 @@ def measured(
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     with limited_threads(options.threads), torch.inference_mode():
         timing = take_turns(models, batches, options.rounds, 0.3, math.inf, time.perf_counter)
-    of = {name: Quartiles.of([1e3 * s for s in own.seconds]) for name, own in timing.items()}
+    of = {name: Quartiles.of(own.seconds) / 1e-3 for name, own in timing.items()}
     return {
         "asked": latency["asked"],
         "predicted": latency["predicted"],
@@ -140,7 +141,7 @@ def page(content: dict[str, Any]) -> str:
         [
             "# Budgets in milliseconds, and what was measured",
             "",
-            f"Made by `python benchmarks/milliseconds.py` on {stamp['threads']} thread(s) of "
+            f"Made by `{content['command']}` on {stamp['threads']} thread(s) of "
             f"{stamp['cpu']}, torch {stamp['torch']}, {content['date']}. Milliseconds per batch, "
             "medians [quartiles] over rounds in which the dense and the sparse model take turns, "
             "on images that were not calibrated or trained on. The tables were made just before.",
@@ -169,6 +170,7 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     content = {
+        "command": " ".join(["python benchmarks/milliseconds.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(torch.device("cpu")) | {"threads": options.threads},
         "rows": rows,

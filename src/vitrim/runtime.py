@@ -114,17 +114,25 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -> Network:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("running an ONNX bundle", "onnxruntime", "export") from error
+def session_options(threads: int | None) -> Any:
+    """``onnxruntime.SessionOptions`` for so many threads; None takes all."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     # Left to themselves its threads spin for tens of milliseconds after a call, and slow whatever
     # runs next on their cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -> Network:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("running an ONNX bundle", "onnxruntime", "export") from error
+    options = session_options(threads)
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, MissingExtraError
+from vitrim.runtime import session_options
 from vitrim.tools import formats
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
@@ -117,11 +118,7 @@ def _onnxruntime(
     formats.write_onnx(program, path)
     if dtype == "int8" and any(node.op == "call_function" for node in program.graph.nodes):
         formats.quantize(path, example, len(example))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Else a session's threads spin for tens of milliseconds after its turn, and slow the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = session_options(threads)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,3 +221,32 @@ def test_other_devices_are_refused():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device"):
             timed_rows([1.0], [1.0], device="cuda")
+
+
+FAULTS = """
+import resource, torch
+from vitrim.tools.benchmark import keep_memory
+{call}
+torch.set_num_threads(1)
+def work():
+    kept = [torch.ones(6 << 20, dtype=torch.uint8) for _ in range(4)]
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_what_is_freed_is_kept():
+    """24 MiB are 6,144 pages, given back and faulted in again by each call unless told."""
+
+    def faults(call: str) -> int:
+        script = FAULTS.format(call=call)
+        found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+        return int(found.stdout)
+
+    assert faults("") > 10 * 1000
+    assert faults("keep_memory()") < 1000

@@ -19,6 +19,7 @@ from vitrim import (
     SPViTConfig,
     STViTConfig,
     cost,
+    packing,
     sparsify,
 )
 from vitrim.cli.app import app
@@ -27,6 +28,8 @@ from vitrim.families import family_of
 from vitrim.hardware import cpu_name
 from vitrim.latency import Curve, LatencyTable, describe_model
 from vitrim.methods import method_of_config
+from vitrim.packing import Layout
+from vitrim.tokens import Tokens
 from vitrim.tools import parts, runners
 from vitrim.tools.latency import draw_table, predict, profile
 
@@ -174,13 +177,14 @@ def test_a_packed_chain_is_the_chain_of_each_image():
     x = images(4)
     with torch.no_grad():
         features = parts.Stem(backbone)(x)
-        module = parts.PackedBlocks(backbone)
-        packed, rows = module._packed(features), module(features)
+        module = parts.Blocks(backbone, packed=True)
+        packed, rows = module.packed(features), module(features)
         for image, count in enumerate(packed.layout.counts):
             start = int(packed.layout.start_B[image])
             own = slice(start, start + count + 1)
-            alone = parts.Blocks(backbone)(packed.x[own].unsqueeze(0))
-            torch.testing.assert_close(rows[own], alone[0])
+            alone = Tokens.of(packed.x[own].unsqueeze(0), 1)
+            alone = module.family.run_blocks(range(module.repeats), alone)
+            torch.testing.assert_close(rows[own], alone.x[0])
 
 
 @pytest.mark.parametrize(("mean", "num_images"), [(12, 4), (7, 3), (1, 5), (100, 16)])
@@ -212,6 +216,42 @@ def test_a_selector_alone_runs_no_block_but_its_own(config):
         kept = module(x)
     assert kept.numel() < x.numel() or module.adaptive
     assert sum(ran.values()) == (2 if isinstance(config, STViTConfig) else 0)
+
+
+def adaptive_kinds():
+    return [config for config in parts.KINDS if kind_name(config).endswith("-adaptive")]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", adaptive_kinds(), ids=kind_name)
+def test_an_adaptive_selector_keeps_some_of_noise_and_divides_it_for_attention(
+    config, packed, monkeypatch
+):
+    """Where it kept everything there would be nothing to gather, and what follows nothing to
+    divide.
+    """
+    if packed and not hasattr(config, "stages"):
+        pytest.skip("it chooses once, of images that are all there")
+    module = parts.Selecting(tiny_vit(img_size=64), config, packed=packed)
+    selected, divided = [], []
+    select_many, buckets = packing._select_many, Layout.buckets
+
+    def select(*arguments):
+        selected.append(select_many(*arguments).layout)
+        return select_many(*arguments)
+
+    def divide(layout, *arguments):
+        divided.append(layout.counts)
+        return buckets(layout, *arguments)
+
+    monkeypatch.setattr(packing, "_select_many", select)
+    monkeypatch.setattr(Layout, "buckets", divide)
+    with torch.no_grad():
+        kept = module(torch.randn(16, 65, 32, generator=torch.Generator().manual_seed(1)))
+    assert 0.5 < len(kept) / (16 * 65) < 0.9
+    (layout,) = selected
+    assert len(set(layout.counts)) > 1
+    assert divided[-1] == layout.counts
 
 
 def test_a_checkpoints_own_selector_is_measured_with_one_stage():
@@ -374,13 +414,15 @@ def test_semantic_tokens_behind_a_class_token_have_blocks_of_their_own():
 
 
 def packed_table(batch):
+    """Packed, everything takes longer: a part's own curve is used or the sum is far off."""
     counts = (3, 17)
     curves = {
         "stem": curve([17], [1.0]),
         "block": curve(counts, [3.0, 17.0]),
-        "packed": curve(counts, [300.0, 1700.0]),
+        "block-packed": curve(counts, [300.0, 1700.0]),
         "select-dynamicvit-adaptive": curve(counts, [0.0, 0.0]),
         "head": curve(counts, [0.0, 0.0]),
+        "head-packed": curve(counts, [0.0, 5000.0]),
     }
     return LatencyTable(dict(table().stamp) | {"batch": batch}, curves)
 
@@ -393,7 +435,7 @@ def test_counts_of_images_are_a_mean_of_latencies_or_one_packed_batch():
         return float(predict(packed_table(batch), sparse.method, family, (4, 4), [counts]))
 
     assert predicted(1, counts) == pytest.approx(1 + 2 * 17 + 2 * (5 + 13) / 2)
-    assert predicted(2, counts) == pytest.approx(1 + 2 * 17 + 2 * 900)
+    assert predicted(2, counts) == pytest.approx(1 + 2 * 17 + 2 * 900 + 5000 * 3 / 7)
     assert predicted(2, torch.tensor([8, 8])) == pytest.approx(1 + 2 * 17 + 2 * 9)
     assert predicted(2, 8) == pytest.approx(1 + 2 * 17 + 2 * 9)
 

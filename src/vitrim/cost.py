@@ -78,6 +78,11 @@ def select_part(method: str, adaptive: bool) -> str:
     return f"select-{method}{'-adaptive' if adaptive else ''}"
 
 
+def packed_part(part: str) -> str:
+    """The name of a part whose images enter it with unlike counts, packed."""
+    return f"{part}-packed"
+
+
 def head(family: Any, tokens: Any, packages: int = 0) -> Step:
     """Final norm, pooling and classifier; ``packages`` of the ``tokens`` are package tokens."""
     return Step("head", tokens, family.head_macs(tokens, packages))

@@ -91,7 +91,7 @@ class LatencyTable:
     ``backbone``, ``family``, ``depth``, ``width``, ``heads``, ``mlp_width``, ``prefix``,
     ``image_size``."""
     curves: Mapping[str, Curve]
-    """By part; see ``vitrim.cost.Step``. ``packed`` is a block on images of unlike counts."""
+    """By part; see ``vitrim.cost.Step`` and, for images of unlike counts, ``packed_part``."""
 
     @property
     def batch(self) -> int:

@@ -213,6 +213,7 @@ def take_turns(
         clock: seconds; monotonic.
     """
     calls, deadline = {}, clock() + max_seconds
+    keep_memory()
     for name, run in runners.items():
         _seconds_per_call(run, batches, 1, clock)  # the first call compiles and allocates
         seconds = _seconds_per_call(run, batches, _WARM_UP_CALLS, clock)
@@ -229,6 +230,14 @@ def take_turns(
             seconds = _seconds_per_call(runners[name], batches, calls[name], clock)
             seconds_of[name].append(seconds)
     return {name: Timing(seconds_of[name], calls[name]) for name in names}
+
+
+def keep_memory() -> None:
+    """Have the C library keep the memory that is freed, as it comes to do in a process that runs a
+    single model; among many, calls would fault pages in again or not as chance has it.
+    """
+    # glibc keeps up to twice the largest block that it saw freed, and takes note up to 32 MiB.
+    torch.empty((32 << 20) - 8192, dtype=torch.uint8)
 
 
 def _seconds_per_call(

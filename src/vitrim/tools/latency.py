@@ -32,7 +32,13 @@ from vitrim.methods.base import Method
 from vitrim.model import SparseModel
 from vitrim.tokens import Grid
 from vitrim.tools import runners
-from vitrim.tools.benchmark import Clock, Quartiles, checked_device, limited_threads
+from vitrim.tools.benchmark import (
+    Clock,
+    Quartiles,
+    checked_device,
+    keep_memory,
+    limited_threads,
+)
 from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.parts import (
     DENSE,
@@ -224,7 +230,8 @@ def _measure(
     """Fill ``samples`` up to so many rounds."""
     names = list(calls)
     cold = {_key(probe) for probe in probes if probe.module.cold}
-    chain = calls[min((probe.tokens, _key(probe)) for probe in probes if probe.part == "block")[1]]
+    chain = calls[_chain_before(probes)]
+    keep_memory()
     for call in calls.values():  # the first call allocates, and compiles
         call()
     first = min(map(len, samples.values()))
@@ -235,6 +242,15 @@ def _measure(
             samples[name].append(time_turn(calls[name], min_seconds, clock))
         save(samples)
         progress(_READY + (100 - _READY) * (turn + 1) // rounds)
+
+
+def _chain_before(probes: Sequence[Probe]) -> str:
+    """The chain of blocks that runs before parts that a model runs once: short, but long enough for
+    features, not weights alone, to take the caches.
+    """
+    keys = {probe.tokens: _key(probe) for probe in probes if probe.part == "block"}
+    wanted = max(keys) / 4
+    return keys[min(keys, key=lambda tokens: abs(tokens - wanted))]
 
 
 def _milliseconds(call: runners.Call, min_seconds: float, clock: Clock) -> float:
@@ -346,7 +362,7 @@ def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
         assert isinstance(milliseconds, Tensor)
         return milliseconds.mean()
     unlike = bool((sample != sample[0]).any())
-    part = "packed" if step.part == "block" and unlike else step.part
+    part = cost.packed_part(step.part) if unlike else step.part
     return table.milliseconds(part, sample.mean())
 
 
@@ -360,7 +376,7 @@ def draw_table(path: Path, table: LatencyTable) -> None:
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    in_blocks = ("block", "packed", "attention", "mlp", "cross")
+    in_blocks = ("block", "block-packed", "attention", "mlp", "mlp-packed", "cross")
     for part, curve in table.curves.items():
         if part == DENSE:
             continue

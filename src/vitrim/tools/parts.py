@@ -3,8 +3,8 @@
 A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
 on as many tokens from first to last, so that weights come from where they come from in a model, and
 what it costs to call a runtime is shared by a whole chain. Other parts find the caches full of the
-blocks' weights in a model, so here the shortest chain runs before each call of them. What a method
-does to choose tokens is the method's own inference on a backbone whose blocks do nothing.
+blocks' weights and features in a model, so here a short chain runs before each call of them. What a
+method does to choose tokens is the method's own inference on a backbone whose blocks do nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import cost
+from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import ViT, family_of
 from vitrim.methods import METHODS, method_of_config
@@ -39,12 +40,39 @@ NOTHING, NOTHING_COLD = "nothing", "nothing-cold"
 DENSE = "dense"
 """The whole dense model, to hold the sum of its parts against."""
 
-SPREAD = 0.25
+SPREAD = 0.5
 """The images of a packed batch have from this share fewer to this share more than their mean."""
+KEPT = 0.7
+"""Share of the tokens that go on where a method chooses."""
+_STAGE = 1
+"""The block before which it does."""
+
+
+class Packed:
+    """Features as packed images with unlike counts; see :data:`SPREAD`. Which rows are whose is
+    worked out once: in a model, choosing the tokens does that.
+    """
+
+    def __init__(self, num_prefix: int) -> None:
+        self._num_prefix = num_prefix
+        self._known: dict[tuple[int, ...], tuple[Layout, Tensor]] = {}
+
+    def __call__(self, images: Tensor) -> PackedTokens:
+        if images.shape not in self._known:
+            mean = images.shape[1] - self._num_prefix
+            counts = spread_counts(mean, len(images))
+            layout = Layout(counts, self._num_prefix, images.device)
+            # Some images have more tokens than the features have places: there they share them.
+            index = torch.cat([torch.arange(counts[image]) % mean for image in layout.order])
+            self._known[images.shape] = layout, index.to(images.device)
+        layout, index = self._known[images.shape]
+        return PackedTokens(images.flatten(0, 1)[: layout.num_rows], layout, index)
 
 
 class Part(nn.Module):
-    """A piece of a model by itself; ``images`` are images, or (B, tokens, width) features."""
+    """A piece of a model by itself; ``images`` are images, or (B, tokens, width) features, which
+    enter it ``packed`` or as they are.
+    """
 
     repeats = 1
     """How often a call runs what the curve is of."""
@@ -53,27 +81,28 @@ class Part(nn.Module):
     cold = True
     """Whether a chain of blocks runs before each call."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, packed: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         family = family_of(backbone)
         assert isinstance(family, ViT)
         self.family: ViT = family
+        self.packed = Packed(family.num_prefix) if packed else None
 
-    def tokens(self, x: Tensor) -> Tokens:
+    def tokens(self, x: Tensor) -> Any:
         """Features as the tokens that they would be inside the model."""
-        return Tokens.of(x, self.family.num_prefix)
+        return self.packed(x) if self.packed else Tokens.of(x, self.family.num_prefix)
 
 
 class Nothing(Part):
-    """What it costs to hand a runtime features and to get them back."""
+    """What it costs to hand a runtime features and to get them back; ``free`` in torch itself."""
 
-    def __init__(self, backbone: nn.Module, cold: bool) -> None:
+    def __init__(self, backbone: nn.Module, cold: bool, free: bool) -> None:
         super().__init__(backbone)
-        self.cold = cold
+        self.cold, self.free = cold, free
 
     def forward(self, images: Tensor) -> Tensor:
-        return images + 1
+        return images if self.free else images + 1
 
 
 class Stem(Part):
@@ -107,35 +136,38 @@ class Whole(Part):
 
 
 class _Chain(Part):
-    cold = False
+    """Block after block. Packed images have just been selected, and run only to the next stage."""
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__(backbone)
-        self.repeats = self.family.depth
+    def __init__(self, backbone: nn.Module, packed: bool = False) -> None:
+        super().__init__(backbone, packed)
+        depth = self.family.depth
+        self.repeats = max(1, depth // 4) if packed else depth
+        self.cold = packed
 
 
 class Blocks(_Chain):
-    """All blocks."""
+    """Whole blocks."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.family.run_blocks(range(self.repeats), self.tokens(images)).x
+        x: Tensor = self.family.run_blocks(range(self.repeats), self.tokens(images)).x
+        return x
 
 
 class AttentionHalves(_Chain):
-    """The first half of all blocks."""
+    """The first halves of blocks."""
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens: Any = self.tokens(images)
+        tokens = self.tokens(images)
         for block in range(self.repeats):
             tokens, _ = self.family.attention_half(block, tokens)
         return tokens.x  # type: ignore[no-any-return]
 
 
 class MlpHalves(_Chain):
-    """The second half of all blocks."""
+    """The second halves of blocks."""
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens: Any = self.tokens(images)
+        tokens = self.tokens(images)
         for block in range(self.repeats):
             tokens = self.family.mlp_half(block, tokens)
         return tokens.x  # type: ignore[no-any-return]
@@ -151,51 +183,63 @@ class CrossBlocks(_Chain):
         return x
 
 
-class PackedBlocks(_Chain):
-    """All blocks on packed images with unlike counts; see :data:`SPREAD`."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens: Any = self._packed(images)
-        for block in range(self.repeats):
-            tokens = self.family.run_block(block, tokens)
-        return tokens.x  # type: ignore[no-any-return]
-
-    def _packed(self, images: Tensor) -> PackedTokens:
-        num_images, prefix = len(images), self.family.num_prefix
-        counts = spread_counts(images.shape[1] - prefix, num_images)
-        layout = Layout(counts, prefix, images.device)
-        x = images.flatten(0, 1)[: layout.num_rows]
-        index = torch.cat([torch.arange(counts[image]) for image in layout.order])
-        return PackedTokens(x, layout, index.to(images.device))
-
-
 class Selecting(Part):
-    """How a method chooses among the tokens, and gathers what it keeps."""
+    """How a method chooses among the tokens, and gathers what it keeps; where it can, it keeps
+    :data:`KEPT` of them. ``packed``: of images that a stage before has left with unlike counts.
+    """
 
-    def __init__(self, backbone: nn.Module, config: Any) -> None:
-        super().__init__(backbone)
+    def __init__(self, backbone: nn.Module, config: Any, packed: bool = False) -> None:
+        super().__init__(backbone, packed)
         config = single_stage(config, self.family.depth)
         method_class: Any = method_of_config(config)
         method: Method = method_class(self.family, config, torch.Generator().manual_seed(0))
         parameter = next(backbone.parameters())
         method.to(parameter.device, parameter.dtype).requires_grad_(False)
         self.method = method.eval()
-        self.hollow: Any = _Hollow(self.family, method)
+        self.hollow: Any = _Hollow(self, method)
         self.adaptive = method.counts(self.family, self.family.grid()) is None
         self.part = cost.select_part(method.name, self.adaptive)
+        if packed:
+            self.part = cost.packed_part(self.part)
+        if self.adaptive:
+            self._keep_some(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.method.infer(self.hollow, images)
+        x: Tensor = self.method.infer(self.hollow, images)
+        return x
+
+    @torch.no_grad()
+    def _keep_some(self, like: Tensor) -> None:
+        """Have the method tell tokens of noise apart, and turn its dial: new, it may keep all."""
+        try:
+            dial = self.method.dial
+        except ConfigError:  # what computes every token has none
+            return
+        prefix, patches = self.family.num_prefix, math.prod(self.family.grid())
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(4, patches + prefix, self.family.embed_dim, generator=generator)
+        images = images.to(like.device, like.dtype)
+
+        def kept(value: float) -> float:
+            self.method.turn(value)
+            return self.forward(images).numel() / images.numel()
+
+        for weights in self.method.parameters():
+            if weights.ndim > 1:
+                weights.mul_(10)
+        curve = Curve(dial, kept)
+        place = curve.search(KEPT, tolerance=math.inf, near_enough=0.02, tries=20)
+        self.method.turn(dial.at(place))
 
 
 class _Hollow:
     """A family that takes features for images, and whose blocks do nothing: what is left of a
-    method's inference is the method's own.
+    method's inference is the method's own, and dividing what it packed for attention.
     """
 
-    def __init__(self, family: ViT, method: Method) -> None:
-        self.family = family
-        grid = family.grid()
+    def __init__(self, part: Part, method: Method) -> None:
+        self.family, self.part = part.family, part
+        family, grid = part.family, part.family.grid()
         steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
         self.has_mlp_steps = any(step.part == "mlp" for step in steps)
 
@@ -212,6 +256,11 @@ class _Hollow:
         return tokens
 
     def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
+        if self.part.packed and _STAGE not in indices:
+            return self.part.packed(tokens.x)
+        if isinstance(tokens, PackedTokens):
+            attention: Any = self.family.backbone.blocks[_STAGE].attn
+            tokens.layout.buckets(tokens.x.dtype, attention.num_heads)
         return tokens
 
     def mlp_half(self, index: int, tokens: Any) -> Any:
@@ -231,10 +280,10 @@ def single_stage(config: Any, depth: int) -> Any:
     if "semantic_tokens" in fields:  # no blocks after the generation layers
         return dataclasses.replace(config, base_layers=depth - config.generation_layers)
     if "prune_after" in fields:
-        return dataclasses.replace(config, prune_after=1)
-    changes: dict[str, Any] = {"stages": (1,)}
+        return dataclasses.replace(config, prune_after=_STAGE)
+    changes: dict[str, Any] = {"stages": (_STAGE,)}
     if "keep_ratio" in fields:
-        changes["keep_ratio"] = 0.7
+        changes["keep_ratio"] = KEPT
     if isinstance(getattr(config, "thresholds", None), tuple):
         changes["thresholds"] = config.thresholds[0]
     return dataclasses.replace(config, **changes)
@@ -307,21 +356,25 @@ def probes_of(
     patches, prefix = math.prod(family.grid()), family.num_prefix
     many = _spaced(prefix + 2, patches + prefix, points)
     few = _spaced(prefix + 2, patches + prefix, min(points, FEW_POINTS))
-    in_torch = runtime.startswith("torch")
+    in_torch, free = runtime.startswith("torch"), runtime == "torch"
     image = (batch, int(backbone.in_chans), *family.image_size)
     yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
     for name, model in {DENSE: backbone, **beside}.items():
         yield Probe(name, patches + prefix, Whole(backbone, model), image, varies=False)
     plain: dict[str, tuple[Part, list[int]]] = {
-        NOTHING: (Nothing(backbone, cold=False), sorted({*many, *few})),
-        NOTHING_COLD: (Nothing(backbone, cold=True), few),
+        NOTHING: (Nothing(backbone, cold=False, free=free), sorted({*many, *few})),
+        NOTHING_COLD: (Nothing(backbone, cold=True, free=free), few),
         "block": (Blocks(backbone), many),
         "attention": (AttentionHalves(backbone), few),
         "mlp": (MlpHalves(backbone), few),
         "head": (Head(backbone), few),
     }
-    if batch > 1 and runtime == "torch":
-        plain["packed"] = PackedBlocks(backbone), sorted({*many[1::2], many[-1]})
+    packs = batch > 1 and free
+    if packs:
+        every_other = sorted({*many[1::2], many[-1]})
+        plain[cost.packed_part("block")] = Blocks(backbone, packed=True), every_other
+        plain[cost.packed_part("mlp")] = MlpHalves(backbone, packed=True), few
+        plain[cost.packed_part("head")] = Head(backbone, packed=True), few
     for config in configs:
         selecting = Selecting(backbone, config)
         if selecting.adaptive and batch > 1 and not in_torch:
@@ -332,6 +385,9 @@ def probes_of(
                 plain["cross"] = CrossBlocks(backbone), few
         elif in_torch:
             plain[selecting.part] = selecting, few
+            if packs and selecting.adaptive and hasattr(config, "stages"):
+                again = Selecting(backbone, config, packed=True)
+                plain[again.part] = again, few
         else:  # a graph keeps a fixed number, so there is one graph for each number that enters
             for tokens in (few[len(few) // 3], few[-1]):
                 shape = (batch, tokens, family.embed_dim)

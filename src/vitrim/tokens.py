@@ -134,6 +134,9 @@ class Tokens:
         rows = torch.cat(
             [prefix.expand(num_images, self.num_prefix), position_BK + self.num_prefix], dim=1
         )
+        if isinstance(num_images, int) and num_images == 1:  # a graph for one image does with less
+            x, index_BN = self.x.index_select(1, rows[0]), self.index_BN.gather(1, position_BK)
+            return Tokens(x, self.num_prefix, index_BN)
         # One index_select over whole rows copies contiguous memory: the fastest gather that torch
         # has, on CPU and CUDA.
         start = torch.arange(num_images, device=self.x.device).unsqueeze(1) * num_tokens

@@ -187,10 +187,10 @@ class DynamicViT(RatioMethod):
             count = self._fixed_counts(num_patches)[stage]
             if count == tokens.num_patches and not recorder:
                 return tokens
-            score = self.predictors[stage](tokens)[..., 0].exp()
-            kept = tokens
+            log_keep = self.predictors[stage](tokens)[..., 0]
+            score, kept = log_keep.exp(), tokens
             if count < tokens.num_patches:
-                kept = tokens.gather(sampling.top_k(score, count))
+                kept = tokens.gather(sampling.top_k(log_keep, count))
         if recorder:
             recorder.add(self.stages[stage], tokens, score, kept)
         return kept

@@ -40,7 +40,16 @@ def write_onnx(program: Program, path: Path) -> None:
         raise MissingExtraError("export to ONNX", error.name or "onnx", "export") from error
     with _quiet():
         try:
-            written = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True)
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=True,
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                    torch.ops.aten.linear.default: _linear,
+                },
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ConfigError(
                 f"the model has an operation that ONNX lacks ({_reason(error)}); the nearest "
@@ -49,6 +58,51 @@ def write_onnx(program: Program, path: Path) -> None:
     assert written is not None
     _count_axes_from_the_front(written.model)
     written.save(path)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention (B, H, N, D) in five operations. torch's own form takes the keys apart by their
+    shape, nine operations more, which cost a runtime as much for few tokens as for many.
+    """
+    from onnx_ir import DataType
+    from onnxscript import opset18 as op
+
+    assert not is_causal
+    assert not enable_gqa
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = op.MatMul(query * scale, op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None and attn_mask.dtype == DataType.BOOL:
+        logits = op.Where(attn_mask, logits, float("-inf"))
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return op.MatMul(op.Softmax(logits, axis=-1), value)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """A linear layer on the rows of all dimensions but the last: Gemm adds the bias as it goes,
+    which saves onnxruntime a tenth of a model's time. Where more sizes are unknown than a reshape
+    can find out, as torch has it.
+    """
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types do not take what its constants give
+    *sizes, channels = x.shape
+    known = [size if isinstance(size, int) else -1 for size in sizes]
+    if bias is None or known.count(-1) > 1:
+        product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return product if bias is None else op.Add(product, bias)
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, channels]))
+    out = op.Gemm(rows, weight, bias, transB=1)
+    return op.Reshape(out, op.Constant(value_ints=[*known, weight.shape[0]]))
 
 
 def _count_axes_from_the_front(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import vitrim
 from tests.conftest import images, seeded, tiny_vit
@@ -118,6 +120,17 @@ def test_fixed_counts_take_any_batch(name, tmp_path):
     for batch in (1, 2, 5):
         same(sparse, folder, batch)
     check_sizes_are_known(folder / "model.onnx")
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_products_take_as_few_operations_as_can_be(batch, tmp_path):
+    """Weights in Gemm, which adds the bias; attention's two products; no sizes asked for in it."""
+    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], batch=batch)
+    found = Counter(node.op_type for node in onnx.load(folder / "model.onnx").graph.node)
+    linear = sum(isinstance(module, nn.Linear) for module in sparse.modules())
+    assert found["Gemm"] == linear
+    assert found["MatMul"] == 2 * len(sparse.backbone.blocks)
+    assert found["Shape"] == (batch is None)  # how many images there are
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)

@@ -391,7 +391,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
 def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
     """What is measured, in torch itself, has every part that the methods' steps name."""
     backbone = make()
-    found = profile(backbone, batch=batch, points=3, rounds=1, min_seconds=0.0)
+    found = profile(backbone, batch=batch, points=8, rounds=1, min_seconds=0.0)
     family = family_of(backbone)
     for config in parts.kinds_of(family):
         sparse = sparsify(backbone, config)

@@ -356,14 +356,15 @@ def probes_of(
     patches, prefix = math.prod(family.grid()), family.num_prefix
     many = _spaced(prefix + 2, patches + prefix, points)
     few = _spaced(prefix + 2, patches + prefix, min(points, FEW_POINTS))
+    every = sorted({*many, *few})
     in_torch, free = runtime.startswith("torch"), runtime == "torch"
     image = (batch, int(backbone.in_chans), *family.image_size)
     yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
     for name, model in {DENSE: backbone, **beside}.items():
         yield Probe(name, patches + prefix, Whole(backbone, model), image, varies=False)
     plain: dict[str, tuple[Part, list[int]]] = {
-        NOTHING: (Nothing(backbone, cold=False, free=free), sorted({*many, *few})),
-        NOTHING_COLD: (Nothing(backbone, cold=True, free=free), few),
+        NOTHING: (Nothing(backbone, cold=False, free=free), every),
+        NOTHING_COLD: (Nothing(backbone, cold=True, free=free), every),
         "block": (Blocks(backbone), many),
         "attention": (AttentionHalves(backbone), few),
         "mlp": (MlpHalves(backbone), few),

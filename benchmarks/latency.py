@@ -34,7 +34,7 @@ from vitrim.checkpoint import write_atomic
 from vitrim.families import family_of
 from vitrim.hardware import hardware
 from vitrim.tools.latency import predict, profile
-from vitrim.tools.parts import DENSE, kinds_of
+from vitrim.tools.probes import DENSE, kinds_of
 
 MODEL = "deit_tiny_patch16_224"
 RESULTS = Path(__file__).parents[1] / "results"

@@ -36,7 +36,7 @@ from vitrim.latency import LatencyTable
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.latency import predict, profile
 from vitrim.tools.milliseconds import sparsify_to
-from vitrim.tools.parts import kinds_of
+from vitrim.tools.probes import kinds_of
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, load_recipe
 from vitrim.train.task import create_dense

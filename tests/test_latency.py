@@ -30,7 +30,7 @@ from vitrim.latency import Curve, LatencyTable, describe_model
 from vitrim.methods import method_of_config
 from vitrim.packing import Layout
 from vitrim.tokens import Tokens
-from vitrim.tools import parts, runners
+from vitrim.tools import parts, probes, runners
 from vitrim.tools.latency import draw_table, predict, profile
 
 
@@ -200,7 +200,7 @@ def kind_name(config):
     return cost.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
 
 
-@pytest.mark.parametrize("config", parts.KINDS, ids=kind_name)
+@pytest.mark.parametrize("config", probes.KINDS, ids=kind_name)
 def test_a_selector_alone_runs_no_block_but_its_own(config):
     """It keeps what the method keeps; of the backbone it runs what its step's MACs say."""
     backbone = tiny_vit()
@@ -219,7 +219,7 @@ def test_a_selector_alone_runs_no_block_but_its_own(config):
 
 
 def adaptive_kinds():
-    return [config for config in parts.KINDS if kind_name(config).endswith("-adaptive")]
+    return [config for config in probes.KINDS if kind_name(config).endswith("-adaptive")]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -316,10 +316,10 @@ def calls_of_a_run():
     """Of all parts once, at first; and in a round: one to warm up and one to time, and a chain of
     blocks before each of a part that a model runs once.
     """
-    probes = list(parts.probes_of(tiny_vit(), [], "torch", 1, SETTINGS["points"], {}))
-    cold = sum(probe.module.cold for probe in probes)
-    assert 0 < cold < len(probes)
-    return len(probes), 2 * len(probes) + 2 * cold
+    found = list(probes.probes_of(tiny_vit(), [], "torch", 1, SETTINGS["points"], {}))
+    cold = sum(probe.module.cold for probe in found)
+    assert 0 < cold < len(found)
+    return len(found), 2 * len(found) + 2 * cold
 
 
 def test_parts_that_a_model_runs_once_follow_a_chain_of_blocks(monkeypatch):
@@ -393,7 +393,7 @@ def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
     backbone = make()
     found = profile(backbone, batch=batch, points=8, rounds=1, min_seconds=0.0)
     family = family_of(backbone)
-    for config in parts.kinds_of(family):
+    for config in probes.kinds_of(family):
         sparse = sparsify(backbone, config)
         counts = sparse.method.counts(family, (4, 4))
         if counts is None:
@@ -484,9 +484,9 @@ def test_arguments_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="not for the family 'pit'"):
         profile(tiny_pit())
     with pytest.raises(ConfigError, match="'dynamicvitt' is unknown"):
-        parts.kinds_of(family_of(tiny_vit()), ["dynamicvitt"])
+        probes.kinds_of(family_of(tiny_vit()), ["dynamicvitt"])
     with pytest.raises(ConfigError, match="'stvit_r' is profiled on no plain"):
-        parts.kinds_of(family_of(tiny_vit()), ["stvit_r"])
+        probes.kinds_of(family_of(tiny_vit()), ["stvit_r"])
 
 
 @pytest.mark.parametrize(

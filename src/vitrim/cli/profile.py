@@ -54,7 +54,7 @@ def profile_command(
     """
     from vitrim.tools.curve import check_plot
     from vitrim.tools.latency import draw_table, profile
-    from vitrim.tools.parts import kinds_of
+    from vitrim.tools.probes import kinds_of
 
     common.check_writable(output)
     if plot is not None:
@@ -98,7 +98,7 @@ def profile_command(
 def _dense(table: LatencyTable, family: Any) -> str:
     """How well the sum of the parts meets the dense model, which was measured beside them."""
     from vitrim.tools.latency import predict
-    from vitrim.tools.parts import DENSE
+    from vitrim.tools.probes import DENSE
 
     predicted = predict(table, None, family, family.grid())
     measured = table.curves[DENSE].median[0]

@@ -40,7 +40,7 @@ from vitrim.tools.benchmark import (
     limited_threads,
 )
 from vitrim.tools.curve import check_plot, save_figure
-from vitrim.tools.parts import (
+from vitrim.tools.probes import (
     DENSE,
     NOTHING,
     NOTHING_COLD,

@@ -369,20 +369,25 @@ def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
 def draw_table(path: Path, table: LatencyTable) -> None:
     """Draw the curves: halves of blocks and whole ones, and the parts that stand between them.
 
-    The bands are quartiles over the rounds; the file appears whole or not at all.
+    Dashed is what runs on packed images. The bands are quartiles over the rounds; the file appears
+    whole or not at all.
     """
     check_plot(path)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    in_blocks = ("block", "block-packed", "attention", "mlp", "mlp-packed", "cross")
-    for part, curve in table.curves.items():
-        if part == DENSE:
-            continue
+    in_blocks = ("block", "attention", "mlp", "cross")
+    packed = {cost.packed_part(part) for part in table.curves}
+    for part in (part for part in table.curves if part not in packed | {DENSE}):
         axes = left if part in in_blocks else right
-        (line,) = axes.plot(curve.tokens, curve.median, ".-", label=part)
-        axes.fill_between(curve.tokens, curve.low, curve.high, color=line.get_color(), alpha=0.2)
+        color = None
+        for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
+            if name in table.curves:
+                curve = table.curves[name]
+                (line,) = axes.plot(curve.tokens, curve.median, style, label=name, color=color)
+                color = line.get_color()
+                axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.2)
     stamp = table.stamp
     where = stamp.get("gpu", stamp["cpu"])
     figure.suptitle(
@@ -394,5 +399,5 @@ def draw_table(path: Path, table: LatencyTable) -> None:
         axes.set(xlabel="tokens that enter", ylabel="milliseconds per batch")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)

@@ -114,7 +114,7 @@ def measured(
 ) -> dict[str, Any]:
     """What was asked and predicted, beside what the models take in turns.
 
-    They are timed in a process of their own: one that has trained before is up to a third slower.
+    They are timed in a process of their own: one that has trained before is slower by a quarter.
     """
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:

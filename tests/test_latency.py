@@ -31,7 +31,8 @@ from vitrim.methods import method_of_config
 from vitrim.packing import Layout
 from vitrim.tokens import Tokens
 from vitrim.tools import parts, probes, runners
-from vitrim.tools.latency import draw_table, predict, profile
+from vitrim.tools.latency import predict, profile
+from vitrim.tools.latency_plot import draw_table
 
 
 def curve(tokens, milliseconds):
@@ -218,20 +219,22 @@ def test_a_selector_alone_runs_no_block_but_its_own(config):
     assert sum(ran.values()) == (2 if isinstance(config, STViTConfig) else 0)
 
 
-def adaptive_kinds():
-    return [config for config in probes.KINDS if kind_name(config).endswith("-adaptive")]
+CHOOSING = [
+    pytest.param(config, packed, id=kind_name(config) + "-packed" * packed)
+    for config in probes.KINDS
+    for packed in (False, True)
+    if kind_name(config).endswith("-adaptive") and (not packed or hasattr(config, "stages"))
+]
+"""Selectors of images that decide; those that choose more than once meet packed ones too."""
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("config", adaptive_kinds(), ids=kind_name)
+@pytest.mark.parametrize(("config", "packed"), CHOOSING)
 def test_an_adaptive_selector_keeps_some_of_noise_and_divides_it_for_attention(
     config, packed, monkeypatch
 ):
     """Where it kept everything there would be nothing to gather, and what follows nothing to
     divide.
     """
-    if packed and not hasattr(config, "stages"):
-        pytest.skip("it chooses once, of images that are all there")
     module = parts.Selecting(tiny_vit(img_size=64), config, packed=packed)
     selected, divided = [], []
     select_many, buckets = packing._select_many, Layout.buckets

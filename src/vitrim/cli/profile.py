@@ -53,7 +53,8 @@ def profile_command(
     goes on where it was, from TABLE.partial. Keep the machine quiet meanwhile.
     """
     from vitrim.tools.curve import check_plot
-    from vitrim.tools.latency import draw_table, profile
+    from vitrim.tools.latency import profile
+    from vitrim.tools.latency_plot import draw_table
     from vitrim.tools.probes import kinds_of
 
     common.check_writable(output)

@@ -1,4 +1,4 @@
-"""Latency tables: measuring them, predicting models from them, and drawing them.
+"""Latency tables: measuring them, and predicting models from them.
 
 Every part of a model (``vitrim.tools.parts``) is timed on as many numbers of tokens as it takes to
 see the device's steps. All take turns: in each round everything runs once for a slice of time, in
@@ -39,9 +39,7 @@ from vitrim.tools.benchmark import (
     keep_memory,
     limited_threads,
 )
-from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.probes import (
-    DENSE,
     NOTHING,
     NOTHING_COLD,
     POINTS,
@@ -364,40 +362,3 @@ def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
     unlike = bool((sample != sample[0]).any())
     part = cost.packed_part(step.part) if unlike else step.part
     return table.milliseconds(part, sample.mean())
-
-
-def draw_table(path: Path, table: LatencyTable) -> None:
-    """Draw the curves: halves of blocks and whole ones, and the parts that stand between them.
-
-    Dashed is what runs on packed images. The bands are quartiles over the rounds; the file appears
-    whole or not at all.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    in_blocks = ("block", "attention", "mlp", "cross")
-    packed = {cost.packed_part(part) for part in table.curves}
-    for part in (part for part in table.curves if part not in packed | {DENSE}):
-        axes = left if part in in_blocks else right
-        color = None
-        for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
-            if name in table.curves:
-                curve = table.curves[name]
-                (line,) = axes.plot(curve.tokens, curve.median, style, label=name, color=color)
-                color = line.get_color()
-                axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.2)
-    stamp = table.stamp
-    where = stamp.get("gpu", stamp["cpu"])
-    figure.suptitle(
-        f"{stamp['backbone']}, {stamp['runtime']}, {stamp['dtype']}, batch {stamp['batch']}, "
-        f"{stamp['threads']} thread(s), {where}",
-        fontsize="medium",
-    )
-    for axes in (left, right):
-        axes.set(xlabel="tokens that enter", ylabel="milliseconds per batch")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)

@@ -248,5 +248,6 @@ def test_what_is_freed_is_kept():
         found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
         return int(found.stdout)
 
-    assert faults("") > 10 * 1000
+    # By chance a heap can be such that nothing is given back; not five times in a row.
+    assert any(faults("") > 10 * 1000 for _ in range(5))
     assert faults("keep_memory()") < 1000

@@ -3,7 +3,8 @@
 ``python benchmarks/latency.py`` on an otherwise idle machine (nine minutes) makes the tables of a
 backbone for torch and onnxruntime, in the same rounds measures schedules of several methods that
 the tables know nothing of, and writes ``results/latency.json`` and ``.md``: predicted and measured
-milliseconds, and the median error (without the dense model, which is there to compare with).
+milliseconds, and the median error (without the dense model, which is there to compare with). With
+``--model swin_tiny_patch4_window7_224 --output results/latency_swin.json`` likewise of a pyramid.
 Weights and images are random, as time allows: where each image decides, it keeps what it happens
 to keep, which the prediction is told.
 """
@@ -23,16 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import (
+    DynamicSpatialConfig,
     DynamicViTConfig,
     SaiTConfig,
     SparseModel,
     SPViTConfig,
+    SPViTPyramidConfig,
     STViTConfig,
+    STViTRConfig,
+    STViTSwinConfig,
     sparsify,
 )
 from vitrim.checkpoint import write_atomic
-from vitrim.families import family_of
+from vitrim.families import ViT, family_of
 from vitrim.hardware import hardware
+from vitrim.methods import method_of_config
 from vitrim.tools.latency import predict, profile
 from vitrim.tools.probes import DENSE, kinds_of
 
@@ -71,6 +77,35 @@ def schedules(depth: int) -> dict[str, Any]:
     }
 
 
+def pyramid_schedules(family: Any) -> dict[str, Any]:
+    """The same for a pyramid."""
+
+    def spvit(keep_ratio: Any) -> SPViTPyramidConfig:
+        return SPViTPyramidConfig(keep_ratio=keep_ratio, inference="top_k")
+
+    spatial = {
+        "dynamic_spatial 0.9": DynamicSpatialConfig(keep_ratio=0.9),
+        "dynamic_spatial 0.7": DynamicSpatialConfig(keep_ratio=0.7),
+        "dynamic_spatial 0.5": DynamicSpatialConfig(keep_ratio=0.5),
+        "dynamic_spatial 0.9, 0.8, 0.2": DynamicSpatialConfig(keep_ratio=(0.9, 0.8, 0.2)),
+    }
+    pyramid = {
+        "spvit_pyramid 0.8": spvit(0.8),
+        "spvit_pyramid 0.6": spvit(0.6),
+        "spvit_pyramid 0.4": spvit(0.4),
+        "spvit_pyramid 0.9, 0.5, 0.2": spvit((0.9, 0.5, 0.2)),
+        "spvit_pyramid, each image": SPViTPyramidConfig(),
+    }
+    semantic = {
+        "stvit_swin 9": STViTSwinConfig(),
+        "stvit_swin 4": STViTSwinConfig(window_tokens=4),
+        "stvit_r 9": STViTRConfig(),
+        "stvit_r 4": STViTRConfig(window_tokens=4),
+    }
+    found = spatial | pyramid | semantic
+    return {k: c for k, c in found.items() if family.name in method_of_config(c).families}
+
+
 def packed_schedules(depth: int) -> dict[str, Any]:
     """The same for batches of images with unlike counts."""
     return {
@@ -94,13 +129,16 @@ def check(
         for name, config in configs.items()
     }
     family = family_of(backbone)
-    names = METHODS if batch == 1 else ("dynamicvit",)
+    kinds = kinds_of(family)
+    if isinstance(family, ViT):
+        kinds = kinds_of(family, METHODS if batch == 1 else ("dynamicvit",))
+        kinds = [config for config in kinds if _is_wanted(config)]
     table = profile(
         backbone,
         runtime=runtime,
         batch=batch,
         threads=threads,
-        configs=[c for c in kinds_of(family, names) if _is_wanted(c)],
+        configs=kinds,
         points=options.points if batch == 1 else options.points // 2,
         rounds=options.rounds,
         min_seconds=options.seconds,
@@ -137,6 +175,7 @@ def _is_wanted(config: Any) -> bool:
 
 
 def _decides(config: Any) -> bool:
+    """Whether each image does."""
     return getattr(config, "inference", "top_k") != "top_k" or config == SaiTConfig()
 
 
@@ -191,14 +230,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     backbone = timm.create_model(options.model).eval().requires_grad_(False)
-    depth = len(backbone.blocks)
+    family = family_of(backbone)
+    is_plain = isinstance(family, ViT)
+    alone = schedules(family.depth) if is_plain else pyramid_schedules(family)
+    together = packed_schedules(family.depth) if is_plain else alone
     rows, errors = [], {}
     for threads in options.threads:
         for runtime in options.runtimes.split(","):
-            found = check(backbone, runtime, 1, threads, schedules(depth), options)
+            alike = {k: c for k, c in alone.items() if is_plain or not _decides(c)}
+            configs = alone if runtime == "torch" else alike
+            found = check(backbone, runtime, 1, threads, configs, options)
             if runtime == "torch":
-                packed = packed_schedules(depth)
-                found += check(backbone, runtime, PACKED_BATCH, threads, packed, options)
+                found += check(backbone, runtime, PACKED_BATCH, threads, together, options)
             error = statistics.median(abs(r["error"]) for r in found if r["schedule"] != DENSE)
             print(f"{runtime}, {threads} thread(s): median error {100 * error:.1f}%")
             errors[f"{runtime}, {threads} thread(s)"] = error

@@ -151,7 +151,7 @@ def test_other_families_have_no_table():
 
 def test_dense_steps_cost_what_the_family_says():
     family = family_of(tiny_vit())
-    steps = cost.dense_steps(family, (4, 4))
+    steps = family.dense_steps((4, 4))
     assert cost.total_macs(steps) == family.dense_macs((4, 4))
     assert [step.part for step in steps] == ["stem", *["block"] * 4, "head"]
 

@@ -1,4 +1,4 @@
-"""What a plain vision transformer computes for one image, step by step.
+"""What a model computes for one image, step by step.
 
 One description that both costs read: MACs are the sum over the steps' MACs, milliseconds the sum
 over what a latency table says of their parts (``vitrim.latency``). Token counts may be plain
@@ -8,7 +8,7 @@ numbers or tensors, through which gradients flow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,17 @@ class Step:
     part: str
     """Its kind, which names the table's curve: ``stem``, ``block``, ``attention`` and ``mlp`` (the
     halves of a block), ``cross`` (a block between two sequences), ``masked`` (a block that hides
-    tokens and computes them all), ``head``, or a method's own, see :func:`select`."""
+    tokens and computes them all), ``head``, or a method's own, see :func:`select`; in pyramids
+    whole levels, see :func:`level` and :func:`sparse_levels`."""
     tokens: Any
-    """That enter it, prefix included."""
+    """That enter it, prefix included; of levels the positions that are computed."""
     macs: Any
     block: int | None = None
     """The backbone's block that it belongs to or, for a selector, that it stands before."""
     memory: Any = None
     """Tokens that are looked at, where others than ``tokens`` are."""
+    levels: tuple[int, ...] = ()
+    """Of a pyramid, that it covers, from 0."""
 
 
 def total_macs(steps: Iterable[Step]) -> Any:
@@ -88,9 +91,52 @@ def head(family: Any, tokens: Any, packages: int = 0) -> Step:
     return Step("head", tokens, family.head_macs(tokens, packages))
 
 
-def dense_steps(family: Any, grid: Grid) -> list[Step]:
-    """The backbone alone on one image of ``grid`` patches."""
+def plain_steps(family: Any, grid: Grid) -> list[Step]:
+    """A plain vision transformer alone on one image of ``grid`` patches."""
     num_patches = math.prod(grid)
     tokens = num_patches + family.num_prefix
     blocks = [block(family, index, tokens) for index in range(family.depth)]
     return [stem(family, num_patches), *blocks, head(family, tokens)]
+
+
+def level(family: Any, number: int, grid: Grid, macs: Any = None) -> Step:
+    """Level ``number`` of a pyramid, from its downsampling to its last block, on every position;
+    ``macs``, where a method adds to the backbone's own.
+    """
+    positions = math.prod(family.stage_grid(grid, number))
+    macs = family.level_macs(number, grid) if macs is None else macs
+    return Step(f"level{number}", positions, macs, levels=(number,))
+
+
+def sparse_levels(
+    method: str,
+    numbers: Sequence[int],
+    positions: Any,
+    macs: Any,
+    *,
+    before: Sequence[int] = (),
+    adaptive: bool = False,
+) -> Step:
+    """Levels of a pyramid as a method runs them, choosing included.
+
+    Args:
+        method: its name, and what else tells its curves apart.
+        numbers: of the levels, one after the other.
+        positions: that take the full computation in a block that is sparse; their mean, where
+            blocks differ.
+        macs: of all of that.
+        before: blocks of the first level before which it chooses; others have other curves.
+        adaptive: whether each image decides how many it keeps.
+    """
+    first, last = numbers[0], numbers[-1]
+    name = f"level{first}" if first == last else f"level{first}to{last}"
+    where = f"@{','.join(map(str, before))}" if before else ""
+    part = f"{name}-{method}{where}{'-adaptive' if adaptive else ''}"
+    return Step(part, positions, macs, levels=tuple(numbers))
+
+
+def pyramid_steps(family: Any, grid: Grid, levels: Iterable[Step]) -> list[Step]:
+    """Stem, ``levels`` and head of a pyramid on one image of ``grid`` patches."""
+    last = math.prod(family.stage_grid(grid, len(family.depths) - 1))
+    stem = Step("stem", math.prod(grid) + family.num_prefix, family.stem_macs(grid))
+    return [stem, *levels, Step("head", last + family.num_prefix, family.head_macs())]

@@ -89,7 +89,7 @@ class LatencyTable:
     stamp: Mapping[str, Any]
     """``runtime``, ``batch``, ``threads``, ``dtype``; the hardware and versions; and the model:
     ``backbone``, ``family``, ``depth``, ``width``, ``heads``, ``mlp_width``, ``prefix``,
-    ``image_size``."""
+    ``image_size`` (see :func:`describe_model`)."""
     curves: Mapping[str, Curve]
     """By part; see ``vitrim.cost.Step`` and, for images of unlike counts, ``packed_part``."""
 
@@ -223,25 +223,29 @@ def _curve(data: Mapping[str, Any]) -> Curve:
 
 
 def describe_model(family: Any) -> dict[str, Any]:
-    """What a plain vision transformer's times depend on, JSON-ready.
-
-    Raises:
-        ConfigError: the family's backbones are none.
-    """
-    if not isinstance(family, ViT):
-        raise ConfigError(
-            f"latency tables are for plain vision transformers, not for the family {family.name!r}"
-        )
-    first = family.backbone.blocks[0]
+    """What a backbone's times depend on, JSON-ready; of a pyramid, sizes are lists by level."""
+    sizes: Mapping[str, Any]
+    if isinstance(family, ViT):
+        sizes = _sizes(family.depth, family.embed_dim, family.backbone.blocks[0])
+    else:
+        levels = [
+            _sizes(depth, family.stage_dim(level), family.block(level, 0))
+            for level, depth in enumerate(family.depths)
+        ]
+        sizes = {name: [level[name] for level in levels] for name in levels[0]}
     return {
         "family": family.name,
-        "depth": family.depth,
-        "width": family.embed_dim,
-        "heads": int(first.attn.num_heads),
-        "mlp_width": int(first.mlp.fc2.in_features),
+        **sizes,
         "prefix": family.num_prefix,
         "image_size": list(family.image_size),
     }
+
+
+def _sizes(depth: int, width: int, block: Any) -> dict[str, int]:
+    """Of blocks like this one; a convolution has no heads."""
+    heads = int(block.attn.num_heads) if hasattr(block, "attn") else 0
+    mlp_width = int(block.mlp.fc2.in_features)
+    return {"depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width}
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitrim import losses
+from vitrim import cost, losses
+from vitrim.cost import Step, total_macs
 from vitrim.errors import InputError
 from vitrim.feature_map import FeatureMap
 from vitrim.tokens import Grid
@@ -42,6 +43,11 @@ class Family(ABC):
         self.backbone = backbone
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens before the patch tokens, which are never dropped; a map has none."""
+        return 0
+
+    @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the backbone was created for."""
@@ -68,8 +74,12 @@ class Family(ABC):
         return losses.kept_token_mse(student_BNC, teacher_BNC, keep_BN)
 
     @abstractmethod
+    def dense_steps(self, grid: Grid) -> list[Step]:
+        """What the backbone alone computes for one image of ``grid`` patches."""
+
     def dense_macs(self, grid: Grid) -> int:
         """MACs of the backbone alone on one image of ``grid`` patches."""
+        return int(total_macs(self.dense_steps(grid)))
 
 
 class Pyramid(Family):
@@ -82,6 +92,14 @@ class Pyramid(Family):
     @abstractmethod
     def depths(self) -> tuple[int, ...]:
         """Number of blocks of each stage."""
+
+    @abstractmethod
+    def block(self, stage: int, index: int) -> Any:
+        """Timm's block ``index`` of a stage."""
+
+    @abstractmethod
+    def stage_dim(self, stage: int) -> int:
+        """Channels of the map in a stage's blocks."""
 
     @abstractmethod
     def stage_grid(self, grid: Grid, stage: int) -> Grid:
@@ -146,13 +164,15 @@ class Pyramid(Family):
         positions = math.prod(self.stage_grid(grid, stage))
         return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
 
-    def dense_macs(self, grid: Grid) -> int:
-        """MACs of the backbone alone on one image of ``grid`` patches."""
-        total = self.stem_macs(grid) + self.head_macs()
-        for stage, depth in enumerate(self.depths):
-            total += self.downsample_macs(stage, grid)
-            total += sum(self.block_macs(stage, index, grid) for index in range(depth))
-        return total
+    def level_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of :meth:`run_stage`."""
+        blocks = (self.block_macs(stage, index, grid) for index in range(self.depths[stage]))
+        return self.downsample_macs(stage, grid) + sum(blocks)
+
+    def dense_steps(self, grid: Grid) -> list[Step]:
+        """What the backbone alone computes for one image of ``grid`` patches."""
+        levels = [cost.level(self, number, grid) for number in range(len(self.depths))]
+        return cost.pyramid_steps(self, grid, levels)
 
 
 def check_channels(images: Tensor, channels: int) -> None:

@@ -65,6 +65,10 @@ class ConvNeXt(Pyramid):
         """Blocks of each stage."""
         return tuple(len(stage.blocks) for stage in self.backbone.stages)
 
+    def block(self, stage: int, index: int) -> Any:
+        """Timm's block ``index`` of ``stage``."""
+        return self.backbone.stages[stage].blocks[index]
+
     def stage_dim(self, stage: int) -> int:
         """Channels of the map in ``stage``."""
         return int(self.backbone.feature_info[stage]["num_chs"])
@@ -116,14 +120,14 @@ class ConvNeXt(Pyramid):
 
     def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
         """Block ``index`` of ``stage``: timm's own forward."""
-        block: Callable[[Tensor], Tensor] = self.backbone.stages[stage].blocks[index]
+        block: Callable[[Tensor], Tensor] = self.block(stage, index)
         if self.backbone.stages[stage].grad_checkpointing and torch.is_grad_enabled():
             return _map(checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False))
         return _map(block(_nchw(fmap.x_BHWC)))
 
     def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
         """The part of a block that mixes positions: its depthwise convolution, nothing else."""
-        block = self.backbone.stages[stage].blocks[index]
+        block = self.block(stage, index)
         mixed: Tensor = block.conv_dw(_nchw(x_BHWC)).permute(0, 2, 3, 1)
         return mixed
 
@@ -131,13 +135,13 @@ class ConvNeXt(Pyramid):
         """The part of a block on each position (..., C) alone, without the residual: norm, MLP and
         layer scale.
         """
-        block = self.backbone.stages[stage].blocks[index]
+        block = self.block(stage, index)
         out: Tensor = block.mlp(block.norm(x))
         return out if block.gamma is None else out * block.gamma
 
     def drop_path(self, stage: int, index: int) -> nn.Module:
         """The stochastic depth of :meth:`channel`'s branch."""
-        module: nn.Module = self.backbone.stages[stage].blocks[index].drop_path
+        module: nn.Module = self.block(stage, index).drop_path
         return module
 
     def head(self, fmap: FeatureMap) -> Tensor:
@@ -164,12 +168,12 @@ class ConvNeXt(Pyramid):
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix` on the whole map."""
-        block = self.backbone.stages[stage].blocks[index]
+        block = self.block(stage, index)
         return int(block.conv_dw.weight.numel()) * math.prod(self.stage_grid(grid, stage))
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of :meth:`channel` on ``num_positions`` positions."""
-        return linear_macs(self.backbone.stages[stage].blocks[index].mlp) * num_positions
+        return linear_macs(self.block(stage, index).mlp) * num_positions
 
     def head_macs(self) -> int:
         """MACs of the classifier."""

@@ -21,6 +21,7 @@ from timm.models.pit import ConvEmbedding, Pooling, PoolingVisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vitrim import cost
 from vitrim.errors import InputError
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_channels
@@ -180,14 +181,16 @@ class PiT(Family):
             levels.append(self.as_map(stage, tokens))
         return levels
 
-    def dense_macs(self, grid: Grid) -> int:
-        """MACs of the backbone alone on one image of ``grid`` patches."""
-        total = self.stem_macs(grid) + self.head_macs()
-        for stage, depth in enumerate(self.depths):
-            num_tokens = math.prod(self.stage_grid(grid, stage)) + self.num_prefix
-            total += self.downsample_macs(stage, grid, self.num_prefix)
-            total += sum(self.block_macs(stage, index, num_tokens) for index in range(depth))
-        return total
+    def dense_steps(self, grid: Grid) -> list[cost.Step]:
+        """What the backbone alone computes for one image of ``grid`` patches."""
+        levels = [cost.level(self, number, grid) for number in range(len(self.depths))]
+        return cost.pyramid_steps(self, grid, levels)
+
+    def level_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of :meth:`run_stage`."""
+        num_tokens = math.prod(self.stage_grid(grid, stage)) + self.num_prefix
+        blocks = (self.block_macs(stage, index, num_tokens) for index in range(self.depths[stage]))
+        return int(self.downsample_macs(stage, grid, self.num_prefix) + sum(blocks))
 
     def stem_macs(self, grid: Grid) -> int:
         """MACs of the patch embedding."""

@@ -9,7 +9,6 @@ so (other block, attention or pooling types) is refused by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vitrim import cost
 from vitrim.attention import AttentionRecord, Score, cross_attention
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
@@ -266,12 +266,9 @@ class ViT(Family):
         )
         return tokens.with_x(tokens.x.detach()), saliency
 
-    def dense_macs(self, grid: Grid) -> int:
-        """MACs of the backbone alone on one image of ``grid`` patches."""
-        num_patches = math.prod(grid)
-        num_tokens = num_patches + self.num_prefix
-        blocks = sum(self.block_macs(block, num_tokens) for block in range(self.depth))
-        return int(self.stem_macs(num_patches) + blocks + self.head_macs(num_tokens))
+    def dense_steps(self, grid: Grid) -> list[cost.Step]:
+        """What the backbone alone computes for one image of ``grid`` patches."""
+        return cost.plain_steps(self, grid)
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""

@@ -18,6 +18,7 @@ from vitrim.cost import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
 from vitrim.packing import AnyTokens
+from vitrim.stages import fixed_counts
 from vitrim.tokens import Grid, Tokens
 
 
@@ -236,17 +237,11 @@ class Method(nn.Module, ABC):
         on the image.
         """
 
+    @abstractmethod
     def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[Step]:
         """What is computed for one image of ``grid`` patches, given the kept count after each stage
-        (numbers or tensors); methods on plain vision transformers say so.
-
-        Raises:
-            ConfigError: the method's work is not described step by step.
+        (numbers or tensors).
         """
-        raise ConfigError(
-            f"the latency of {self.name} on the family {family.name!r} cannot be predicted; tables "
-            "are for methods on plain vision transformers. Measure it with vitrim bench"
-        )
 
     def macs(self, family: Any, grid: Grid, counts: Sequence[Any]) -> Any:
         """MACs of one image of ``grid`` patches, given the kept count after each stage (numbers or
@@ -304,12 +299,26 @@ class RatioMethod(Method):
         """Whether each image decides how many positions are kept."""
         return False
 
+    def ratio_counts(self, family: Any, grid: Grid) -> tuple[int, ...]:
+        """The counts that the keep ratios ask for, whether or not the images decide."""
+        return self._fixed_counts(math.prod(grid))
+
+    def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
+        """The same, each of so many positions."""
+        return fixed_counts(self.config.ratios(len(self.stages)), num_positions)
+
     @property
     def dial(self) -> Dial:
         """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
         if self.images_decide:
             return Dial("threshold", self._threshold, cheapest=1 - 1e-6, dearest=0.0)
-        return Dial("keep_ratio", self._first_ratio, cheapest=1e-3, dearest=1.0)
+        least = self.least_ratio
+        return Dial("keep_ratio", max(self._first_ratio, least), cheapest=least, dearest=1.0)
+
+    @property
+    def least_ratio(self) -> float:
+        """The smallest keep ratio of the method's rule."""
+        return 1e-3
 
     @property
     def _threshold(self) -> float:

@@ -38,14 +38,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses
+from vitrim import cost, losses
 from vitrim.config import normalise, require
 from vitrim.families import ConvNeXt, Swin
 from vitrim.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
-    Dial,
     RatioMethod,
     Recorder,
     TrainingOutput,
@@ -54,7 +53,7 @@ from vitrim.methods.base import (
 )
 from vitrim.predictor import Predictor
 from vitrim.sampling import hard_keep
-from vitrim.stages import check_stages, fixed_counts
+from vitrim.stages import check_stages
 from vitrim.tokens import Grid, Tokens
 
 STEP = 0.2
@@ -225,8 +224,10 @@ class DynamicSpatial(RatioMethod):
             module.reset_parameters(generator)
 
     def counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
-        num_positions = math.prod(family.stage_grid(grid, self.config.level))
-        return fixed_counts(self.config.ratios(len(self.stages)), num_positions)
+        return self.ratio_counts(family, grid)
+
+    def ratio_counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
+        return self._fixed_counts(math.prod(family.stage_grid(grid, self.config.level)))
 
     def infer(
         self, family: Swin | ConvNeXt, images: Tensor, recorder: Recorder | None = None
@@ -271,7 +272,7 @@ class DynamicSpatial(RatioMethod):
     ) -> Partition | None:
         """The positions for the slow path and for the fast one; None: all take the slow one."""
         num_images, num_positions = len(fmap.x_BHWC), math.prod(fmap.grid)
-        count = fixed_counts(self.config.ratios(len(self.stages)), num_positions)[stage]
+        count = self._fixed_counts(num_positions)[stage]
         if count == num_positions and not recorder:
             return None
         score_BN = self._log_probs(stage, fmap.x_BHWC)[..., 0]
@@ -376,29 +377,37 @@ class DynamicSpatial(RatioMethod):
             parts["token"] = losses.kept_token_mse(features, teacher.patch_features, everywhere)
         return with_total(self.config, parts)
 
-    def macs(self, family: Swin | ConvNeXt, grid: Grid, counts: Sequence[Any]) -> Any:
-        level = self.config.level
-        num_positions = math.prod(family.stage_grid(grid, level))
-        total: Any = family.dense_macs(grid)
+    def steps(self, family: Swin | ConvNeXt, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        levels = []
+        for level in range(len(family.depths)):
+            # Also dense, it is not run as the backbone runs it; see _whole_block.
+            positions: Any = math.prod(family.stage_grid(grid, level))
+            macs: Any = family.level_macs(level, grid)
+            stages = self.stages if level == self.config.level else ()
+            if stages:
+                positions, macs = self._sparse_level(family, positions, macs, counts)
+            levels.append(cost.sparse_levels(self.name, (level,), positions, macs, before=stages))
+        return cost.pyramid_steps(family, grid, levels)
+
+    def _sparse_level(
+        self, family: Swin | ConvNeXt, num_positions: int, macs: Any, counts: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """Positions on the slow path, mean over the blocks that are split, and the level's MACs."""
+        level, total_slow = self.config.level, 0
         for stage, predictor in enumerate(self.predictors):  # skipped where it decides nothing
-            total = total + linear_macs(predictor) * num_positions * (
-                counts[stage] != num_positions
-            )
+            macs = macs + linear_macs(predictor) * num_positions * (counts[stage] != num_positions)
         for block in range(self.stages[0], family.depths[level]):
-            stage = sum(start <= block for start in self.stages) - 1
-            fast_positions = num_positions - counts[stage]
+            slow = counts[sum(start <= block for start in self.stages) - 1]
             fast_path = self.fast_paths[block - self.stages[0]]
-            total = total + linear_macs(fast_path) * fast_positions
-            total = total - family.channel_macs(level, block, fast_positions)
-        return total
+            macs = macs + linear_macs(fast_path) * (num_positions - slow)
+            macs = macs - family.channel_macs(level, block, num_positions - slow)
+            total_slow = total_slow + slow
+        return total_slow / (family.depths[level] - self.stages[0]), macs
 
     @property
-    def dial(self) -> Dial:
-        """The keep ratio of the authors' rule; given one per predictor, the first as far as the
-        rule reaches.
-        """
-        least = STEP * (len(self.stages) - 1) + 1e-3
-        return Dial("keep_ratio", max(self._first_ratio, least), cheapest=least, dearest=1.0)
+    def least_ratio(self) -> float:
+        """As far as the authors' rule reaches."""
+        return STEP * (len(self.stages) - 1) + 1e-3
 
 
 def default_stages(depth: int) -> tuple[int, ...]:

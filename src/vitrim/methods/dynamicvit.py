@@ -52,7 +52,6 @@ from vitrim.predictor import Predictor
 from vitrim.stages import (
     check_keep_ratio,
     check_stages,
-    fixed_counts,
     quarter_stages,
     stage_ratios,
     stretches,
@@ -150,12 +149,7 @@ class DynamicViT(RatioMethod):
         self.predictors = nn.ModuleList(predictors)
 
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
-        if self.config.threshold is not None:
-            return None
-        return self._fixed_counts(math.prod(grid))
-
-    def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
-        return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
+        return None if self.images_decide else self.ratio_counts(family, grid)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)

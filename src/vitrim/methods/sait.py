@@ -373,7 +373,7 @@ class SaiT(Method):
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
         num_patches, block = math.prod(grid), self.stages[0] - 1
         if self._counts(num_patches) == (num_patches,):
-            return cost.dense_steps(family, grid)
+            return family.dense_steps(grid)
         tokens, kept = num_patches + family.num_prefix, counts[0] + family.num_prefix
         steps = [cost.stem(family, num_patches)]
         steps += [cost.block(family, index, tokens) for index in range(block)]

@@ -59,7 +59,6 @@ from vitrim.selector import Scores, Selector, masked, package_of
 from vitrim.stages import (
     check_keep_ratio,
     check_stages,
-    fixed_counts,
     quarter_stages,
     stage_ratios,
     stretches,
@@ -187,10 +186,7 @@ class SPViT(RatioMethod):
         self.selectors = nn.ModuleList(selectors)
 
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
-        return self._fixed_counts(math.prod(grid)) if self.config.inference == "top_k" else None
-
-    def _fixed_counts(self, num_patches: int) -> tuple[int, ...]:
-        return fixed_counts(self.config.ratios(len(self.stages)), num_patches)
+        return None if self.images_decide else self.ratio_counts(family, grid)
 
     def _drops_nothing(self, stage: int, num_patches: int) -> bool:
         """Whether inference is bound to keep everything at ``stage``, which is then skipped."""

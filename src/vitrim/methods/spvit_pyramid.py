@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses, sampling
+from vitrim import cost, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import PiT, Swin
 from vitrim.feature_map import FeatureMap
@@ -58,7 +58,7 @@ from vitrim.methods.base import (
 from vitrim.packing import AnyTokens, PackedTokens, select
 from vitrim.selector import Selector, masked, package_of
 from vitrim.sparse_windows import sparse_block_macs, sparse_blocks
-from vitrim.stages import check_keep_ratio, check_stages, fixed_counts, stage_ratios
+from vitrim.stages import check_keep_ratio, check_stages, stage_ratios
 from vitrim.tokens import Grid, Tokens
 
 
@@ -212,19 +212,16 @@ class SPViTPyramid(RatioMethod):
         self.selectors = nn.ModuleList(selectors)
 
     def counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...] | None:
-        if self.config.inference != "top_k":
-            return None
-        maps = (math.prod(family.stage_grid(grid, stage)) for stage in self._places)
-        return tuple(self._count(number, positions) for number, positions in enumerate(maps))
+        return None if self.images_decide else self.ratio_counts(family, grid)
 
-    def _count(self, number: int, num_positions: int) -> int:
-        """How many positions a selector keeps where the number is fixed."""
-        return fixed_counts(self.config.ratios(len(self.stages)), num_positions)[number]
+    def ratio_counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...]:
+        maps = (math.prod(family.stage_grid(grid, stage)) for stage in self._places)
+        return tuple(self._fixed_counts(positions)[number] for number, positions in enumerate(maps))
 
     def _drops_nothing(self, number: int, num_positions: int) -> bool:
         """Whether inference is bound to keep everything at a selector, which is then skipped."""
         if self.config.inference == "top_k":
-            return self._count(number, num_positions) == num_positions
+            return self._fixed_counts(num_positions)[number] == num_positions
         return self.config.inference == "threshold" and self.config.threshold == 0
 
     def infer(self, family: PiT | Swin, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -237,7 +234,8 @@ class SPViTPyramid(RatioMethod):
             scores = self.selectors[number](tokens, packages_BSC)
             rank, best = scores.log_probs[..., 0].exp(), None
             if self.config.inference == "top_k":
-                best = sampling.top_k(scores.log_odds, self._count(number, tokens.num_patches))
+                count = self._fixed_counts(tokens.num_patches)[number]
+                best = sampling.top_k(scores.log_odds, count)
                 keep = torch.zeros_like(rank).scatter(1, best, 1.0)
             elif self.config.inference == "threshold":
                 rank = scores.keep_score
@@ -369,9 +367,8 @@ class SPViTPyramid(RatioMethod):
             )
         return with_total(self.config, parts)
 
-    def macs(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> Any:
-        total: Any = family.stem_macs(grid) + family.head_macs()
-        packages = 0
+    def steps(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        levels, packages = [], 0
         for stage, depth in enumerate(family.depths):
             stage_grid = family.stage_grid(grid, stage)
             positions = math.prod(stage_grid)
@@ -379,20 +376,29 @@ class SPViTPyramid(RatioMethod):
             drops = place < depth and not self._drops_nothing(number, positions)
             place = place if drops else depth
             kept = counts[number] if drops and self.config.execution == "gather" else positions
+            macs: Any
             if isinstance(family, PiT):
                 own = family.num_prefix
-                total = total + family.downsample_macs(stage, grid, own + packages)
-                total = total + place * family.block_macs(stage, 0, positions + own)
+                macs = family.downsample_macs(stage, grid, own + packages)
+                macs = macs + place * family.block_macs(stage, 0, positions + own)
                 rest = family.block_macs(stage, 0, kept + own + 1)
             else:
-                total = total + family.downsample_macs(stage, grid)
-                total = total + place * family.block_macs(stage, 0, grid)
+                macs = family.downsample_macs(stage, grid)
+                macs = macs + place * family.block_macs(stage, 0, grid)
                 rest = sparse_block_macs(family.block(stage, 0), stage_grid, kept)
-            total = total + (depth - place) * rest
-            if drops:
-                total = total + self.selectors[number].macs(positions, packages)  # type: ignore[operator]
-                packages = int(isinstance(family, PiT))
-        return total
+            macs = macs + (depth - place) * rest
+            if not drops:
+                levels.append(cost.level(family, stage, grid, macs))
+                continue
+            macs = macs + self.selectors[number].macs(positions, packages)  # type: ignore[operator]
+            packages = int(isinstance(family, PiT))
+            name = self.name if self.config.execution == "gather" else f"{self.name}-masked"
+            levels.append(
+                cost.sparse_levels(
+                    name, (stage,), kept, macs, before=(place,), adaptive=self.images_decide
+                )
+            )
+        return cost.pyramid_steps(family, grid, levels)
 
     @property
     def dial(self) -> Dial:

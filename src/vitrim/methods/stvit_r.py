@@ -53,6 +53,7 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
+from vitrim import cost
 from vitrim.config import normalise, require
 from vitrim.families import Swin
 from vitrim.feature_map import FeatureMap
@@ -424,14 +425,17 @@ class STViTR(SemanticMethod):
     def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
         return (self._windows(family, grid).num_tokens,) * len(self.units)
 
-    def macs(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> Any:
+    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
         windows = self._windows(family, grid)
-        total: Any = family.dense_macs(grid)
+        macs: Any = family.downsample_macs(STAGE, grid)
         for first, count in zip(self.units, counts, strict=True):
-            for index in range(first + 1, first + UNIT):
-                total = total - family.block_macs(STAGE, index, grid)
-            total = total + self._unit_macs(family, first, windows, count)
-        return total
+            macs = macs + family.block_macs(STAGE, first, grid)
+            macs = macs + self._unit_macs(family, first, windows, count)
+        levels = [cost.level(family, stage, grid) for stage in range(len(family.depths))]
+        mean = sum(counts) / len(counts)
+        name = self.name if self.config.form == "classification" else f"{self.name}-dense"
+        levels[STAGE] = cost.sparse_levels(name, (STAGE,), mean, macs)
+        return cost.pyramid_steps(family, grid, levels)
 
     def _unit_macs(self, family: Swin, first: int, windows: Windows, tokens: Any) -> Any:
         """MACs of the blocks of a unit after its first."""

@@ -42,6 +42,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vitrim import cost
 from vitrim.config import normalise, require
 from vitrim.families import Swin
 from vitrim.feature_map import FeatureMap
@@ -266,17 +267,25 @@ class STViTSwin(SemanticMethod):
     def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
         return (math.prod(self._windows(family, grid).visible_tokens),)
 
-    def macs(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> Any:
+    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+        dense = [cost.level(family, stage, grid) for stage in range(STAGE)]
+        macs = self._semantic_macs(family, grid, counts[0])
+        semantic = cost.sparse_levels(
+            self.name,
+            range(STAGE, len(family.depths)),
+            counts[0],
+            macs,
+            before=(self.base_layers,),
+        )
+        return cost.pyramid_steps(family, grid, [*dense, semantic])
+
+    def _semantic_macs(self, family: Swin, grid: Grid, count: Any) -> Any:
+        """MACs from the third stage on, given how many semantic tokens an image has."""
         windows = self._windows(family, grid)
         positions = math.prod(windows.grid)
         made, own = windows.num_tokens, self.config.window_tokens
         keys = own + math.prod(self._reach(windows))
-        total: Any = family.stem_macs(grid) + family.head_macs()
-        for stage in range(STAGE):
-            depth = family.depths[stage]
-            total += sum(family.block_macs(stage, index, grid) for index in range(depth))
-        for stage in range(STAGE + 1):
-            total += family.downsample_macs(stage, grid)
+        total: Any = family.downsample_macs(STAGE, grid)
         total += sum(family.block_macs(STAGE, index, grid) for index in range(self.base_layers))
         for index in (self.base_layers, self.base_layers + 1):
             total += family.attend_macs(STAGE, index, made, made + positions, keys)
@@ -284,7 +293,7 @@ class STViTSwin(SemanticMethod):
         total += self.pooling.macs(math.prod(windows.whole), made)
         for stage, index in self._semantic_blocks(family)[2:]:
             merged = family.stage_grid(windows.visible_tokens, stage - STAGE)
-            tokens = counts[0] * math.prod(merged) / math.prod(windows.visible_tokens)
+            tokens = count * math.prod(merged) / math.prod(windows.visible_tokens)
             if stage > STAGE and index == 0:
                 total = total + family.merge_macs(stage, tokens)
             total = total + family.attend_macs(stage, index, tokens, tokens, tokens)

@@ -75,7 +75,7 @@ def profile(
     """Measure the latency table of a model's backbone.
 
     Args:
-        model: a timm vision transformer, or a sparse model on one.
+        model: a timm model of a served family, or a sparse model on one.
         runtime: ``torch``, ``torch-compile``, ``onnxruntime`` or ``openvino``.
         batch: images per call.
         threads: CPU threads.
@@ -83,7 +83,7 @@ def profile(
         configs: of the methods whose selectors are measured; None takes the sparse model's own, or
             every kind that runs on the backbone.
         points: numbers of tokens that blocks are timed on; None takes 24, or 8 where each is
-            compiled by itself.
+            compiled by itself. Levels of a pyramid are timed on up to 7 numbers of positions.
         rounds: how often everything has its turn.
         min_seconds: a turn lasts at least about this long, and at least one call.
         device: ``"cpu"``, or for torch a CUDA device.
@@ -94,8 +94,7 @@ def profile(
         progress: told how many percent are done.
 
     Raises:
-        ConfigError: the runtime lacks the precision, the model is no plain vision transformer, or
-            the side file is of other settings.
+        ConfigError: the runtime lacks the precision, or the side file is of other settings.
         MissingExtraError: the runtime is not installed.
     """
     device = checked_device(device)
@@ -105,7 +104,6 @@ def profile(
     points = points or POINTS[runtime]
     require(points >= 2, f"points is {points}; expected 2 or more")
     source = model.backbone if isinstance(model, SparseModel) else model
-    describe_model(family_of(source))
     if configs is None:
         configs = [model.config] if isinstance(model, SparseModel) else kinds_of(family_of(source))
     kind = runners.torch_dtype(runtime, dtype)
@@ -244,9 +242,11 @@ def _measure(
 
 def _chain_before(probes: Sequence[Probe]) -> str:
     """The chain of blocks that runs before parts that a model runs once: short, but long enough for
-    features, not weights alone, to take the caches.
+    features, not weights alone, to take the caches. Of a pyramid the last level.
     """
     keys = {probe.tokens: _key(probe) for probe in probes if probe.part == "block"}
+    if not keys:
+        return _key(probes[-1])
     wanted = max(keys) / 4
     return keys[min(keys, key=lambda tokens: abs(tokens - wanted))]
 
@@ -339,7 +339,7 @@ def predict(
         ConfigError: the table lacks a part of the model.
     """
     if method is None:
-        return _total(table, cost.dense_steps(family, grid))
+        return _total(table, family.dense_steps(grid))
     return _total(table, method.steps(family, grid, counts))
 
 
@@ -359,6 +359,6 @@ def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
         milliseconds = table.milliseconds(step.part, sample)
         assert isinstance(milliseconds, Tensor)
         return milliseconds.mean()
-    unlike = bool((sample != sample[0]).any())
+    unlike = bool((sample != sample[0]).any()) and not step.levels
     part = cost.packed_part(step.part) if unlike else step.part
     return table.milliseconds(part, sample.mean())

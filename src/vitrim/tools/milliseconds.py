@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread
 from vitrim.config import require, to_plain
 from vitrim.errors import ConfigError, InputError
-from vitrim.families import family_of
+from vitrim.families import ViT, family_of
 from vitrim.latency import LatencyTable
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.stvit import STViTConfig
@@ -269,11 +269,12 @@ def sparsify_to(
 ) -> tuple[SparseModel, Latency, Schedule | None]:
     """Make a dense model sparse without training, for a budget of milliseconds.
 
-    Where tokens are dropped is solved for (:func:`vitrim.tools.solve.find_schedule`), unless the
-    config says it (``stages``, ``prune_after``) or the method drops none; then the dial is turned.
+    Where a plain vision transformer drops tokens is solved for
+    (:func:`vitrim.tools.solve.find_schedule`), unless the config says it (``stages``,
+    ``prune_after``) or the method drops none; then the dial is turned.
 
     Args:
-        model: a dense plain vision transformer in evaluation mode.
+        model: dense, in evaluation mode.
         config: of a method that works without training.
         table: of the model, its device and runtime.
         milliseconds: per batch of the table.
@@ -289,7 +290,8 @@ def sparsify_to(
     grid = family.grid()
     check_milliseconds(milliseconds, table, family, grid)
     placed = any(getattr(config, name, None) is not None for name in ("stages", "prune_after"))
-    if schedule is None and not placed and not isinstance(config, STViTConfig):
+    drops = isinstance(family, ViT) and not isinstance(config, STViTConfig)
+    if schedule is None and drops and not placed:
         costs = Costs(family, grid, config, table)
         check_reach(costs, milliseconds)
         effects = measure_effects(family, thinned(batches), progress=progress)

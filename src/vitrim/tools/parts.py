@@ -1,4 +1,5 @@
-"""The parts of a plain vision transformer that a latency table has curves of, ready to run alone.
+"""The parts of a model that a latency table has curves of, ready to run alone; the levels of
+pyramids are in ``vitrim.tools.levels``.
 
 A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
 on as many tokens from first to last, so that weights come from where they come from in a model, and
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from vitrim import cost
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
-from vitrim.families import ViT, family_of
+from vitrim.families import family_of
+from vitrim.families.base import Pyramid
+from vitrim.feature_map import FeatureMap
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.packing import Layout, PackedTokens
@@ -70,14 +73,20 @@ class Part(nn.Module):
     def __init__(self, backbone: nn.Module, packed: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
-        family = family_of(backbone)
-        assert isinstance(family, ViT)
-        self.family: ViT = family
-        self.packed = Packed(family.num_prefix) if packed else None
+        self.family: Any = family_of(backbone)
+        self.packed = Packed(self.family.num_prefix) if packed else None
 
     def tokens(self, x: Tensor) -> Any:
-        """Features as the tokens that they would be inside the model."""
+        """Features as the tokens, or the map, that they would be inside the model."""
+        if isinstance(self.family, Pyramid):
+            return FeatureMap(x)
         return self.packed(x) if self.packed else Tokens.of(x, self.family.num_prefix)
+
+
+def features(tokens: Any) -> Tensor:
+    """The features of tokens or of a map."""
+    x: Tensor = tokens.x_BHWC if isinstance(tokens, FeatureMap) else tokens.x
+    return x
 
 
 class Nothing(Part):
@@ -97,14 +106,15 @@ class Stem(Part):
     counts_calls = True
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.family.stem(images).x
+        return features(self.family.stem(images))
 
 
 class Head(Part):
     """From tokens to logits."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.family.head(self.tokens(images))
+        logits: Tensor = self.family.head(self.tokens(images))
+        return logits
 
 
 class Whole(Part):
@@ -233,7 +243,8 @@ class _Hollow:
         return getattr(self.__dict__["family"], name)
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
-        return self.family.grid()
+        grid: Grid = self.family.grid()
+        return grid
 
     def stem(self, images: Tensor) -> Tokens:
         return Tokens.of(images, self.family.num_prefix)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from vitrim import cost
@@ -14,11 +15,16 @@ from vitrim.errors import ConfigError
 from vitrim.families import ViT, family_of
 from vitrim.methods import METHODS, method_of_config
 from vitrim.methods.asvit import ASViTConfig
+from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.methods.stvit import STViTConfig
+from vitrim.methods.stvit_r import STViTRConfig
+from vitrim.methods.stvit_swin import STViTSwinConfig
 from vitrim.tokens import Grid
+from vitrim.tools.levels import Level, as_methods_run_them
 from vitrim.tools.parts import (
     AttentionHalves,
     Blocks,
@@ -30,6 +36,7 @@ from vitrim.tools.parts import (
     Selecting,
     Stem,
     Whole,
+    features,
 )
 
 POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
@@ -65,23 +72,28 @@ KINDS: tuple[Any, ...] = (
     STViTConfig(),
 )
 """Every way of choosing tokens; what else their configs say hardly matters to how long it takes."""
+PYRAMID_KINDS: tuple[Any, ...] = (
+    DynamicSpatialConfig(),
+    SPViTPyramidConfig(inference="top_k"),
+    SPViTPyramidConfig(),
+    STViTSwinConfig(),
+    STViTRConfig(),
+)
+"""The same on pyramids."""
 
 
 def kinds_of(family: Any, names: Sequence[str] = ()) -> list[Any]:
     """A config of every kind of selector of the methods called ``names``, or of all, that run on
     ``family``.
     """
-    known = {method_of_config(config).name for config in KINDS}
+    kinds = [(method_of_config(config), config) for config in (*KINDS, *PYRAMID_KINDS)]
+    kinds = [(method, config) for method, config in kinds if family.name in method.families]
+    known = {method.name for method, _ in kinds}
     for name in names:
         if name not in known:
-            why = "is profiled on no plain vision transformer" if name in METHODS else "is unknown"
+            why = f"does not run on {family.name}" if name in METHODS else "is unknown"
             raise ConfigError(f"method {name!r} {why}; use {', '.join(sorted(known))}")
-    found = []
-    for config in KINDS:
-        method = method_of_config(config)
-        if family.name in method.families and (not names or method.name in names):
-            found.append(config)
-    return found
+    return [config for method, config in kinds if not names or method.name in names]
 
 
 def probes_of(
@@ -94,16 +106,28 @@ def probes_of(
 ) -> Iterator[Probe]:
     """Everything that is timed; ``beside`` are whole models on backbones like this one."""
     family = family_of(backbone)
+    tokens = math.prod(family.grid()) + family.num_prefix
+    image = (batch, int(backbone.in_chans), *family.image_size)
+    yield Probe("stem", tokens, Stem(backbone), image, varies=False)
+    for name, model in {DENSE: backbone, **beside}.items():
+        yield Probe(name, tokens, Whole(backbone, model), image, varies=False)
+    if isinstance(family, ViT):
+        yield from _plain_probes(backbone, configs, runtime, batch, points)
+    else:
+        yield from _pyramid_probes(backbone, configs, runtime, image, points)
+
+
+def _plain_probes(
+    backbone: Any, configs: Sequence[Any], runtime: str, batch: int, points: int
+) -> Iterator[Probe]:
+    """What comes between stem and logits of a plain vision transformer, and its head."""
+    family = family_of(backbone)
     assert isinstance(family, ViT)
     patches, prefix = math.prod(family.grid()), family.num_prefix
     many = _spaced(prefix + 2, patches + prefix, points)
     few = _spaced(prefix + 2, patches + prefix, min(points, FEW_POINTS))
     every = sorted({*many, *few})
     in_torch, free = runtime.startswith("torch"), runtime == "torch"
-    image = (batch, int(backbone.in_chans), *family.image_size)
-    yield Probe("stem", patches + prefix, Stem(backbone), image, varies=False)
-    for name, model in {DENSE: backbone, **beside}.items():
-        yield Probe(name, patches + prefix, Whole(backbone, model), image, varies=False)
     plain: dict[str, tuple[Part, list[int]]] = {
         NOTHING: (Nothing(backbone, cold=False, free=free), every),
         NOTHING_COLD: (Nothing(backbone, cold=True, free=free), every),
@@ -162,6 +186,48 @@ def _semantic_shapes(shape: Grid, grid: Grid) -> list[Grid]:
         )
         by_count[rows * columns] = rows, columns
     return [by_count[count] for count in sorted(by_count)]
+
+
+def _pyramid_probes(
+    backbone: Any,
+    configs: Sequence[Any],
+    runtime: str,
+    image: tuple[int, ...],
+    points: int,
+) -> Iterator[Probe]:
+    """The same of a pyramid: its levels, dense and as methods run them."""
+    family: Any = family_of(backbone)
+    grid, free = family.grid(), runtime == "torch"
+    shapes = _shapes(backbone, image)
+    for cold in (False, True):
+        for shape in {shape[1]: shape for shape in shapes}.values():
+            module = Nothing(backbone, cold, free)
+            yield Probe(NOTHING_COLD if cold else NOTHING, shape[1], module, shape, varies=False)
+    head = family.dense_steps(grid)[-1]
+    yield Probe(head.part, head.tokens, Head(backbone), shapes[-1], varies=False)
+    for config in configs:
+        decides = getattr(config, "inference", "top_k") != "top_k"
+        if decides and not runtime.startswith("torch"):
+            continue  # exported, maps have a fixed number of positions
+        few = min(points, FEW_POINTS)
+        for part, positions, level in as_methods_run_them(backbone, config, shapes, few):
+            yield Probe(part, positions, level, shapes[level.levels[0]], varies=False)
+    for step in family.dense_steps(grid)[1:-1]:
+        level = Level(backbone, step.levels)
+        yield Probe(step.part, step.tokens, level, shapes[step.levels[0]], varies=False)
+
+
+@torch.no_grad()
+def _shapes(backbone: Any, image: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the features that enter each level of a pyramid, and of those that leave the last."""
+    family: Any = family_of(backbone)
+    parameter = next(backbone.parameters())
+    tokens = family.stem(torch.zeros(image, device=parameter.device, dtype=parameter.dtype))
+    shapes = [tuple(features(tokens).shape)]
+    for level in range(len(family.depths)):
+        tokens = family.run_stage(level, tokens)
+        shapes.append(tuple(features(tokens).shape))
+    return shapes
 
 
 def _spaced(low: int, high: int, points: int) -> list[int]:

@@ -13,7 +13,6 @@ this form is ours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +23,14 @@ from torch import Tensor
 from vitrim.config import require
 from vitrim.latency import LatencyTable
 from vitrim.methods.asvit import ASViTConfig, ASViTOutput
-from vitrim.methods.base import SelectionOutput, TrainingOutput
+from vitrim.methods.base import RatioMethod, SelectionOutput, TrainingOutput
+from vitrim.methods.dynamic_spatial import SpatialOutput
 from vitrim.methods.sait import SaiTConfig
+from vitrim.methods.spvit_pyramid import PyramidOutput
 from vitrim.methods.stvit import STViTConfig
+from vitrim.methods.stvit_r import STViTR
+from vitrim.methods.stvit_swin import STViTSwin
 from vitrim.model import SparseModel
-from vitrim.stages import fixed_counts
 from vitrim.tools.latency import predict
 from vitrim.tools.milliseconds import as_it_is, batches_of, check_milliseconds, meet
 from vitrim.train.data import eval_loader
@@ -120,8 +122,10 @@ def kept_counts(output: TrainingOutput) -> list[Tensor]:
     """(B,) per stage: how many patches of each image go on, with the gradients of the decisions."""
     if isinstance(output, SelectionOutput):
         return [decision.keep_BN.sum(1) for decision in output.decisions]
-    if isinstance(output, ASViTOutput):
+    if isinstance(output, ASViTOutput | PyramidOutput):
         return [keep_BN.sum(1) for keep_BN in output.keeps]
+    if isinstance(output, SpatialOutput):
+        return [keep_BN.sum(1) for keep_BN in output.keeps_BN]
     return []
 
 
@@ -130,7 +134,8 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
 
     * One keep ratio r for all stages is solved for; ratios per stage, as of a schedule, are scaled
       together. Where images decide they are the targets of the ratio loss.
-    * SaiT's density; the number of STViT's semantic tokens, as near as square grids come.
+    * SaiT's density; the number of STViT's semantic tokens, as near as square grids come; on Swin
+      that of a window.
     * AS-ViT's own budget in MACs leaves the loss, for that in milliseconds.
 
     Args:
@@ -148,9 +153,8 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
 
     def cost(changed: Any) -> float:
         method.config = changed
-        if hasattr(changed, "ratios"):
-            ratios = changed.ratios(len(method.stages))
-            counts: tuple[int, ...] | None = fixed_counts(ratios, math.prod(grid))
+        if isinstance(method, RatioMethod):
+            counts: tuple[int, ...] | None = method.ratio_counts(family, grid)
         else:
             counts = method.counts(family, grid)
         assert counts is not None
@@ -159,7 +163,10 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
     try:
         if isinstance(config, ASViTConfig):
             return replace(config, budget_weight=0.0)
-        if isinstance(config, STViTConfig):
+        if isinstance(method, STViTSwin | STViTR):
+            sides = range(1, min(method.window) + 1)
+            choices = [replace(config, window_tokens=side * side) for side in sides]
+        elif isinstance(config, STViTConfig):
             shapes = [(rows, rows + more) for rows in range(1, min(grid)) for more in (0, 1)]
             choices = [replace(config, semantic_tokens=shape) for shape in [*shapes, grid]]
         elif isinstance(config, SaiTConfig):
@@ -169,7 +176,9 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
         elif isinstance(config.keep_ratio, tuple):
             choices = [_scaled(config, share) for share in _SHARES]
         else:
-            choices = [replace(config, keep_ratio=share) for share in _SHARES]
+            assert isinstance(method, RatioMethod)
+            shares = [share for share in _SHARES if share >= method.least_ratio]
+            choices = [replace(config, keep_ratio=share) for share in shares]
         return _nearest(choices, cost, milliseconds, method.name)
     finally:
         method.config = config

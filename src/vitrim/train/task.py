@@ -16,8 +16,7 @@ from vitrim.checkpoint import describe_data, from_pretrained, load_strict, read_
 from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
-from vitrim.methods.base import DenseOutput
-from vitrim.methods.stvit import STViT
+from vitrim.methods.base import DenseOutput, SemanticMethod
 from vitrim.model import SparseModel
 from vitrim.models import LVVisionTransformer
 from vitrim.train.data import digits_data_config, is_digits
@@ -186,7 +185,8 @@ def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
             f"{folder} was made by {sparse.method.name!r}; method.name is {method.name!r}"
         )
     latency = _latency_of(recipe, sparse)
-    if latency is not None and not isinstance(sparse.method, STViT):  # it has learned its number
+    has_learned_its_number = isinstance(sparse.method, SemanticMethod)
+    if latency is not None and not has_learned_its_number:
         sparse.method.config = start_config(sparse, recipe.budget)
     if not recipe.model.teacher:
         return SparseTask(sparse, None, latency)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,10 @@ from vitrim import cost
 from vitrim.families import family_of
 from vitrim.hardware import cpu_name
 from vitrim.latency import Curve, LatencyTable, describe_model
-from vitrim.methods import METHODS
+from vitrim.methods import METHODS, method_of_config
+
+PLACE = {"runtime": "torch", "batch": 1, "threads": 1, "dtype": "fp32"}
+PLACE |= {"device": "cpu", "cpu": cpu_name()}
 
 
 def table_of(backbone: nn.Module, *, jump: int = 0, **stamp: Any) -> LatencyTable:
@@ -35,6 +39,20 @@ def table_of(backbone: nn.Module, *, jump: int = 0, **stamp: Any) -> LatencyTabl
             scale = {"asvit": 0.01, "sait": 0.01, "stvit": 0.04}.get(name, 0.002)
             parts[cost.select_part(name, adaptive)] = made(scale, 0.04 + 0.01 * adaptive)
     parts |= {cost.packed_part(name): curve for name, curve in parts.items()}
-    place = {"runtime": "torch", "batch": 1, "threads": 1, "dtype": "fp32"}
-    place |= {"device": "cpu", "cpu": cpu_name()}
-    return LatencyTable(place | describe_model(family) | stamp, parts)
+    return LatencyTable(PLACE | describe_model(family) | stamp, parts)
+
+
+def pyramid_table_of(backbone: nn.Module, configs: Sequence[Any], batch: int = 1) -> LatencyTable:
+    """A table whose levels take longer the more positions a method computes."""
+    family: Any = family_of(backbone)
+    grid = family.grid()
+    steps = family.dense_steps(grid)
+    for config in configs:
+        method = method_of_config(config)(family, config)
+        steps += method.steps(family, grid, [1] * len(method.stages))
+    parts = {}
+    for step in steps:
+        full = math.prod(family.stage_grid(grid, step.levels[0])) if step.levels else 1
+        times = (2.0, 4.0) if "-" in step.part else (4.0, 4.0)
+        parts[step.part] = Curve((0, full), times, times, times)
+    return LatencyTable(PLACE | describe_model(family) | {"batch": batch}, parts)

@@ -11,13 +11,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.conftest import images, tiny_convnext, tiny_lvvit, tiny_pit, tiny_vit
+from tests.conftest import images, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.tables import pyramid_table_of
 from vitrim import (
     ASViTConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
     SPViTConfig,
+    SPViTPyramidConfig,
     STViTConfig,
+    STViTRConfig,
+    STViTSwinConfig,
     cost,
     packing,
     sparsify,
@@ -33,6 +37,7 @@ from vitrim.tokens import Tokens
 from vitrim.tools import parts, probes, runners
 from vitrim.tools.latency import predict, profile
 from vitrim.tools.latency_plot import draw_table
+from vitrim.tools.levels import Level, as_methods_run_them
 
 
 def curve(tokens, milliseconds):
@@ -144,16 +149,24 @@ def test_a_table_of_another_setting_is_refused_and_says_all_that_differs():
         table().check(family_of(tiny_vit(img_size=64)))
 
 
-def test_other_families_have_no_table():
-    with pytest.raises(ConfigError, match="not for the family 'pit'"):
-        describe_model(family_of(tiny_pit()))
+def test_the_sizes_of_a_pyramid_are_lists():
+    stamp = describe_model(family_of(tiny_pit()))
+    assert (stamp["depth"], stamp["width"], stamp["heads"]) == ([2, 3, 2], [16, 32, 64], [1, 2, 4])
+    assert describe_model(family_of(tiny_convnext()))["heads"] == [0, 0, 0, 0]
+    found = pyramid_table_of(tiny_swin(), [])
+    found = LatencyTable.from_dict(json.loads(json.dumps(found.to_dict())))
+    found.check(family_of(tiny_swin()))
+    with pytest.raises(ConfigError, match=r"depth \[1, 1, 6, 1\], here \[1, 1, 6, 2\]"):
+        found.check(family_of(tiny_swin(depths=(1, 1, 6, 2))))
 
 
-def test_dense_steps_cost_what_the_family_says():
-    family = family_of(tiny_vit())
-    steps = family.dense_steps((4, 4))
-    assert cost.total_macs(steps) == family.dense_macs((4, 4))
+def test_a_dense_model_is_stem_blocks_or_levels_and_head():
+    steps = family_of(tiny_vit()).dense_steps((4, 4))
     assert [step.part for step in steps] == ["stem", *["block"] * 4, "head"]
+    family = family_of(tiny_pit())
+    steps = family.dense_steps(family.grid())
+    assert [step.part for step in steps] == ["stem", "level0", "level1", "level2", "head"]
+    assert [step.tokens for step in steps] == [50, 49, 16, 4, 5]
 
 
 # What is measured.
@@ -171,6 +184,76 @@ def test_the_parts_make_the_model():
     assert parts.Blocks(backbone).repeats == 4
     assert attended.shape == tokens.shape
     assert not torch.equal(attended, tokens)
+
+
+PYRAMIDS = [tiny_swin, tiny_pit, tiny_convnext]
+
+
+@pytest.mark.parametrize("make", PYRAMIDS)
+def test_the_levels_make_the_pyramid(make):
+    backbone = make()
+    x = images()
+    with torch.no_grad():
+        found = parts.Stem(backbone)(x)
+        for level in range(len(family_of(backbone).depths)):
+            found = Level(backbone, (level,))(found)
+        torch.testing.assert_close(parts.Head(backbone)(found), backbone(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (tiny_swin, DynamicSpatialConfig()),
+        (tiny_convnext, DynamicSpatialConfig()),
+        (tiny_swin, SPViTPyramidConfig(inference="top_k", stages=(0, 4))),
+        (tiny_swin, SPViTPyramidConfig()),
+        (tiny_pit, SPViTPyramidConfig(inference="top_k", stages=(6,))),
+        (tiny_swin, STViTSwinConfig()),
+        (tiny_swin, STViTRConfig()),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_the_levels_of_a_method_make_the_sparse_model(make, config):
+    """Each alone, one after the other: nothing is lost between them or done twice. (On PiT a
+    package goes on from level to level, so there one level is sparse, the last.)
+    """
+    backbone = make()
+    sparse = sparsify(backbone, config, generator=torch.Generator().manual_seed(0)).eval()
+    family, grid, x = sparse.family, sparse.family.grid(), images()
+    counts = sparse.method.counts(family, grid) or (1,) * len(sparse.method.stages)
+    with torch.no_grad():
+        found = parts.Stem(backbone)(x)
+        for step in sparse.method.steps(family, grid, counts)[1:-1]:
+            method = sparse.method if "-" in step.part else None
+            found = Level(backbone, step.levels, method)(found)
+        torch.testing.assert_close(parts.Head(backbone)(found), sparse(x))
+
+
+@pytest.mark.parametrize("make", PYRAMIDS)
+def test_curves_of_levels_go_by_the_positions_that_are_computed(make):
+    """Counted at the MLP of a level's last block; where images decide, of noise."""
+    backbone = make()
+    family = family_of(backbone)
+    shapes = probes._shapes(backbone, (3, 3, 32, 32))
+    prefix = 2 if make is tiny_pit else 0  # class and package token
+    points = Counter()
+    for config in probes.kinds_of(family):
+        if isinstance(config, STViTSwinConfig | STViTRConfig):
+            continue  # all their blocks run on all semantic tokens
+        for part, positions, level in as_methods_run_them(backbone, config, shapes, 4):
+            points[part] += 1
+            (number,) = level.levels
+            rows = []
+            mlp = family.block(number, family.depths[number] - 1).mlp
+            hook = mlp.register_forward_hook(
+                lambda _m, x, _y, rows=rows: rows.append(x[0].shape[:-1].numel())
+            )
+            noise = torch.randn(shapes[number], generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                level(noise)
+            hook.remove()
+            assert sum(rows) / 3 == pytest.approx(positions + prefix, abs=0.5)
+    assert all(count > 1 for part, count in points.items() if "@" in part)
 
 
 def test_a_packed_chain_is_the_chain_of_each_image():
@@ -389,7 +472,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, tmp_path):
         profile(tiny_vit(), **options)
 
 
-@pytest.mark.parametrize("make", [tiny_vit, tiny_lvvit])
+@pytest.mark.parametrize("make", [tiny_vit, tiny_lvvit, *PYRAMIDS])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
     """What is measured, in torch itself, has every part that the methods' steps name."""
@@ -398,10 +481,10 @@ def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
     family = family_of(backbone)
     for config in probes.kinds_of(family):
         sparse = sparsify(backbone, config)
-        counts = sparse.method.counts(family, (4, 4))
+        counts = sparse.method.counts(family, family.grid())
         if counts is None:
             counts = [torch.tensor([9.0, 4.0, 5.0])] * len(sparse.method.stages)
-        assert 0 < float(predict(found, sparse.method, family, (4, 4), counts)) < math.inf
+        assert 0 < float(predict(found, sparse.method, family, family.grid(), counts)) < math.inf
 
 
 def test_semantic_tokens_behind_a_class_token_have_blocks_of_their_own():
@@ -450,13 +533,44 @@ def test_gradients_reach_the_counts():
     assert counts.grad.tolist() == pytest.approx([1.0, 1.0])
 
 
+def test_levels_of_images_that_decide_have_one_curve():
+    """It was measured on such a batch, so only the mean counts."""
+    sparse = sparsify(tiny_swin(), SPViTPyramidConfig(stages=(2,)))
+    family, grid = sparse.family, sparse.family.grid()
+    for batch, counts in ((1, [16.0, 48.0]), (4, [16.0, 48.0]), (4, [32.0, 32.0])):
+        found = pyramid_table_of(tiny_swin(), [sparse.config], batch)
+        counts = torch.tensor(counts, requires_grad=True)
+        predicted = predict(found, sparse.method, family, grid, [counts])
+        assert predicted.item() == pytest.approx(5 * 4 + 3)
+        predicted.backward()
+        assert counts.grad.tolist() == pytest.approx([1 / 64] * 2)
+
+
+@pytest.mark.parametrize(
+    ("profiled", "other", "name"),
+    [
+        (DynamicSpatialConfig(), DynamicSpatialConfig(stages=(2, 3)), "level2-dynamic_spatial@2,3"),
+        (SPViTPyramidConfig(), SPViTPyramidConfig(stages=(4,)), "level2-spvit_pyramid@2-adaptive"),
+        (SPViTPyramidConfig(), SPViTPyramidConfig(execution="mask"), "-masked@"),
+        (STViTSwinConfig(), STViTSwinConfig(base_layers=1), "level2to3-stvit_swin@1"),
+        (STViTRConfig(), STViTRConfig.dense_prediction(), "level2-stvit_r-dense"),
+    ],
+)
+def test_levels_that_choose_elsewhere_have_other_curves(profiled, other, name):
+    found = pyramid_table_of(tiny_swin(), [profiled])
+    sparse = sparsify(tiny_swin(), other)
+    counts = [4] * len(sparse.method.stages)
+    with pytest.raises(ConfigError, match=f"no curve of '[^']*{name}.*Profile the model again"):
+        predict(found, sparse.method, sparse.family, sparse.family.grid(), counts)
+
+
 def test_work_that_no_table_describes_is_refused_by_name():
     masked = sparsify(tiny_vit(), SPViTConfig(execution="mask"))
     found = profile(masked, points=2, rounds=1, min_seconds=0.0)
     with pytest.raises(ConfigError, match="no curve of 'masked'"):
         predict(found, masked.method, masked.family, (4, 4), (9, 9, 9))
     spatial = sparsify(tiny_convnext(), DynamicSpatialConfig())
-    with pytest.raises(ConfigError, match="dynamic_spatial on the family 'convnext'"):
+    with pytest.raises(ConfigError, match="no curve of 'level0-dynamic_spatial'"):
         predict(found, spatial.method, spatial.family, (8, 8), (9, 9, 9))
 
 
@@ -484,11 +598,9 @@ def test_arguments_out_of_range_are_refused():
             profile(tiny_vit(), **{name: 0})
     with pytest.raises(ConfigError, match="points is 1"):
         profile(tiny_vit(), points=1)
-    with pytest.raises(ConfigError, match="not for the family 'pit'"):
-        profile(tiny_pit())
     with pytest.raises(ConfigError, match="'dynamicvitt' is unknown"):
         probes.kinds_of(family_of(tiny_vit()), ["dynamicvitt"])
-    with pytest.raises(ConfigError, match="'stvit_r' is profiled on no plain"):
+    with pytest.raises(ConfigError, match="'stvit_r' does not run on vit; use asvit, dynamicvit"):
         probes.kinds_of(family_of(tiny_vit()), ["stvit_r"])
 
 

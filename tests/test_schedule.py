@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import vitrim
-from tests.conftest import images, seeded, tiny_lvvit, tiny_swin, tiny_vit
-from tests.tables import table_of
+from tests.conftest import (
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_lvvit,
+    tiny_pit,
+    tiny_swin,
+    tiny_vit,
+)
+from tests.tables import pyramid_table_of, table_of
 from tests.training import TINY, curve, quiet, tiny_recipe, write_images
 from vitrim import (
     ASViTConfig,
@@ -21,20 +29,23 @@ from vitrim import (
     InputError,
     SaiTConfig,
     SPViTConfig,
+    SPViTPyramidConfig,
     STViTConfig,
+    STViTRConfig,
+    STViTSwinConfig,
     losses,
     sparsify,
 )
 from vitrim import schedule as schedules
 from vitrim.families import family_of
-from vitrim.methods.base import Decision, SelectionOutput
+from vitrim.methods.base import Decision, RatioMethod, SelectionOutput
 from vitrim.schedule import Schedule
 from vitrim.stages import fixed_counts
 from vitrim.tools import milliseconds, solve
 from vitrim.tools.effects import Effects, measure_effects, measured_counts
 from vitrim.tools.latency import predict
 from vitrim.train.engine import train
-from vitrim.train.latency import LatencyBudget, start_config
+from vitrim.train.latency import LatencyBudget, kept_counts, start_config
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe
 from vitrim.train.task import create_task
 
@@ -477,6 +488,58 @@ def test_the_start_is_set_from_the_table(tmp_path, config, field):
     assert predicted == pytest.approx(asked, rel=0.03)
     with pytest.raises(ConfigError, match=r"under the floor: \w+ as the recipe sets it takes"):
         start_config(sparse, replace(budget, milliseconds=0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "field"),
+    [
+        (tiny_swin, DynamicSpatialConfig(), "keep_ratio"),
+        (tiny_convnext, DynamicSpatialConfig(), "keep_ratio"),
+        (tiny_swin, SPViTPyramidConfig(), "keep_ratio"),
+        (tiny_pit, SPViTPyramidConfig(inference="top_k"), "keep_ratio"),
+        (tiny_swin, STViTSwinConfig(), "window_tokens"),
+        (tiny_swin, STViTRConfig(), "window_tokens"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_start_on_a_pyramid_is_set_from_the_table(tmp_path, make, config, field):
+    sparse = sparsify(make(), config)
+    family, grid = sparse.family, sparse.family.grid()
+    table = pyramid_table_of(sparse.backbone, [config])
+    table.save(tmp_path / "table.json")
+
+    def predicted(method):
+        aims = isinstance(method, RatioMethod)
+        counts = method.ratio_counts(family, grid) if aims else method.counts(family, grid)
+        return predict(table, method, family, grid, counts)
+
+    asked = 0.98 * predicted(sparse.method)
+    budget = BudgetRecipe(milliseconds=asked, table=str(tmp_path / "table.json"))
+    started = sparsify(make(), start_config(sparse, budget))
+    assert getattr(started.config, field) < getattr(config, field)
+    assert predicted(started.method) == pytest.approx(asked, rel=0.015)
+    with pytest.raises(ConfigError, match="under the floor"):
+        start_config(sparse, replace(budget, milliseconds=0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (tiny_swin, DynamicSpatialConfig()),
+        (tiny_swin, SPViTPyramidConfig()),
+        (tiny_pit, SPViTPyramidConfig()),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_pyramids_draw_has_a_latency(make, config):
+    sparse = sparsify(make(), config)
+    output = sparse.method.train_forward(sparse.family, images(), torch.Generator().manual_seed(0))
+    counts = kept_counts(output)
+    assert len(counts) == len(sparse.method.stages)
+    table = pyramid_table_of(sparse.backbone, [config])
+    predict(table, sparse.method, sparse.family, sparse.family.grid(), counts).backward()
+    gradients = [parameter.grad for parameter in sparse.method.parameters()]
+    assert any(g is not None and bool((g != 0).any()) for g in gradients)
 
 
 def test_a_recipe_takes_a_schedule(tmp_path):

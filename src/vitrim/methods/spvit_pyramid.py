@@ -324,6 +324,7 @@ class SPViTPyramid(RatioMethod):
         """The blocks of a stage of Swin, from its whole map to its whole map."""
         depth = family.depths[stage]
         number, place = self._places.get(stage, (0, depth))
+        place = min(place, depth)  # a level may be left out, see tools/levels.py
         for index in range(place):
             fmap = family.run_block(stage, index, fmap)
         tokens = Tokens.of(fmap.x_BHWC.flatten(1, 2), 0)

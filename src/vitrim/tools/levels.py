@@ -160,10 +160,6 @@ def _deciding(
 ) -> Iterator[tuple[str, int, Level]]:
     """A level where each image decides: the dial is turned until so many of noise are kept."""
     assert level.method is not None
-    with torch.no_grad():
-        for weights in level.method.parameters():  # new ones hardly tell positions of noise apart
-            if weights.ndim > 1:
-                weights.mul_(10)
     parameter = next(level.backbone.parameters())
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.to(parameter.device, parameter.dtype)
@@ -173,9 +169,9 @@ def _deciding(
 
         def kept(value: float, own: Level = own) -> float:
             assert own.method is not None
-            own.method.turn(value)
+            own.method.turn(max(value, 1e-9))  # at 0 it does not even look
             return own.kept(x)
 
         curve = Curve(level.method.dial, kept)
-        place = curve.search(share * positions, tolerance=1e9, near_enough=0.02, tries=20)
+        place = curve.search(share * positions, tolerance=1e9, near_enough=0.02, tries=30)
         yield part, round(kept(curve.dial.at(place))), own

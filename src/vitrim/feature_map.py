@@ -31,12 +31,12 @@ class FeatureMap:
 class Partition:
     """The positions of a batch of maps in two groups, whose sizes are the same in each image."""
 
-    rows: Tensor
-    """(B * N,): rows of the flattened maps, those of the first group before those of the second."""
+    first: Tensor
+    """(B * count,): rows of the flattened maps in the first group."""
+    second: Tensor
+    """(B * (N - count),): the others."""
     places: Tensor
-    """(B * N,): where each row of the flattened maps is in ``rows``."""
-    num_first: int
-    """Rows in the first group, of all images."""
+    """(B * N,): where each row of the flattened maps is among both, one behind the other."""
 
     @classmethod
     def best(cls, score_BN: Tensor, count: int) -> Partition:
@@ -44,9 +44,10 @@ class Partition:
         num_images, num_positions = score_BN.shape
         order = score_BN.topk(num_positions).indices
         order = order + torch.arange(num_images, device=order.device).unsqueeze(1) * num_positions
-        rows = torch.cat([order[:, :count].flatten(), order[:, count:].flatten()])
+        first, second = order[:, :count].flatten(), order[:, count:].flatten()
+        rows = torch.cat([first, second])
         numbers = torch.arange(num_images * num_positions, device=rows.device)
-        return cls(rows, torch.empty_like(rows).scatter(0, rows, numbers), num_images * count)
+        return cls(first, second, torch.empty_like(rows).scatter(0, rows, numbers))
 
     def run(
         self,
@@ -56,26 +57,27 @@ class Partition:
     ) -> Tensor:
         """``first`` and ``second``, which work row by row, each on the positions of its group.
 
-        One gather makes both groups contiguous and one puts their results back: on a CPU as fast
-        as adding them into the map in place, and nothing is written twice.
+        A gather makes each group contiguous and one puts their results back: on a CPU as fast as
+        adding them into the map in place, and nothing is written twice.
         """
-        x = x_BHWC.flatten(0, 2).index_select(0, self.rows)
-        out = torch.cat([first(x[: self.num_first]), second(x[self.num_first :])])
+        x = x_BHWC.flatten(0, 2)
+        parts = [first(x.index_select(0, self.first)), second(x.index_select(0, self.second))]
+        out = torch.cat(parts)
         return out.index_select(0, self.places).view(x_BHWC.shape)
 
     def first_BN(self, num_images: int) -> Tensor:
         """(B, N): whether a position is in the first group."""
-        return (self.places < self.num_first).view(num_images, -1)
+        return (self.places < len(self.first)).view(num_images, -1)
 
 
 def pays_in_slices(x_BHWC: Tensor) -> bool:
     """Whether :func:`add_in_slices` takes less time than the sum at once, and may be used."""
     return (
-        x_BHWC.device.type == "cpu"
+        not torch.compiler.is_compiling()  # asked first: a graph must not depend on the size
+        and x_BHWC.device.type == "cpu"
         and x_BHWC.numel() > SLICE
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -11,7 +11,7 @@ from vitrim.tools.probes import DENSE
 
 
 def draw_table(path: Path, table: LatencyTable) -> None:
-    """Draw the curves: halves of blocks and whole ones, and the parts that stand between them.
+    """Draw the curves: halves of blocks, whole ones or levels, and the parts that stand between.
 
     Dashed is what runs on packed images. The bands are quartiles over the rounds; the file appears
     whole or not at all.
@@ -26,7 +26,7 @@ def draw_table(path: Path, table: LatencyTable) -> None:
     for part in table.curves:
         if part in packed or part == DENSE:
             continue
-        axes = left if part in in_blocks else right
+        axes = left if part in in_blocks or part.startswith("level") else right
         color = None
         for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
             if name in table.curves:

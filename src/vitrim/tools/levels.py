@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
+from vitrim.families import family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method, RatioMethod, Recorder
 from vitrim.tokens import Grid
@@ -39,6 +40,7 @@ class Level(Part):
     ) -> None:
         super().__init__(backbone)
         self.levels, self.method = tuple(levels), method
+        # Of the family's own class too: methods ask which family they run on.
         alone = type("Alone", (_Alone, type(self.family)), {})
         self.alone = alone(backbone, self)
 
@@ -60,8 +62,8 @@ class Level(Part):
 
 
 class _Alone:
-    """A pyramid that takes features for images, and whose levels but some have no blocks. To stand
-    before the family's own class among the bases of a class.
+    """What a family does otherwise of which some levels run alone: it takes features for images,
+    and its other levels have no blocks.
     """
 
     def __init__(self, backbone: Any, part: Level) -> None:
@@ -112,7 +114,7 @@ def as_methods_run_them(
 def _runs(
     backbone: nn.Module, config: Any, shapes: Sequence[tuple[int, ...]], points: int
 ) -> Iterator[tuple[str, int, Level]]:
-    family = Part(backbone).family
+    family: Any = family_of(backbone)
     grid = family.grid()
     dense = {step.part for step in family.dense_steps(grid)}
     for method in _variants(backbone, config, points):
@@ -146,7 +148,7 @@ def _variants(backbone: nn.Module, config: Any, points: int) -> Iterator[Method]
 
 def _new(backbone: nn.Module, config: Any) -> Method:
     method_class: Any = method_of_config(config)
-    method: Method = method_class(Part(backbone).family, config, torch.Generator().manual_seed(0))
+    method: Method = method_class(family_of(backbone), config, torch.Generator().manual_seed(0))
     parameter = next(backbone.parameters())
     return method.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -621,6 +622,18 @@ def test_a_runtime_computes_what_torch_does_on_any_number_of_tokens(runtime, dty
         assert (found - wanted).abs().max() < (1e-4 if dtype == "fp32" else 1.0)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_levels_run_elsewhere(runtime):
+    pytest.importorskip(runtime)
+    config = SPViTPyramidConfig(stages=(6,))
+    for kind in (config, replace(config, inference="top_k")):
+        found = profile(
+            tiny_pit(), runtime=runtime, configs=[kind], points=2, rounds=1, min_seconds=0.0
+        )
+        sparse = sparsify(tiny_pit(), kind)
+        assert predict(found, sparse.method, sparse.family, sparse.family.grid(), (2,)) > 0
+
+
 def test_bfloat16_is_run_in_torch():
     found = profile(
         tiny_vit(), dtype="bf16", configs=[DynamicViTConfig()], points=2, rounds=1, min_seconds=0.0
@@ -651,6 +664,17 @@ def test_the_command_writes_a_table_and_a_picture(tiny_deit, tmp_path):
     assert not any("sait" in part for part in found.curves)
     assert "svg" in picture.read_text()[:200]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.svg", "table.json"]
+
+
+def test_the_command_measures_a_pyramid(monkeypatch, tmp_path):
+    monkeypatch.setattr("vitrim.cli.common.load_model", lambda *_, **__: tiny_convnext())
+    path, picture = tmp_path / "table.json", tmp_path / "curves.svg"
+    result = run("x", "-o", path, "--plot", picture, "--points", 2, "--rounds", 1, "--seconds", 0)
+    assert result.exit_code == 0, result.output
+    assert "level2-dynamic_spatial@1,2,3" in LatencyTable.load(path).curves
+    assert "svg" in picture.read_text()[:200]
+    result = run("x", "-o", tmp_path / "other.json", "--methods", "spvit_pyramid")
+    assert "'spvit_pyramid' does not run on convnext" in str(result.exception)
 
 
 def test_a_picture_of_another_kind_is_refused_before_the_work(tiny_deit, tmp_path):

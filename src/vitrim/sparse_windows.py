@@ -55,9 +55,10 @@ class WindowPlan:
         order_WA = _window_order(block, grid, row_T.device)
         windows, order_P, whole = len(order_WA), order_WA.flatten(), _whole(block, grid)
         count = torch.ones_like(row_T).cumsum(0)
-        absent = row_T.new_full((visible_BN.numel(),), len(row_T))
+        absent = row_T.new_full((visible_BN.numel(),), row_T.shape[0])
         slot_BN = absent.scatter(0, row_T, count - 1).view(visible_BN.shape)
-        slot_BN = F.pad(slot_BN, (0, 1), value=len(row_T) + 1)
+        padding_B1 = slot_BN.new_full((num_images, 1), row_T.shape[0] + 1)
+        slot_BN = torch.cat([slot_BN, padding_B1], 1)
         # The place of each position among the windows is the inverse of their order.
         place_P = torch.arange(len(order_P), device=row_T.device)
         place_N = place_P.new_empty(num_positions + 1).scatter(0, order_P, place_P)

@@ -118,7 +118,7 @@ class PiT(Family):
         self.check_images(images)
         model = self.backbone
         map_BCHW = model.pos_drop(model.patch_embed(images) + model.pos_embed)
-        return _tokens(map_BCHW, model.cls_token.expand(len(images), -1, -1))
+        return _tokens(map_BCHW, model.cls_token.expand(images.shape[0], -1, -1))
 
     def enter_stage(self, stage: int, tokens: Tokens) -> Tokens:
         """What a stage's blocks start from: the pooled map, and the prefix tokens (package tokens
@@ -133,7 +133,7 @@ class PiT(Family):
         """(B, C, rows, columns): the patch tokens of a stage, all of them present and in order."""
         rows, columns = self.stage_grid(self.grid(), stage)
         patches = tokens.patches
-        return patches.transpose(1, 2).reshape(len(patches), patches.shape[2], rows, columns)
+        return patches.transpose(1, 2).reshape(patches.shape[0], patches.shape[2], rows, columns)
 
     def run_block(self, stage: int, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index`` of a stage: timm's own (fused) forward, masked, or packed."""

@@ -271,15 +271,15 @@ class DynamicSpatial(RatioMethod):
         self, fmap: FeatureMap, stage: int, block: int, recorder: Recorder | None
     ) -> Partition | None:
         """The positions for the slow path and for the fast one; None: all take the slow one."""
-        num_images, num_positions = len(fmap.x_BHWC), math.prod(fmap.grid)
+        num_positions = math.prod(fmap.grid)
         count = self._fixed_counts(num_positions)[stage]
         if count == num_positions and not recorder:
             return None
         score_BN = self._log_probs(stage, fmap.x_BHWC)[..., 0]
         partition = Partition.best(score_BN, count)
         if recorder:
-            shape = (num_images, *fmap.grid)
-            keep_BHW = partition.first_BN(num_images).view(shape)
+            shape = fmap.x_BHWC.shape[:3]
+            keep_BHW = partition.first_BN(len(score_BN)).view(shape)
             recorder.add_map(block, score_BN.exp().view(shape), keep_BHW)
         return None if count == num_positions else partition
 

@@ -336,7 +336,7 @@ class SPViTPyramid(RatioMethod):
         blocks = [family.block(stage, index) for index in range(place, depth)]
         before_RC = tokens.x.flatten(0, 1)
         if masks:
-            row_R = torch.arange(len(before_RC), device=before_RC.device)
+            row_R = torch.arange(before_RC.shape[0], device=before_RC.device)
             x_RC = _run_rows(blocks, before_RC, row_R, choice, fmap.grid)
             x_RC = self._blend(choice.keep_BN.flatten(), x_RC, before_RC)
         else:
@@ -479,7 +479,7 @@ def _run_rows(
 
 def _run_kept(blocks: Sequence[Any], map_RC: Tensor, choice: Choice, grid: Grid) -> Tensor:
     """The same, where they compute what was kept."""
-    row_BN = torch.arange(len(map_RC), device=map_RC.device).view(choice.keep_BN.shape)
+    row_BN = torch.arange(map_RC.shape[0], device=map_RC.device).view(choice.keep_BN.shape)
     if choice.best_BK is None:
         row_T = row_BN[choice.keep_BN > 0.5]
     else:

@@ -217,11 +217,6 @@ def _program(
             return torch.export.export(_Exported(model, kind), (example,), dynamic_shapes=sizes)
         except Exception as error:  # the tracer's errors have no class in common
             if not images_decide(model):
-                if batch is None and isinstance(error, torch._dynamo.exc.UserError):
-                    raise ConfigError(
-                        f"this {_method_name(model)} is exported for a fixed number of images per "
-                        "call only; give the batch, such as 1"
-                    ) from error
                 raise
             raise ConfigError(
                 f"this {_method_name(model)}, whose counts depend on the image, cannot be "

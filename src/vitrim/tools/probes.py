@@ -207,8 +207,8 @@ def _pyramid_probes(
     yield Probe(head.part, head.tokens, Head(backbone), shapes[-1], varies=False)
     for config in configs:
         decides = getattr(config, "inference", "top_k") != "top_k"
-        if decides and not runtime.startswith("torch"):
-            continue  # exported, maps have a fixed number of positions
+        if decides and image[0] > 1 and not runtime.startswith("torch"):
+            continue  # exported, images decide one at a time
         few = min(points, FEW_POINTS)
         for part, positions, level in as_methods_run_them(backbone, config, shapes, few):
             yield Probe(part, positions, level, shapes[level.levels[0]], varies=False)

@@ -4,7 +4,8 @@
 embedded set's vision transformer, trains digits recipes to budgets of that table, and times what
 comes out beside the dense model; with ``--assets FOLDER`` (see ``real_weights.py``) it does the
 same without training for DeiT-Tiny on real images. Writes ``results/milliseconds.json`` and
-``.md``.
+``.md``. With ``--swin WEIGHTS``, of the recipe digits-swin, it does so on that Swin instead, and
+writes ``results/milliseconds_swin.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "asvit": ("digits-asvit", {}),
 }
 """Recipes, and fields of the method that differ."""
-SHARES, TRAINED_SHARE = (0.8, 0.65), 0.7
+TRAINED_SWIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic_spatial": ("digits-dynamic_spatial-swin", {}),
+    "spvit_pyramid, each image": ("digits-spvit_pyramid-swin", {"inference": "argmax"}),
+}
+SHARES, TRAINED_SHARE, SWIN_SHARE = (0.8, 0.65), 0.7, 0.95
 """Of the dense model's predicted latency."""
 TRAINED_BATCH = 16
 CALIBRATED_ON, TIMED = 256, 32
@@ -74,25 +79,33 @@ def without_training(assets: Path, options: Any) -> Iterator[dict[str, Any]]:
             yield how | measured(model, sparse, latency.plain(), unseen.split(1), options)
 
 
-def by_training(options: Any) -> Iterator[dict[str, Any]]:
-    """The embedded set's model in batches: recipes with a budget."""
-    dense = create_dense(load_recipe("digits-dynamicvit").model, seed=0).eval()
-    configs = kinds_of(family_of(dense), ("dynamicvit", "spvit", "asvit"))
+def by_training(
+    name: str,
+    recipes: dict[str, tuple[str, dict[str, Any]]],
+    words: Sequence[str],
+    share: float,
+    options: Any,
+) -> Iterator[dict[str, Any]]:
+    """A model of the embedded set in batches: recipes with a budget, ``words`` changed in them."""
+    first, _ = next(iter(recipes.values()))
+    dense = create_dense(load_recipe(first, words).model, seed=0).eval()
+    methods = {str(load_recipe(recipe).method.name) for recipe, _ in recipes.values()}
+    configs = kinds_of(family_of(dense), tuple(methods))
     table = profile(dense, batch=TRAINED_BATCH, threads=options.threads, configs=configs)
     with tempfile.TemporaryDirectory() as folder:
         table.save(Path(folder) / "table.json")
-        asked = TRAINED_SHARE * dense_milliseconds(table, dense)
+        asked = share * dense_milliseconds(table, dense)
         budget = BudgetRecipe(milliseconds=asked, table=f"{folder}/table.json")
-        for name, (recipe_name, fields) in TRAINED.items():
-            recipe = load_recipe(recipe_name)
+        for way, (recipe_name, fields) in recipes.items():
+            recipe = load_recipe(recipe_name, words)
             method = replace(recipe.method, config=recipe.method.config | fields)
             recipe = replace(recipe, method=method, budget=budget)
-            result = train(recipe, Path(folder) / name)
+            result = train(recipe, Path(folder) / way)
             sparse = from_pretrained(result.folder / "checkpoint")
             unseen = prepared_images(sparse, "digits/test", 16 * TRAINED_BATCH, TRAINED_BATCH)
             how = {
-                "model": "the embedded set's ViT",
-                "method": name,
+                "model": name,
+                "method": way,
                 "way": f"trained by {recipe_name}",
                 "batch": TRAINED_BATCH,
             }
@@ -174,11 +187,18 @@ def page(content: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--assets", type=Path, help="Real weights and images.")
+    parser.add_argument("--swin", type=Path, help="Dense weights of the recipe digits-swin.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     rows = []
-    sources = [by_training(options)]
+    if options.swin is not None:
+        words = [f"model.weights={json.dumps(str(options.swin))}"]
+        name, output = "the embedded set's Swin", RESULTS / "milliseconds_swin.json"
+        sources = [by_training(name, TRAINED_SWIN, words, SWIN_SHARE, options)]
+    else:
+        name, output = "the embedded set's ViT", RESULTS / "milliseconds.json"
+        sources = [by_training(name, TRAINED, (), TRAINED_SHARE, options)]
     if options.assets is not None:
         sources.insert(0, without_training(options.assets, options))
     for source in sources:
@@ -191,8 +211,8 @@ def main() -> None:
         "hardware": hardware(torch.device("cpu")) | {"threads": options.threads},
         "rows": rows,
     }
-    write_atomic(RESULTS / "milliseconds.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomic(RESULTS / "milliseconds.md", page(content).encode())
+    write_atomic(output, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(output.with_suffix(".md"), page(content).encode())
 
 
 if __name__ == "__main__":

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from vitrim import cost
-from vitrim.latency import LatencyTable
+from vitrim.latency import Curve, LatencyTable
 from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.probes import DENSE
 
+_IN_BLOCKS = ("block", "attention", "mlp", "cross")
+_LEVEL = re.compile(r"level(\d+)(to\d+)?-?(.*)")
+
 
 def draw_table(path: Path, table: LatencyTable) -> None:
-    """Draw the curves: halves of blocks, whole ones or levels, and the parts that stand between.
+    """Draw the curves: of a plain vision transformer the blocks, whole and by halves, and the parts
+    that stand between them; of a pyramid each level, as it is and as methods run it.
 
-    Dashed is what runs on packed images. The bands are quartiles over the rounds; the file appears
-    whole or not at all.
+    The bands are quartiles over the rounds; the file appears whole or not at all.
     """
     check_plot(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    in_blocks = ("block", "attention", "mlp", "cross")
-    packed = {cost.packed_part(part) for part in table.curves}
-    for part in table.curves:
-        if part in packed or part == DENSE:
-            continue
-        axes = left if part in in_blocks or part.startswith("level") else right
-        color = None
-        for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
-            if name in table.curves:
-                curve = table.curves[name]
-                (line,) = axes.plot(curve.tokens, curve.median, style, label=name, color=color)
-                color = line.get_color()
-                axes.fill_between(curve.tokens, curve.low, curve.high, color=color, alpha=0.2)
+    levels = [part for part in table.curves if _LEVEL.match(part)]
+    axes = _draw_levels(figure, table, levels) if levels else _draw_parts(figure, table)
     stamp = table.stamp
     where = stamp.get("gpu", stamp["cpu"])
     figure.suptitle(
@@ -41,9 +34,62 @@ def draw_table(path: Path, table: LatencyTable) -> None:
         f"{stamp['threads']} thread(s), {where}",
         fontsize="medium",
     )
-    for axes in (left, right):
-        axes.set(xlabel="tokens that enter", ylabel="milliseconds per batch")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0].set(ylabel="milliseconds per batch")
+    for each in axes:
+        each.set_ylim(bottom=0)
+        each.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def _draw_parts(figure: Any, table: LatencyTable) -> Any:
+    """Blocks on the left; dashed is what runs on packed images."""
+    axes = figure.subplots(1, 2)
+    packed = {cost.packed_part(part) for part in table.curves}
+    for part in table.curves:
+        if part in packed or part == DENSE:
+            continue
+        place = axes[0] if part in _IN_BLOCKS else axes[1]
+        color = None
+        for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
+            if name in table.curves:
+                color = _draw(place, table.curves[name], style, name, color)
+    for place in axes:
+        place.set(xlabel="tokens that enter")
+        place.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return axes
+
+
+def _draw_levels(figure: Any, table: LatencyTable, parts: list[str]) -> Any:
+    """A panel for each level; the broken line is the level as the backbone runs it."""
+    numbers = sorted({_number(part) for part in parts})
+    axes = figure.subplots(1, len(numbers), squeeze=False)[0]
+    colors: dict[str, str] = {}
+    for part in parts:
+        match = _LEVEL.match(part)
+        assert match is not None
+        place, curve = axes[numbers.index(_number(part))], table.curves[part]
+        name = match[3]
+        if not name:
+            place.axhline(curve.median[0], color="black", linestyle="--", label="dense")
+            continue
+        label = f"{name}, to level {match[2][2:]}" if match[2] else name
+        method = re.sub("@[0-9,]+", "", name)
+        _draw(place, curve, ".-", label, colors.setdefault(method, f"C{len(colors)}"))
+    for number, place in zip(numbers, axes, strict=True):
+        place.set(title=f"level {number}", xlabel="positions computed", xlim=(0, None))
+        place.legend(fontsize="x-small", loc="lower right")
+    return axes
+
+
+def _number(part: str) -> int:
+    match = _LEVEL.match(part)
+    assert match is not None
+    return int(match[1])
+
+
+def _draw(axes: Any, curve: Curve, style: str, label: str, color: str | None) -> str:
+    """A curve with its band; its colour."""
+    (line,) = axes.plot(curve.tokens, curve.median, style, label=label, color=color)
+    found: str = line.get_color()
+    axes.fill_between(curve.tokens, curve.low, curve.high, color=found, alpha=0.2)
+    return found

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -623,15 +622,16 @@ def test_a_runtime_computes_what_torch_does_on_any_number_of_tokens(runtime, dty
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_levels_run_elsewhere(runtime):
+@pytest.mark.parametrize("inference", ["top_k", "threshold"])
+def test_a_level_computes_elsewhere_what_it_does_here(runtime, inference):
     pytest.importorskip(runtime)
-    config = SPViTPyramidConfig(stages=(6,))
-    for kind in (config, replace(config, inference="top_k")):
-        found = profile(
-            tiny_pit(), runtime=runtime, configs=[kind], points=2, rounds=1, min_seconds=0.0
-        )
-        sparse = sparsify(tiny_pit(), kind)
-        assert predict(found, sparse.method, sparse.family, sparse.family.grid(), (2,)) > 0
+    config = SPViTPyramidConfig(stages=(6,), inference=inference)
+    shapes = probes._shapes(tiny_pit(), (1, 3, 32, 32))
+    _, _, level = next(as_methods_run_them(tiny_pit(), config, shapes, 1))
+    x = torch.randn(shapes[2], generator=torch.Generator().manual_seed(0))
+    found = runners.bind(level, x, False, runtime, "fp32", 1)(x)()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), level(x), atol=1e-4, rtol=0)
 
 
 def test_bfloat16_is_run_in_torch():

@@ -12,7 +12,7 @@ from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.probes import DENSE
 
 _IN_BLOCKS = ("block", "attention", "mlp", "cross")
-_LEVEL = re.compile(r"level(\d+)(to\d+)?-?(.*)")
+_LEVEL = re.compile(r"level(\d+)(?:to(\d+))?-?(.*)")
 
 
 def draw_table(path: Path, table: LatencyTable) -> None:
@@ -25,8 +25,8 @@ def draw_table(path: Path, table: LatencyTable) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    levels = [part for part in table.curves if _LEVEL.match(part)]
-    axes = _draw_levels(figure, table, levels) if levels else _draw_parts(figure, table)
+    levels = _levels(table)
+    axes = _draw_levels(figure, levels) if levels else _draw_parts(figure, table)
     stamp = table.stamp
     where = stamp.get("gpu", stamp["cpu"])
     figure.suptitle(
@@ -59,32 +59,33 @@ def _draw_parts(figure: Any, table: LatencyTable) -> Any:
     return axes
 
 
-def _draw_levels(figure: Any, table: LatencyTable, parts: list[str]) -> Any:
+def _levels(table: LatencyTable) -> list[tuple[int, str, Curve]]:
+    """Level, method and curve; the method is empty where the backbone runs the level."""
+    found = []
+    for part, curve in table.curves.items():
+        match = _LEVEL.match(part)
+        if match is not None:
+            until = f", to level {match[2]}" if match[2] else ""
+            found.append((int(match[1]), match[3] + until, curve))
+    return found
+
+
+def _draw_levels(figure: Any, levels: list[tuple[int, str, Curve]]) -> Any:
     """A panel for each level; the broken line is the level as the backbone runs it."""
-    numbers = sorted({_number(part) for part in parts})
+    numbers = sorted({number for number, _, _ in levels})
     axes = figure.subplots(1, len(numbers), squeeze=False)[0]
     colors: dict[str, str] = {}
-    for part in parts:
-        match = _LEVEL.match(part)
-        assert match is not None
-        place, curve = axes[numbers.index(_number(part))], table.curves[part]
-        name = match[3]
-        if not name:
+    for number, method, curve in levels:
+        place = axes[numbers.index(number)]
+        if method:
+            kind = re.sub("@[0-9,]+", "", method)  # its blocks differ from level to level
+            _draw(place, curve, ".-", method, colors.setdefault(kind, f"C{len(colors)}"))
+        else:
             place.axhline(curve.median[0], color="black", linestyle="--", label="dense")
-            continue
-        label = f"{name}, to level {match[2][2:]}" if match[2] else name
-        method = re.sub("@[0-9,]+", "", name)
-        _draw(place, curve, ".-", label, colors.setdefault(method, f"C{len(colors)}"))
     for number, place in zip(numbers, axes, strict=True):
         place.set(title=f"level {number}", xlabel="positions computed", xlim=(0, None))
         place.legend(fontsize="x-small", loc="lower right")
     return axes
-
-
-def _number(part: str) -> int:
-    match = _LEVEL.match(part)
-    assert match is not None
-    return int(match[1])
 
 
 def _draw(axes: Any, curve: Curve, style: str, label: str, color: str | None) -> str:

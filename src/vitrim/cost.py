@@ -108,6 +108,11 @@ def level(family: Any, number: int, grid: Grid, macs: Any = None) -> Step:
     return Step(f"level{number}", positions, macs, levels=(number,))
 
 
+def dense_levels(family: Any, grid: Grid) -> list[Step]:
+    """Every level of a pyramid, as the backbone runs it."""
+    return [level(family, number, grid) for number in range(len(family.depths))]
+
+
 def sparse_levels(
     method: str,
     numbers: Sequence[int],

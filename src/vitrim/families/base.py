@@ -171,8 +171,7 @@ class Pyramid(Family):
 
     def dense_steps(self, grid: Grid) -> list[Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
-        levels = [cost.level(self, number, grid) for number in range(len(self.depths))]
-        return cost.pyramid_steps(self, grid, levels)
+        return cost.pyramid_steps(self, grid, cost.dense_levels(self, grid))
 
 
 def check_channels(images: Tensor, channels: int) -> None:

@@ -183,8 +183,7 @@ class PiT(Family):
 
     def dense_steps(self, grid: Grid) -> list[cost.Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
-        levels = [cost.level(self, number, grid) for number in range(len(self.depths))]
-        return cost.pyramid_steps(self, grid, levels)
+        return cost.pyramid_steps(self, grid, cost.dense_levels(self, grid))
 
     def level_macs(self, stage: int, grid: Grid) -> int:
         """MACs of :meth:`run_stage`."""

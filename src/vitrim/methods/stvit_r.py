@@ -431,7 +431,7 @@ class STViTR(SemanticMethod):
         for first, count in zip(self.units, counts, strict=True):
             macs = macs + family.block_macs(STAGE, first, grid)
             macs = macs + self._unit_macs(family, first, windows, count)
-        levels = [cost.level(family, stage, grid) for stage in range(len(family.depths))]
+        levels = cost.dense_levels(family, grid)
         mean = sum(counts) / len(counts)
         name = self.name if self.config.form == "classification" else f"{self.name}-dense"
         levels[STAGE] = cost.sparse_levels(name, (STAGE,), mean, macs)

@@ -268,7 +268,7 @@ class STViTSwin(SemanticMethod):
         return (math.prod(self._windows(family, grid).visible_tokens),)
 
     def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
-        dense = [cost.level(family, stage, grid) for stage in range(STAGE)]
+        dense = cost.dense_levels(family, grid)[:STAGE]
         macs = self._semantic_macs(family, grid, counts[0])
         semantic = cost.sparse_levels(
             self.name,

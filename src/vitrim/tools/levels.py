@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -161,19 +162,24 @@ def _deciding(
     part: str, level: Level, shape: tuple[int, ...], points: int
 ) -> Iterator[tuple[str, int, Level]]:
     """A level where each image decides: the dial is turned until so many of noise are kept."""
-    assert level.method is not None
+    method = level.method
+    assert method is not None
     parameter = next(level.backbone.parameters())
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.to(parameter.device, parameter.dtype)
     positions = math.prod(level.family.stage_grid(level.family.grid(), level.levels[0]))
+
+    def turn(value: float) -> None:
+        method.turn(max(value, 1e-9))  # at 0 it does not even look
+
+    @cache
+    def kept(value: float) -> float:
+        turn(value)
+        return level.kept(x)
+
     for share in _shares(points):
-        own = Level(level.backbone, level.levels, copy.deepcopy(level.method))
-
-        def kept(value: float, own: Level = own) -> float:
-            assert own.method is not None
-            own.method.turn(max(value, 1e-9))  # at 0 it does not even look
-            return own.kept(x)
-
-        curve = Curve(level.method.dial, kept)
+        curve = Curve(method.dial, kept)
         place = curve.search(share * positions, tolerance=1e9, near_enough=0.02, tries=30)
-        yield part, round(kept(curve.dial.at(place))), own
+        turn(curve.dial.at(place))
+        own = Level(level.backbone, level.levels, copy.deepcopy(method))
+        yield part, round(curve.at(place)), own

@@ -203,7 +203,7 @@ def _pyramid_probes(
         for shape in {shape[1]: shape for shape in shapes}.values():
             module = Nothing(backbone, cold, free)
             yield Probe(NOTHING_COLD if cold else NOTHING, shape[1], module, shape, varies=False)
-    head = family.dense_steps(grid)[-1]
+    _, *levels, head = family.dense_steps(grid)
     yield Probe(head.part, head.tokens, Head(backbone), shapes[-1], varies=False)
     for config in configs:
         decides = getattr(config, "inference", "top_k") != "top_k"
@@ -212,7 +212,7 @@ def _pyramid_probes(
         few = min(points, FEW_POINTS)
         for part, positions, level in as_methods_run_them(backbone, config, shapes, few):
             yield Probe(part, positions, level, shapes[level.levels[0]], varies=False)
-    for step in family.dense_steps(grid)[1:-1]:
+    for step in levels:
         level = Level(backbone, step.levels)
         yield Probe(step.part, step.tokens, level, shapes[step.levels[0]], varies=False)
 

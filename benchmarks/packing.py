@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrim.bucketing import bucketed_attention, make_bucket
 from vitrim.checkpoint import write_atomic
 from vitrim.families import family_of
 from vitrim.hardware import hardware
-from vitrim.packing import PackedTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens.bucketing import bucketed_attention, make_bucket
+from vitrim.tokens.packed import PackedTokens, select
+from vitrim.tokens.plain import Tokens
 from vitrim.tools.benchmark import DTYPES, Quartiles, checked_device
 
 MODEL = "deit_small_patch16_224"

@@ -19,9 +19,9 @@ from vitrim import (
     load_official,
     sparsify,
 )
-from vitrim.attention import masked_softmax, project
 from vitrim.families import family_of
 from vitrim.methods.asvit import straight_through, token_score
+from vitrim.tokens.attention import masked_softmax, project
 from vitrim.train.engine import train
 from vitrim.train.optim import parameter_groups
 from vitrim.train.recipe import OptimRecipe, load_recipe

@@ -9,9 +9,10 @@ import torch
 
 from tests.conftest import images, seeded
 from tests.test_families import VARIANTS, backbone, variant_images
-from vitrim import DynamicViTConfig, packing, sparsify
+from vitrim import DynamicViTConfig, sparsify
 from vitrim.families import family_of
-from vitrim.packing import select
+from vitrim.tokens.packed import select
+from vitrim.tokens.plain import packed as packing
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,8 +23,8 @@ from vitrim import (
     sparsify,
 )
 from vitrim.convert_spatial import _CONVNEXT, _SWIN, _counted_from, _renamed
-from vitrim.feature_map import FeatureMap, Partition
 from vitrim.methods.dynamic_spatial import TwoMaps, default_stages
+from vitrim.tokens.feature_map import FeatureMap, Partition
 from vitrim.train.recipe import load_recipe
 
 X = images(3)
@@ -216,7 +216,7 @@ def test_slices_give_the_numbers_of_timm(backbone, monkeypatch):
     monkeypatch.setattr(
         sparse.family, "run_block", lambda *block: whole.append(block[:2]) or run_block(*block)
     )
-    monkeypatch.setattr("vitrim.feature_map.SLICE", 5000)
+    monkeypatch.setattr("vitrim.tokens.feature_map.SLICE", 5000)
     with torch.no_grad():
         torch.testing.assert_close(sparse(X), model(X), atol=1e-5, rtol=0)
         assert whole == [(3, 0)]  # 3 images of 16 positions of 64 channels: one slice

@@ -10,7 +10,7 @@ from timm.layers import SwiGLU
 from tests.conftest import images, jitter, tiny_vit
 from vitrim import DynamicViTConfig, InputError, UnsupportedBackboneError, sparsify
 from vitrim.families import family_of
-from vitrim.tokens import Tokens
+from vitrim.tokens.plain import Tokens
 
 VARIANTS = {
     "vit": {},

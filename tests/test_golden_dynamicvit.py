@@ -8,9 +8,9 @@ import torch
 from tests.conftest import golden, golden_input, golden_weights
 from tests.golden_checks import assert_feature, assert_gradients, features_of, taught
 from vitrim import load_official
-from vitrim.attention import masked_softmax
 from vitrim.predictor import Predictor
-from vitrim.tokens import Tokens
+from vitrim.tokens.attention import masked_softmax
+from vitrim.tokens.plain import Tokens
 
 
 @pytest.mark.parametrize("name", ["dynamicvit_deit-s_r0.7_eval", "dynamicvit_deit-256_r0.5_eval"])

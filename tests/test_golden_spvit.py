@@ -12,7 +12,7 @@ from tests.golden_checks import assert_feature, assert_gradients, taught
 from tests.test_golden_dynamicvit import tolerance
 from vitrim import CheckpointError, SPViTConfig, load_official
 from vitrim.selector import Selector
-from vitrim.tokens import Tokens
+from vitrim.tokens.plain import Tokens
 
 
 def features_of(model, monkeypatch):

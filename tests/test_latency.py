@@ -23,7 +23,6 @@ from vitrim import (
     STViTRConfig,
     STViTSwinConfig,
     cost,
-    packing,
     sparsify,
 )
 from vitrim.cli.app import app
@@ -32,8 +31,9 @@ from vitrim.families import family_of
 from vitrim.hardware import cpu_name
 from vitrim.latency import Curve, LatencyTable, describe_model
 from vitrim.methods import method_of_config
-from vitrim.packing import Layout
-from vitrim.tokens import Tokens
+from vitrim.tokens.packed import Layout
+from vitrim.tokens.plain import Tokens
+from vitrim.tokens.plain import packed as packing
 from vitrim.tools import parts, probes, runners
 from vitrim.tools.latency import predict, profile
 from vitrim.tools.latency_plot import draw_table

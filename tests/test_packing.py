@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import images, jitter, seeded, tiny_vit
-from vitrim import packing
-from vitrim.bucketing import COSTS, Costs, divide
 from vitrim.families import family_of
-from vitrim.packing import Layout, PackedTokens, select
-from vitrim.tokens import Tokens
+from vitrim.tokens.bucketing import COSTS, Costs, divide
+from vitrim.tokens.packed import Layout, PackedTokens, select
+from vitrim.tokens.plain import Tokens
+from vitrim.tokens.plain import packed as packing
 
 BACKBONES = {
     "class token": {},

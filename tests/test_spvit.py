@@ -14,7 +14,7 @@ from vitrim import ConfigError, SPViTConfig, sparsify
 from vitrim.losses import batch_ratio_loss
 from vitrim.methods.base import DenseOutput
 from vitrim.selector import Scores, Selector, package_of
-from vitrim.tokens import Tokens
+from vitrim.tokens.plain import Tokens
 
 X = images(4)
 TARGET = torch.tensor([1, 2, 3, 4])

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, InputError, STViTConfig, calibrate, from_pretrained, sparsify
-from vitrim.attention import cross_attention
 from vitrim.families import family_of
 from vitrim.methods.base import DenseOutput
 from vitrim.pooling import POOLINGS
+from vitrim.tokens.attention import cross_attention
 from vitrim.tools.evaluate import evaluate
 
 X = images(3)

@@ -32,9 +32,9 @@ from vitrim import (
 )
 from vitrim.convert import read_file
 from vitrim.families import family_of
-from vitrim.feature_map import FeatureMap
 from vitrim.semantic_keys import token_order
 from vitrim.semantic_windows import Windows
+from vitrim.tokens.feature_map import FeatureMap
 
 TARGET = torch.tensor([1, 2, 3])
 EVERYTHING = {"residual": True, "global_centres": True, "position_convolution": True}

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import images, jitter, tiny_swin
 from vitrim import DynamicViTConfig, InputError, UnsupportedBackboneError, sparsify
 from vitrim.families import family_of
-from vitrim.feature_map import FeatureMap
+from vitrim.tokens.feature_map import FeatureMap
 
 VARIANTS = {
     "plain": {},

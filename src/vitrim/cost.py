@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import DenseOutput, Method, Recorder, StageTrace
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 
 @dataclass(frozen=True)

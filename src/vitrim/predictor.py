@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.config import require
-from vitrim.packing import AnyTokens
+from vitrim.tokens.packed import AnyTokens
 
 
 class Predictor(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vitrim.config import require
 from vitrim.macs import linear_macs
-from vitrim.packing import AnyTokens
-from vitrim.tokens import Tokens
+from vitrim.tokens.packed import AnyTokens
+from vitrim.tokens.plain import Tokens
 
 
 class SelectorConfig(Protocol):

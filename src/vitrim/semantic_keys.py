@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitrim.semantic_attention import Keys
 from vitrim.semantic_windows import Windows
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 
 def window_places(

@@ -17,7 +17,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from vitrim.config import require
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
 from vitrim.macs import linear_macs
-from vitrim.packing import in_slices
-from vitrim.tokens import Grid
+from vitrim.tokens.packed import in_slices
+from vitrim.tokens.plain import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrim.attention import AttentionRecord
+from vitrim.tokens.attention import AttentionRecord
 
 
 @dataclass(frozen=True)

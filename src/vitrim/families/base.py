@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vitrim import cost, losses
 from vitrim.cost import Step, total_macs
 from vitrim.errors import InputError
-from vitrim.feature_map import FeatureMap
-from vitrim.tokens import Grid
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
 
 
 class Family(ABC):

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.attention import Score, recorded_attention
-from vitrim.packing import AnyTokens, PackedTokens, in_slices, packed_attention
+from vitrim.tokens.attention import Score, recorded_attention
+from vitrim.tokens.packed import AnyTokens, PackedTokens, in_slices, packed_attention
 
 SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
 

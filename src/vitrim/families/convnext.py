@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrim.errors import InputError
 from vitrim.families.base import Pyramid, check_channels
-from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
-from vitrim.tokens import Grid
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
 
 
 class ConvNeXt(Pyramid):

@@ -17,8 +17,8 @@ from vitrim import losses
 from vitrim.families.vit import ViT, block_obstacles
 from vitrim.macs import linear_macs
 from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
-from vitrim.packing import AnyTokens
-from vitrim.tokens import Tokens
+from vitrim.tokens.packed import AnyTokens
+from vitrim.tokens.plain import Tokens
 
 
 class LVViT(ViT):

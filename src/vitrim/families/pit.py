@@ -26,8 +26,8 @@ from vitrim.errors import InputError
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_channels
 from vitrim.macs import linear_macs, transformer_block_macs
-from vitrim.packing import AnyTokens
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.packed import AnyTokens
+from vitrim.tokens.plain import Grid, Tokens
 
 
 class PiT(Family):

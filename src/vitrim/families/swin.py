@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrim.families.base import Pyramid, check_patched_images
-from vitrim.feature_map import FeatureMap
 from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.semantic_attention import (
@@ -41,7 +40,8 @@ from vitrim.semantic_attention import (
     window_cross_attention,
     window_cross_attention_macs,
 )
-from vitrim.tokens import Grid
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
 
 _STEMS = (PatchEmbed, SwinConvStem)
 

@@ -19,13 +19,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim import cost
-from vitrim.attention import AttentionRecord, Score, cross_attention
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
 from vitrim.families.blocks import SomeTokens
 from vitrim.macs import linear_macs, transformer_block_macs
-from vitrim.packing import AnyTokens, PackedTokens
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
+from vitrim.tokens.packed import AnyTokens, PackedTokens
+from vitrim.tokens.plain import Grid, Tokens
 
 _POOLS = ("token", "avg", "map")
 _MLPS = (Mlp, GluMlp, SwiGLU)

@@ -45,7 +45,6 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import cost, losses, sampling
-from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -57,9 +56,10 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.packing import AnyTokens, select
 from vitrim.stages import check_stages, stretches
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,9 +17,9 @@ from vitrim.config import require
 from vitrim.cost import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
-from vitrim.packing import AnyTokens
 from vitrim.stages import fixed_counts
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.packed import AnyTokens
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from vitrim import cost, losses
 from vitrim.config import normalise, require
 from vitrim.families import ConvNeXt, Swin
-from vitrim.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
@@ -54,7 +53,8 @@ from vitrim.methods.base import (
 from vitrim.predictor import Predictor
 from vitrim.sampling import hard_keep
 from vitrim.stages import check_stages
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
+from vitrim.tokens.plain import Grid, Tokens
 
 STEP = 0.2
 """How much less each predictor's ratio is than the one before."""

@@ -47,7 +47,6 @@ from vitrim.methods.base import (
     salient_teacher,
     selection_losses,
 )
-from vitrim.packing import AnyTokens, select
 from vitrim.predictor import Predictor
 from vitrim.stages import (
     check_keep_ratio,
@@ -56,7 +55,8 @@ from vitrim.stages import (
     stage_ratios,
     stretches,
 )
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

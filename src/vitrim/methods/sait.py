@@ -56,9 +56,9 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.packing import AnyTokens, select
 from vitrim.token_scores import SCORES
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.plain import Grid, Tokens
 
 EPS = 1e-8
 Selector = Literal["density", "threshold", "mass"]

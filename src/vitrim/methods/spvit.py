@@ -54,7 +54,6 @@ from vitrim.methods.base import (
     salient_teacher,
     selection_losses,
 )
-from vitrim.packing import AnyTokens, select
 from vitrim.selector import Scores, Selector, masked, package_of
 from vitrim.stages import (
     check_keep_ratio,
@@ -63,7 +62,8 @@ from vitrim.stages import (
     stage_ratios,
     stretches,
 )
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

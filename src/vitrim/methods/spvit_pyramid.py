@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from vitrim import cost, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import PiT, Swin
-from vitrim.feature_map import FeatureMap
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
@@ -55,11 +54,12 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.packing import AnyTokens, PackedTokens, select
 from vitrim.selector import Selector, masked, package_of
 from vitrim.sparse_windows import sparse_block_macs, sparse_blocks
 from vitrim.stages import check_keep_ratio, check_stages, stage_ratios
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.packed import AnyTokens, PackedTokens, select
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

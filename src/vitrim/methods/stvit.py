@@ -47,7 +47,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim import cost
-from vitrim.attention import AttentionRecord
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -58,7 +57,8 @@ from vitrim.methods.base import (
     check_weights,
 )
 from vitrim.pooling import POOLINGS
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

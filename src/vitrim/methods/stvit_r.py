@@ -56,7 +56,6 @@ from torch import Tensor, nn
 from vitrim import cost
 from vitrim.config import normalise, require
 from vitrim.families import Swin
-from vitrim.feature_map import FeatureMap
 from vitrim.methods.base import (
     PooledOutput,
     Recorder,
@@ -73,7 +72,8 @@ from vitrim.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.tokens import Grid
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
 
 STAGE = 2
 """The stage whose blocks work in units; stages are counted from 0."""

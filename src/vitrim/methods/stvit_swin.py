@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from vitrim import cost
 from vitrim.config import normalise, require
 from vitrim.families import Swin
-from vitrim.feature_map import FeatureMap
 from vitrim.methods.base import (
     Dial,
     PooledOutput,
@@ -63,7 +62,8 @@ from vitrim.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.tokens import Grid
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
 
 STAGE = 2
 """The stage in which semantic tokens are made; stages are counted from 0."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrim import losses
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 AUX_WEIGHT = 0.5
 """Share of the patch tokens' logits in the answer, and of their loss in training (authors')."""

@@ -26,7 +26,7 @@ from vitrim import losses
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT
-from vitrim.tokens import Tokens
+from vitrim.tokens.plain import Tokens
 
 Signal = Literal["agreement", "attention"]
 LEAST_IMAGES = 8

@@ -3,7 +3,7 @@
 What is exported is the inference forward. Fixed counts take batches of any size; no branch is in
 the graph and no size depends on data. Where the counts depend on the image, one image at a time is
 computed on what it keeps; or a fixed number of them, on as many tokens as the fullest keeps, the
-others' padding under a mask (``vitrim.padding``). Dense timm models go the same way, to compare.
+others' padding under a mask (``tokens/padding.py``). Dense timm models go the same way, to compare.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from vitrim.hardware import hardware
 from vitrim.latency import Curve, LatencyTable, describe_model
 from vitrim.methods.base import Method
 from vitrim.model import SparseModel
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 from vitrim.tools import runners
 from vitrim.tools.benchmark import (
     Clock,

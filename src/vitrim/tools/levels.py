@@ -24,7 +24,7 @@ from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method, RatioMethod, Recorder
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 from vitrim.tools.parts import Part, features
 
 LEAST, MOST = 0.1, 0.97

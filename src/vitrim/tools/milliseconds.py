@@ -22,7 +22,7 @@ from vitrim.methods.asvit import ASViT
 from vitrim.methods.stvit import STViTConfig
 from vitrim.model import SparseModel, evaluating, sparsify
 from vitrim.schedule import Schedule
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 from vitrim.tools.effects import measure_effects
 from vitrim.tools.latency import predict
 from vitrim.tools.solve import Costs, check_reach, find_schedule

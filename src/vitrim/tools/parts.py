@@ -23,11 +23,11 @@ from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.families.base import Pyramid
-from vitrim.feature_map import FeatureMap
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
-from vitrim.packing import Layout, PackedTokens
-from vitrim.tokens import Grid, Tokens
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.packed import Layout, PackedTokens
+from vitrim.tokens.plain import Grid, Tokens
 
 SPREAD = 0.5
 """The images of a packed batch have from this share fewer to this share more than their mean."""

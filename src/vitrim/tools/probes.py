@@ -23,7 +23,7 @@ from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.methods.stvit import STViTConfig
 from vitrim.methods.stvit_r import STViTRConfig
 from vitrim.methods.stvit_swin import STViTSwinConfig
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 from vitrim.tools.levels import Level, as_methods_run_them
 from vitrim.tools.parts import (
     AttentionHalves,

@@ -36,7 +36,7 @@ from vitrim.errors import ConfigError
 from vitrim.latency import Curve, LatencyTable
 from vitrim.methods import method_of_config
 from vitrim.schedule import Schedule
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 from vitrim.tools.effects import Effects
 from vitrim.tools.latency import predict
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitrim.model import Trace
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 _PAPER = (255, 255, 255)
 _INK = (28, 32, 40)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrim.tokens import Grid
+from vitrim.tokens.plain import Grid
 
 SLICE = 2**20
 """Features of a slice at most: 2,730 positions of 384 channels. Half of it is as good, but the more

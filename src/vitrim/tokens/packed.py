@@ -27,8 +27,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from vitrim.attention import AttentionRecord, Score
-from vitrim.bucketing import (
+from vitrim.tokens.attention import AttentionRecord, Score
+from vitrim.tokens.bucketing import (
     COSTS,
     CUDA_COSTS,
     Bucket,
@@ -36,8 +36,8 @@ from vitrim.bucketing import (
     divide,
     make_bucket,
 )
-from vitrim.padding import select_padded
-from vitrim.tokens import Tokens
+from vitrim.tokens.padding import select_padded
+from vitrim.tokens.plain import Tokens
 
 SLICE = 1536
 """Rows of a slice at most: measured; anything from 900 to 1800 is as good."""
@@ -185,7 +185,7 @@ class Layout:
 class PackedTokens:
     """Prefix and patch tokens of a batch whose images keep different numbers of patches.
 
-    The packed twin of :class:`vitrim.tokens.Tokens`: what the two have in common has the same name.
+    The packed twin of :class:`Tokens`: what the two have in common has the same name.
     """
 
     x: Tensor

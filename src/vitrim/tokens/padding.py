@@ -1,6 +1,6 @@
 """Per-image token counts in one graph, for runtimes that take several images per call.
 
-A graph knows no rows of unequal images (``vitrim.packing``), so each image's kept tokens stand at
+A graph knows no rows of unequal images (``packed.py``), so each image's kept tokens stand at
 the front of as many slots as the fullest image of the batch needs, and a mask hides the rest. How
 many that is depends on the images: it is the one size that is found at run time, as the number of
 non-zero elements of "some image fills this slot", which every runtime can count.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrim.tokens import Tokens
+from vitrim.tokens.plain import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class PaddedTokens(Tokens):
 
 
 def select_padded(tokens: Tokens, keep_BN: Tensor, packages_BPC: Tensor | None) -> Tokens:
-    """What :func:`vitrim.packing.select` does, without a step that a graph cannot express."""
+    """What :func:`vitrim.tokens.packed.select` does, without a step that a graph cannot express."""
     num_images, num_places = keep_BN.shape
     beyond_B1 = keep_BN.new_zeros(num_images, 1)
     alive_BK = torch.cat([keep_BN, beyond_B1], 1).gather(1, tokens.index_BN)

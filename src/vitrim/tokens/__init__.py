@@ -1,0 +1,1 @@
+"""The states between two blocks, and attention on them."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import DynamicViTConfig, sparsify
-from vitrim.macs import linear_macs
+from vitrim.costs.macs import linear_macs
 from vitrim.tools.benchmark import limited_threads, take_turns
 from vitrim.tools.runners import bind
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.families import family_of
 from vitrim.hardware import cpu_name
 from vitrim.latency import Curve, LatencyTable, describe_model
@@ -37,8 +37,8 @@ def table_of(backbone: nn.Module, *, jump: int = 0, **stamp: Any) -> LatencyTabl
         for adaptive in (False, True):
             # Scoring is half a block, a generation of semantic tokens two of them.
             scale = {"asvit": 0.01, "sait": 0.01, "stvit": 0.04}.get(name, 0.002)
-            parts[cost.select_part(name, adaptive)] = made(scale, 0.04 + 0.01 * adaptive)
-    parts |= {cost.packed_part(name): curve for name, curve in parts.items()}
+            parts[costs.select_part(name, adaptive)] = made(scale, 0.04 + 0.01 * adaptive)
+    parts |= {costs.packed_part(name): curve for name, curve in parts.items()}
     return LatencyTable(PLACE | describe_model(family) | stamp, parts)
 
 

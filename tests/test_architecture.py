@@ -18,8 +18,7 @@ FLOORS = {
     "config": 0,
     "runtime": 0,  # knows no torch
     "tokens": 1,
-    "cost": 2,
-    "macs": 2,
+    "costs": 2,
     "losses": 3,
     "pooling": 3,
     "predictor": 3,

@@ -22,7 +22,7 @@ from vitrim import (
     STViTConfig,
     STViTRConfig,
     STViTSwinConfig,
-    cost,
+    costs,
     sparsify,
 )
 from vitrim.cli.app import app
@@ -281,7 +281,7 @@ def test_packed_counts_spread_around_their_mean(mean, num_images):
 
 def kind_name(config):
     method = method_of_config(config)(family_of(tiny_vit()), config)
-    return cost.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
+    return costs.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
 
 
 @pytest.mark.parametrize("config", probes.KINDS, ids=kind_name)

@@ -91,7 +91,7 @@ class LatencyTable:
     ``backbone``, ``family``, ``depth``, ``width``, ``heads``, ``mlp_width``, ``prefix``,
     ``image_size`` (see :func:`describe_model`)."""
     curves: Mapping[str, Curve]
-    """By part; see ``vitrim.cost.Step`` and, for images of unlike counts, ``packed_part``."""
+    """By part; see ``vitrim.costs.Step`` and, for images of unlike counts, ``packed_part``."""
 
     @property
     def batch(self) -> int:

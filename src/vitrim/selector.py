@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.config import require
-from vitrim.macs import linear_macs
+from vitrim.costs.macs import linear_macs
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Tokens
 

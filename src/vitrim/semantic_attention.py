@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
-from vitrim.macs import linear_macs
+from vitrim.costs.macs import linear_macs
 from vitrim.semantic_windows import Windows
 
 

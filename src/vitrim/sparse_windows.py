@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
-from vitrim.macs import linear_macs
+from vitrim.costs.macs import linear_macs
 from vitrim.tokens.packed import in_slices
 from vitrim.tokens.plain import Grid
 

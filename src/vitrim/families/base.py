@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitrim import cost, losses
-from vitrim.cost import Step, total_macs
+from vitrim import costs, losses
+from vitrim.costs import Step, total_macs
 from vitrim.errors import InputError
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
@@ -171,7 +171,7 @@ class Pyramid(Family):
 
     def dense_steps(self, grid: Grid) -> list[Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
-        return cost.pyramid_steps(self, grid, cost.dense_levels(self, grid))
+        return costs.pyramid_steps(self, grid, costs.dense_levels(self, grid))
 
 
 def check_channels(images: Tensor, channels: int) -> None:

@@ -20,9 +20,9 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrim.costs.macs import linear_macs
 from vitrim.errors import InputError
 from vitrim.families.base import Pyramid, check_channels
-from vitrim.macs import linear_macs
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 

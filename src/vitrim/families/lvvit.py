@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import losses
+from vitrim.costs.macs import linear_macs
 from vitrim.families.vit import ViT, block_obstacles
-from vitrim.macs import linear_macs
 from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Tokens

@@ -21,11 +21,11 @@ from timm.models.pit import ConvEmbedding, Pooling, PoolingVisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
+from vitrim.costs.macs import linear_macs, transformer_block_macs
 from vitrim.errors import InputError
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_channels
-from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -181,9 +181,9 @@ class PiT(Family):
             levels.append(self.as_map(stage, tokens))
         return levels
 
-    def dense_steps(self, grid: Grid) -> list[cost.Step]:
+    def dense_steps(self, grid: Grid) -> list[costs.Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
-        return cost.pyramid_steps(self, grid, cost.dense_levels(self, grid))
+        return costs.pyramid_steps(self, grid, costs.dense_levels(self, grid))
 
     def level_macs(self, stage: int, grid: Grid) -> int:
         """MACs of :meth:`run_stage`."""

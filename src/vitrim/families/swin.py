@@ -31,8 +31,8 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrim.costs.macs import linear_macs
 from vitrim.families.base import Pyramid, check_patched_images
-from vitrim.macs import linear_macs
 from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.semantic_attention import (
     Keys,

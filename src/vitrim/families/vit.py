@@ -18,11 +18,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
+from vitrim.costs.macs import linear_macs, transformer_block_macs
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
 from vitrim.families.blocks import SomeTokens
-from vitrim.macs import linear_macs, transformer_block_macs
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
 from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Tokens
@@ -266,9 +266,9 @@ class ViT(Family):
         )
         return tokens.with_x(tokens.x.detach()), saliency
 
-    def dense_steps(self, grid: Grid) -> list[cost.Step]:
+    def dense_steps(self, grid: Grid) -> list[costs.Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
-        return cost.plain_steps(self, grid)
+        return costs.plain_steps(self, grid)
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""

@@ -44,7 +44,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost, losses, sampling
+from vitrim import costs, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -357,7 +357,7 @@ class ASViT(Method):
         if self.config.counting == "exact":
             dense = family.stem_macs(num_patches) + family.head_macs(dense_tokens)
             dense += sum(family.block_macs(block, dense_tokens) for block in blocks)
-            sparse = cost.total_macs(self._sparse_steps(family, num_patches, counts))
+            sparse = costs.total_macs(self._sparse_steps(family, num_patches, counts))
             return sparse, dense
         elementwise = self.config.counting == "elementwise"
         total: Any = family.stem_macs(num_patches)
@@ -387,7 +387,7 @@ class ASViT(Method):
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
         return with_total(config, parts)
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches = math.prod(grid)
         if self.config.mode == "mask":
             return self._masked_steps(family, num_patches)
@@ -395,29 +395,29 @@ class ASViT(Method):
 
     def _sparse_steps(
         self, family: ViT, num_patches: int, counts: Sequence[Any]
-    ) -> list[cost.Step]:
-        steps = [cost.stem(family, num_patches)]
+    ) -> list[costs.Step]:
+        steps = [costs.stem(family, num_patches)]
         tokens: Any = num_patches + family.num_prefix
         for block in range(family.depth):
             if block + 1 not in self.stages:
-                steps.append(cost.block(family, block, tokens))
+                steps.append(costs.block(family, block, tokens))
                 continue
-            macs = cost.attention_macs(family, block, tokens) + family.score_macs(block, tokens)
-            steps.append(cost.select(self.name, block + 1, tokens, macs, adaptive=True))
+            macs = costs.attention_macs(family, block, tokens) + family.score_macs(block, tokens)
+            steps.append(costs.select(self.name, block + 1, tokens, macs, adaptive=True))
             tokens = counts[self.stages.index(block + 1)] + family.num_prefix
-            steps.append(cost.mlp(family, block, tokens))
-        return [*steps, cost.head(family, tokens)]
+            steps.append(costs.mlp(family, block, tokens))
+        return [*steps, costs.head(family, tokens)]
 
-    def _masked_steps(self, family: ViT, num_patches: int) -> list[cost.Step]:
+    def _masked_steps(self, family: ViT, num_patches: int) -> list[costs.Step]:
         """Nothing is saved; scores after the first read the map that a masked block makes."""
         tokens, first = num_patches + family.num_prefix, self.stages[0] - 1
-        steps = [cost.stem(family, num_patches)]
-        steps += [cost.block(family, block, tokens) for block in range(first)]
-        macs = cost.attention_macs(family, first, tokens) + family.score_macs(first, tokens)
-        steps.append(cost.select(self.name, first + 1, tokens, macs, adaptive=True))
-        steps.append(cost.mlp(family, first, tokens))
-        steps += [cost.block(family, b, tokens, "masked") for b in range(first + 1, family.depth)]
-        return [*steps, cost.head(family, tokens)]
+        steps = [costs.stem(family, num_patches)]
+        steps += [costs.block(family, block, tokens) for block in range(first)]
+        macs = costs.attention_macs(family, first, tokens) + family.score_macs(first, tokens)
+        steps.append(costs.select(self.name, first + 1, tokens, macs, adaptive=True))
+        steps.append(costs.mlp(family, first, tokens))
+        steps += [costs.block(family, b, tokens, "masked") for b in range(first + 1, family.depth)]
+        return [*steps, costs.head(family, tokens)]
 
     @property
     def dial(self) -> Dial:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitrim import losses
 from vitrim.config import require
-from vitrim.cost import Step, total_macs
+from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
 from vitrim.stages import fixed_counts

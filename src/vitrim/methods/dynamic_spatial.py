@@ -38,10 +38,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost, losses
+from vitrim import costs, losses
 from vitrim.config import normalise, require
+from vitrim.costs.macs import linear_macs
 from vitrim.families import ConvNeXt, Swin
-from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     DenseOutput,
     RatioMethod,
@@ -377,7 +377,7 @@ class DynamicSpatial(RatioMethod):
             parts["token"] = losses.kept_token_mse(features, teacher.patch_features, everywhere)
         return with_total(self.config, parts)
 
-    def steps(self, family: Swin | ConvNeXt, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: Swin | ConvNeXt, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         levels = []
         for level in range(len(family.depths)):
             # Also dense, it is not run as the backbone runs it; see _whole_block.
@@ -386,8 +386,8 @@ class DynamicSpatial(RatioMethod):
             stages = self.stages if level == self.config.level else ()
             if stages:
                 positions, macs = self._sparse_level(family, positions, macs, counts)
-            levels.append(cost.sparse_levels(self.name, (level,), positions, macs, before=stages))
-        return cost.pyramid_steps(family, grid, levels)
+            levels.append(costs.sparse_levels(self.name, (level,), positions, macs, before=stages))
+        return costs.pyramid_steps(family, grid, levels)
 
     def _sparse_level(
         self, family: Swin | ConvNeXt, num_positions: int, macs: Any, counts: Sequence[Any]

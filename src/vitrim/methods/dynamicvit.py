@@ -33,10 +33,10 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost, losses, sampling
+from vitrim import costs, losses, sampling
 from vitrim.config import normalise, require
+from vitrim.costs.macs import linear_macs
 from vitrim.families import ViT
-from vitrim.macs import linear_macs
 from vitrim.methods.base import (
     Decision,
     DenseOutput,
@@ -236,9 +236,9 @@ class DynamicViT(RatioMethod):
         ratio, counts = torch.stack(terms).mean(), self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, prefix = math.prod(grid), family.num_prefix
-        steps = [cost.stem(family, num_patches)]
+        steps = [costs.stem(family, num_patches)]
         patches: Any = num_patches
         for block in range(family.depth):
             if block in self.stages:
@@ -246,10 +246,10 @@ class DynamicViT(RatioMethod):
                 macs = linear_macs(self.predictors[stage]) * patches
                 if self.images_decide or not _is_same_count(counts[stage], patches):
                     tokens = patches + prefix
-                    steps.append(cost.select(self.name, block, tokens, macs, self.images_decide))
+                    steps.append(costs.select(self.name, block, tokens, macs, self.images_decide))
                 patches = counts[stage]
-            steps.append(cost.block(family, block, patches + prefix))
-        return [*steps, cost.head(family, patches + prefix)]
+            steps.append(costs.block(family, block, patches + prefix))
+        return [*steps, costs.head(family, patches + prefix)]
 
     @property
     def images_decide(self) -> bool:

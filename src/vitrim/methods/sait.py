@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrim import cost, losses
+from vitrim import costs, losses
 from vitrim.config import closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
@@ -370,29 +370,29 @@ class SaiT(Method):
             sides.reverse()
         return losses.distillation_loss(*sides)
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, block = math.prod(grid), self.stages[0] - 1
         if self._counts(num_patches) == (num_patches,):
             return family.dense_steps(grid)
         tokens, kept = num_patches + family.num_prefix, counts[0] + family.num_prefix
-        steps = [cost.stem(family, num_patches)]
-        steps += [cost.block(family, index, tokens) for index in range(block)]
+        steps = [costs.stem(family, num_patches)]
+        steps += [costs.block(family, index, tokens) for index in range(block)]
         steps += self._select_steps(family, block, tokens, kept)
-        steps += [cost.block(family, index, kept) for index in range(block + 1, family.depth)]
-        return [*steps, cost.head(family, kept)]
+        steps += [costs.block(family, index, kept) for index in range(block + 1, family.depth)]
+        return [*steps, costs.head(family, kept)]
 
-    def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[cost.Step]:
+    def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""
         one_row = SCORES[self.config.score].of_class and self.has_class
         width = family.backbone.blocks[block].attn.attn_dim
-        macs = cost.attention_macs(family, block, tokens)
+        macs = costs.attention_macs(family, block, tokens)
         macs += width * tokens * (1 if one_row else tokens)
         adaptive = self.config.selector != "density"
         if self.config.where == "mid":
-            select = cost.select(self.name, block + 1, tokens, macs, adaptive)
-            return [select, cost.mlp(family, block, kept)]
+            select = costs.select(self.name, block + 1, tokens, macs, adaptive)
+            return [select, costs.mlp(family, block, kept)]
         macs += family.mlp_macs(block, tokens)
-        return [cost.select(self.name, block + 1, tokens, macs, adaptive)]
+        return [costs.select(self.name, block + 1, tokens, macs, adaptive)]
 
     @property
     def dial(self) -> Dial:

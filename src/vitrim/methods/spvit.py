@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost, losses, sampling
+from vitrim import costs, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -330,9 +330,9 @@ class SPViT(RatioMethod):
         counts = self._fixed_counts(keeps[0].shape[1])
         return selection_losses(self.config, output, ratio, target, teacher, counts)
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, prefix = math.prod(grid), family.num_prefix
-        steps = [cost.stem(family, num_patches)]
+        steps = [costs.stem(family, num_patches)]
         patches: Any = num_patches
         part = "block"
         for block in range(family.depth):
@@ -341,14 +341,14 @@ class SPViT(RatioMethod):
                 if not self._drops_nothing(stage, num_patches):
                     packages, tokens = prefix - family.num_prefix, patches + prefix
                     macs = self.selectors[stage].macs(patches, packages)  # type: ignore[operator]
-                    steps.append(cost.select(self.name, block, tokens, macs, self.images_decide))
+                    steps.append(costs.select(self.name, block, tokens, macs, self.images_decide))
                     if packages == 0 or self.config.package_policy == "append":
                         prefix += 1
                     part = "masked" if self.config.execution == "mask" else "block"
                 if self.config.execution == "gather":
                     patches = counts[stage]
-            steps.append(cost.block(family, block, patches + prefix, part))
-        return [*steps, cost.head(family, patches + prefix, prefix - family.num_prefix)]
+            steps.append(costs.block(family, block, patches + prefix, part))
+        return [*steps, costs.head(family, patches + prefix, prefix - family.num_prefix)]
 
     @property
     def images_decide(self) -> bool:

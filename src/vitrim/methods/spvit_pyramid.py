@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost, losses, sampling
+from vitrim import costs, losses, sampling
 from vitrim.config import normalise, require
 from vitrim.families import PiT, Swin
 from vitrim.methods.base import (
@@ -368,7 +368,7 @@ class SPViTPyramid(RatioMethod):
             )
         return with_total(self.config, parts)
 
-    def steps(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         levels, packages = [], 0
         for stage, depth in enumerate(family.depths):
             stage_grid = family.stage_grid(grid, stage)
@@ -389,17 +389,17 @@ class SPViTPyramid(RatioMethod):
                 rest = sparse_block_macs(family.block(stage, 0), stage_grid, kept)
             macs = macs + (depth - place) * rest
             if not drops:
-                levels.append(cost.level(family, stage, grid, macs))
+                levels.append(costs.level(family, stage, grid, macs))
                 continue
             macs = macs + self.selectors[number].macs(positions, packages)  # type: ignore[operator]
             packages = int(isinstance(family, PiT))
             name = self.name if self.config.execution == "gather" else f"{self.name}-masked"
             levels.append(
-                cost.sparse_levels(
+                costs.sparse_levels(
                     name, (stage,), kept, macs, before=(place,), adaptive=self.images_decide
                 )
             )
-        return cost.pyramid_steps(family, grid, levels)
+        return costs.pyramid_steps(family, grid, levels)
 
     @property
     def dial(self) -> Dial:

@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.methods.base import (
@@ -271,30 +271,30 @@ class STViT(SemanticMethod):
             return PooledOutput(family.head(semantic), family.pool(semantic))
         return PooledOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches = math.prod(grid)
         prefix = family.num_prefix if self.config.keep_prefix else 0
         semantic, tokens = counts[0] + prefix, num_patches + prefix
-        steps = [cost.stem(family, num_patches)]
-        steps += [cost.block(family, block, tokens) for block in range(self.base_layers)]
+        steps = [costs.stem(family, num_patches)]
+        steps += [costs.block(family, block, tokens) for block in range(self.base_layers)]
         steps.append(self._generation(family, num_patches, counts[0], prefix))
         # Weighted by what each stands for, tokens meet in the explicit attention of cross blocks.
         part = "cross" if prefix or len(self.layer_scales) else "block"
         for block in range(self.stages[0], family.depth):
-            steps.append(cost.block(family, block, semantic, part))
+            steps.append(costs.block(family, block, semantic, part))
         if self.config.keep_prefix:
-            return [*steps, cost.head(family, semantic)]
-        return [*steps, cost.Step("head", semantic, family.patch_head_macs(counts[0]))]
+            return [*steps, costs.head(family, semantic)]
+        return [*steps, costs.Step("head", semantic, family.patch_head_macs(counts[0]))]
 
-    def _generation(self, family: ViT, num_patches: int, count: Any, prefix: int) -> cost.Step:
+    def _generation(self, family: ViT, num_patches: int, count: Any, prefix: int) -> costs.Step:
         """Pooling and the generation layers, which look at every patch."""
         semantic, tokens = count + prefix, num_patches + prefix
         macs = self.pooling.macs(num_patches, count)
         macs = macs + family.cross_block_macs(self.base_layers, semantic, tokens)
         for block in range(self.base_layers + 1, self.stages[0]):
             macs = macs + family.cross_block_macs(block, semantic, semantic + num_patches)
-        part = cost.select_part(self.name, adaptive=False)
-        return cost.Step(part, semantic, macs, self.base_layers, tokens)
+        part = costs.select_part(self.name, adaptive=False)
+        return costs.Step(part, semantic, macs, self.base_layers, tokens)
 
     @property
     def dial(self) -> Dial:

@@ -53,7 +53,7 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import Swin
 from vitrim.methods.base import (
@@ -425,17 +425,17 @@ class STViTR(SemanticMethod):
     def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
         return (self._windows(family, grid).num_tokens,) * len(self.units)
 
-    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
+    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         windows = self._windows(family, grid)
         macs: Any = family.downsample_macs(STAGE, grid)
         for first, count in zip(self.units, counts, strict=True):
             macs = macs + family.block_macs(STAGE, first, grid)
             macs = macs + self._unit_macs(family, first, windows, count)
-        levels = cost.dense_levels(family, grid)
+        levels = costs.dense_levels(family, grid)
         mean = sum(counts) / len(counts)
         name = self.name if self.config.form == "classification" else f"{self.name}-dense"
-        levels[STAGE] = cost.sparse_levels(name, (STAGE,), mean, macs)
-        return cost.pyramid_steps(family, grid, levels)
+        levels[STAGE] = costs.sparse_levels(name, (STAGE,), mean, macs)
+        return costs.pyramid_steps(family, grid, levels)
 
     def _unit_macs(self, family: Swin, first: int, windows: Windows, tokens: Any) -> Any:
         """MACs of the blocks of a unit after its first."""

@@ -42,7 +42,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import Swin
 from vitrim.methods.base import (
@@ -267,17 +267,17 @@ class STViTSwin(SemanticMethod):
     def counts(self, family: Swin, grid: Grid) -> tuple[int, ...] | None:
         return (math.prod(self._windows(family, grid).visible_tokens),)
 
-    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[cost.Step]:
-        dense = cost.dense_levels(family, grid)[:STAGE]
+    def steps(self, family: Swin, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+        dense = costs.dense_levels(family, grid)[:STAGE]
         macs = self._semantic_macs(family, grid, counts[0])
-        semantic = cost.sparse_levels(
+        semantic = costs.sparse_levels(
             self.name,
             range(STAGE, len(family.depths)),
             counts[0],
             macs,
             before=(self.base_layers,),
         )
-        return cost.pyramid_steps(family, grid, [*dense, semantic])
+        return costs.pyramid_steps(family, grid, [*dense, semantic])
 
     def _semantic_macs(self, family: Swin, grid: Grid, count: Any) -> Any:
         """MACs from the third stage on, given how many semantic tokens an image has."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.checkpoint import write_atomic
 from vitrim.config import require
 from vitrim.errors import ConfigError
@@ -343,14 +343,14 @@ def predict(
     return _total(table, method.steps(family, grid, counts))
 
 
-def _total(table: LatencyTable, steps: Sequence[cost.Step]) -> Any:
+def _total(table: LatencyTable, steps: Sequence[costs.Step]) -> Any:
     total: Any = 0.0
     for step in steps:
         total = total + _step_milliseconds(table, step)
     return total
 
 
-def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
+def _step_milliseconds(table: LatencyTable, step: costs.Step) -> Any:
     tokens = step.tokens
     if not isinstance(tokens, Tensor) or tokens.ndim == 0:
         return table.milliseconds(step.part, tokens)
@@ -360,5 +360,5 @@ def _step_milliseconds(table: LatencyTable, step: cost.Step) -> Any:
         assert isinstance(milliseconds, Tensor)
         return milliseconds.mean()
     unlike = bool((sample != sample[0]).any()) and not step.levels
-    part = cost.packed_part(step.part) if unlike else step.part
+    part = costs.packed_part(step.part) if unlike else step.part
     return table.milliseconds(part, sample.mean())

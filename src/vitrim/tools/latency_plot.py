@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.latency import Curve, LatencyTable
 from vitrim.tools.curve import check_plot, save_figure
 from vitrim.tools.probes import DENSE
@@ -44,13 +44,13 @@ def draw_table(path: Path, table: LatencyTable) -> None:
 def _draw_parts(figure: Any, table: LatencyTable) -> Any:
     """Blocks on the left; dashed is what runs on packed images."""
     axes = figure.subplots(1, 2)
-    packed = {cost.packed_part(part) for part in table.curves}
+    packed = {costs.packed_part(part) for part in table.curves}
     for part in table.curves:
         if part in packed or part == DENSE:
             continue
         place = axes[0] if part in _IN_BLOCKS else axes[1]
         color = None
-        for name, style in ((part, ".-"), (cost.packed_part(part), ".--")):
+        for name, style in ((part, ".-"), (costs.packed_part(part), ".--")):
             if name in table.curves:
                 color = _draw(place, table.curves[name], style, name, color)
     for place in axes:

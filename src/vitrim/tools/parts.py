@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
@@ -194,9 +194,9 @@ class Selecting(Part):
         self.method = method.eval()
         self.hollow: Any = _Hollow(self, method)
         self.adaptive = method.counts(self.family, self.family.grid()) is None
-        self.part = cost.select_part(method.name, self.adaptive)
+        self.part = costs.select_part(method.name, self.adaptive)
         if packed:
-            self.part = cost.packed_part(self.part)
+            self.part = costs.packed_part(self.part)
         if self.adaptive:
             self._keep_some(parameter)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrim import cost
+from vitrim import costs
 from vitrim.errors import ConfigError
 from vitrim.families import ViT, family_of
 from vitrim.methods import METHODS, method_of_config
@@ -139,9 +139,9 @@ def _plain_probes(
     packs = batch > 1 and free
     if packs:
         every_other = sorted({*many[1::2], many[-1]})
-        plain[cost.packed_part("block")] = Blocks(backbone, packed=True), every_other
-        plain[cost.packed_part("mlp")] = MlpHalves(backbone, packed=True), few
-        plain[cost.packed_part("head")] = Head(backbone, packed=True), few
+        plain[costs.packed_part("block")] = Blocks(backbone, packed=True), every_other
+        plain[costs.packed_part("mlp")] = MlpHalves(backbone, packed=True), few
+        plain[costs.packed_part("head")] = Head(backbone, packed=True), few
     for config in configs:
         selecting = Selecting(backbone, config)
         if selecting.adaptive and batch > 1 and not in_torch:

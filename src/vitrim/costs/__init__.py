@@ -1,0 +1,37 @@
+"""What a model computes, step by step, and what each step costs."""
+
+from vitrim.costs.steps import (
+    Step,
+    attention_macs,
+    block,
+    dense_levels,
+    head,
+    level,
+    mlp,
+    packed_part,
+    plain_steps,
+    pyramid_steps,
+    select,
+    select_part,
+    sparse_levels,
+    stem,
+    total_macs,
+)
+
+__all__ = [
+    "Step",
+    "attention_macs",
+    "block",
+    "dense_levels",
+    "head",
+    "level",
+    "mlp",
+    "packed_part",
+    "plain_steps",
+    "pyramid_steps",
+    "select",
+    "select_part",
+    "sparse_levels",
+    "stem",
+    "total_macs",
+]

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import golden, golden_input, golden_weights
 from tests.golden_checks import assert_feature, assert_gradients, features_of, taught
 from vitrim import load_official
-from vitrim.predictor import Predictor
+from vitrim.layers.predictor import Predictor
 from vitrim.tokens.attention import masked_softmax
 from vitrim.tokens.plain import Tokens
 

@@ -11,7 +11,7 @@ from tests.conftest import golden, golden_input, golden_weights, watch_blocks
 from tests.golden_checks import assert_feature, assert_gradients, taught
 from tests.test_golden_dynamicvit import tolerance
 from vitrim import CheckpointError, SPViTConfig, load_official
-from vitrim.selector import Selector
+from vitrim.layers.selector import Selector
 from vitrim.tokens.plain import Tokens
 
 

@@ -28,7 +28,7 @@ from vitrim import (
 )
 from vitrim.convert import load_dense
 from vitrim.families import family_of
-from vitrim.losses import kept_token_divergence
+from vitrim.layers.losses import kept_token_divergence
 from vitrim.models import LVVisionTransformer
 from vitrim.models.lvvit import exchange, random_box
 from vitrim.tokens.packed import PackedTokens, select

@@ -17,9 +17,9 @@ from tests.training import curve, quiet, run_script, tiny_recipe, write_images
 from vitrim import ConfigError, SaiTConfig, from_pretrained, sparsify
 from vitrim.config import to_plain
 from vitrim.families import family_of
+from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import DenseOutput
 from vitrim.methods.sait import SaiT
-from vitrim.token_scores import SCORES
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe, recipe_from_plain
 

@@ -33,14 +33,14 @@ from vitrim import (
     STViTConfig,
     STViTRConfig,
     STViTSwinConfig,
-    losses,
     sparsify,
 )
 from vitrim import schedule as schedules
 from vitrim.families import family_of
+from vitrim.layers import losses
+from vitrim.layers.stages import fixed_counts
 from vitrim.methods.base import Decision, RatioMethod, SelectionOutput
 from vitrim.schedule import Schedule
-from vitrim.stages import fixed_counts
 from vitrim.tools import milliseconds, solve
 from vitrim.tools.effects import Effects, measure_effects, measured_counts
 from vitrim.tools.latency import predict

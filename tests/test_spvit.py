@@ -11,9 +11,9 @@ import torch
 
 from tests.conftest import images, seeded, tiny_vit, watch_blocks
 from vitrim import ConfigError, SPViTConfig, sparsify
-from vitrim.losses import batch_ratio_loss
+from vitrim.layers.losses import batch_ratio_loss
+from vitrim.layers.selector import Scores, Selector, package_of
 from vitrim.methods.base import DenseOutput
-from vitrim.selector import Scores, Selector, package_of
 from vitrim.tokens.plain import Tokens
 
 X = images(4)

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, InputError, STViTConfig, calibrate, from_pretrained, sparsify
 from vitrim.families import family_of
+from vitrim.layers.pooling import POOLINGS
 from vitrim.methods.base import DenseOutput
-from vitrim.pooling import POOLINGS
 from vitrim.tokens.attention import cross_attention
 from vitrim.tools.evaluate import evaluate
 

@@ -32,8 +32,8 @@ from vitrim import (
 )
 from vitrim.convert import read_file
 from vitrim.families import family_of
-from vitrim.semantic_keys import token_order
-from vitrim.semantic_windows import Windows
+from vitrim.layers.semantic_keys import token_order
+from vitrim.layers.semantic_windows import Windows
 from vitrim.tokens.feature_map import FeatureMap
 
 TARGET = torch.tensor([1, 2, 3])

@@ -203,7 +203,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
 
 
 def test_a_gradient_that_is_no_number_stops_too(folder, tmp_path, monkeypatch):
-    from vitrim import losses
+    from vitrim.layers import losses
 
     def infinite_slope(keep, ratio):
         return (keep - keep.detach()).sum().sqrt()  # 0, with a slope of infinity

@@ -18,13 +18,13 @@ from typing import Any, Literal
 from vitrim.checkpoint import write_atomic
 from vitrim.config import from_plain, normalise, require, to_plain
 from vitrim.errors import ConfigError
+from vitrim.layers.stages import check_stages
 from vitrim.methods import method_of_config
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit import SPViTConfig
 from vitrim.methods.stvit import STViTConfig
-from vitrim.stages import check_stages
 
 FORMAT = "vitrim schedule"
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitrim import costs, losses
+from vitrim import costs
 from vitrim.costs import Step, total_macs
 from vitrim.errors import InputError
+from vitrim.layers import losses
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 

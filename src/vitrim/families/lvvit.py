@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses
 from vitrim.costs.macs import linear_macs
 from vitrim.families.vit import ViT, block_obstacles
+from vitrim.layers import losses
 from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Tokens

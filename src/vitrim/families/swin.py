@@ -33,13 +33,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrim.costs.macs import linear_macs
 from vitrim.families.base import Pyramid, check_patched_images
-from vitrim.models.conv_stem_swin import SwinConvStem
-from vitrim.semantic_attention import (
+from vitrim.layers.semantic_attention import (
     Keys,
     WindowRecord,
     window_cross_attention,
     window_cross_attention_macs,
 )
+from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 

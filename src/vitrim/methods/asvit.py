@@ -44,9 +44,11 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import costs, losses, sampling
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
+from vitrim.layers import losses, sampling
+from vitrim.layers.stages import check_stages, stretches
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
@@ -56,7 +58,6 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.stages import check_stages, stretches
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens

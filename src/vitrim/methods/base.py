@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrim import losses
 from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
-from vitrim.stages import fixed_counts
+from vitrim.layers import losses
+from vitrim.layers.stages import fixed_counts
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 

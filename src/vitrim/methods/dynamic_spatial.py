@@ -38,10 +38,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import costs, losses
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ConvNeXt, Swin
+from vitrim.layers import losses
+from vitrim.layers.predictor import Predictor
+from vitrim.layers.sampling import hard_keep
+from vitrim.layers.stages import check_stages
 from vitrim.methods.base import (
     DenseOutput,
     RatioMethod,
@@ -50,9 +54,6 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.predictor import Predictor
-from vitrim.sampling import hard_keep
-from vitrim.stages import check_stages
 from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.tokens.plain import Grid, Tokens
 

@@ -43,10 +43,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrim import costs, losses
+from vitrim import costs
 from vitrim.config import closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
+from vitrim.layers import losses
+from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
@@ -56,7 +58,6 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.token_scores import SCORES
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 

@@ -41,9 +41,18 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vitrim import costs, losses, sampling
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
+from vitrim.layers import losses, sampling
+from vitrim.layers.selector import Scores, Selector, masked, package_of
+from vitrim.layers.stages import (
+    check_keep_ratio,
+    check_stages,
+    quarter_stages,
+    stage_ratios,
+    stretches,
+)
 from vitrim.methods.base import (
     Decision,
     DenseOutput,
@@ -53,14 +62,6 @@ from vitrim.methods.base import (
     check_weights,
     salient_teacher,
     selection_losses,
-)
-from vitrim.selector import Scores, Selector, masked, package_of
-from vitrim.stages import (
-    check_keep_ratio,
-    check_stages,
-    quarter_stages,
-    stage_ratios,
-    stretches,
 )
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens

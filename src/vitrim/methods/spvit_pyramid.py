@@ -42,9 +42,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vitrim import costs, losses, sampling
+from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import PiT, Swin
+from vitrim.layers import losses, sampling
+from vitrim.layers.selector import Selector, masked, package_of
+from vitrim.layers.sparse_windows import sparse_block_macs, sparse_blocks
+from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios
 from vitrim.methods.base import (
     DenseOutput,
     Dial,
@@ -54,9 +58,6 @@ from vitrim.methods.base import (
     check_weights,
     with_total,
 )
-from vitrim.selector import Selector, masked, package_of
-from vitrim.sparse_windows import sparse_block_macs, sparse_blocks
-from vitrim.stages import check_keep_ratio, check_stages, stage_ratios
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Grid, Tokens

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
+from vitrim.layers.pooling import POOLINGS
 from vitrim.methods.base import (
     Dial,
     PooledOutput,
@@ -56,7 +57,6 @@ from vitrim.methods.base import (
     SemanticMethod,
     check_weights,
 )
-from vitrim.pooling import POOLINGS
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 

@@ -56,21 +56,21 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import Swin
-from vitrim.methods.base import (
-    PooledOutput,
-    Recorder,
-    SemanticMethod,
-    check_weights,
-)
-from vitrim.pooling import POOLINGS
-from vitrim.semantic_attention import Keys, WindowRecord
-from vitrim.semantic_keys import Look, classification_look, dense_look, token_order
-from vitrim.semantic_windows import (
+from vitrim.layers.pooling import POOLINGS
+from vitrim.layers.semantic_attention import Keys, WindowRecord
+from vitrim.layers.semantic_keys import Look, classification_look, dense_look, token_order
+from vitrim.layers.semantic_windows import (
     Windows,
     global_centres,
     resized_centres,
     tokens_side,
     windows_of,
+)
+from vitrim.methods.base import (
+    PooledOutput,
+    Recorder,
+    SemanticMethod,
+    check_weights,
 )
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid

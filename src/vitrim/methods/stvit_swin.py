@@ -45,22 +45,22 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import Swin
+from vitrim.layers.pooling import POOLINGS
+from vitrim.layers.semantic_attention import Keys, WindowRecord
+from vitrim.layers.semantic_keys import own_and_near
+from vitrim.layers.semantic_windows import (
+    Windows,
+    global_centres,
+    resized_centres,
+    tokens_side,
+    windows_of,
+)
 from vitrim.methods.base import (
     Dial,
     PooledOutput,
     Recorder,
     SemanticMethod,
     check_weights,
-)
-from vitrim.pooling import POOLINGS
-from vitrim.semantic_attention import Keys, WindowRecord
-from vitrim.semantic_keys import own_and_near
-from vitrim.semantic_windows import (
-    Windows,
-    global_centres,
-    resized_centres,
-    tokens_side,
-    windows_of,
 )
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid

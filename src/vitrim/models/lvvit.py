@@ -26,7 +26,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim import losses
+from vitrim.layers import losses
 from vitrim.tokens.plain import Grid
 
 AUX_WEIGHT = 0.5

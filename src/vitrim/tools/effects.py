@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitrim import losses
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT
+from vitrim.layers import losses
 from vitrim.tokens.plain import Tokens
 
 Signal = Literal["agreement", "attention"]

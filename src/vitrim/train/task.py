@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitrim import losses
 from vitrim.checkpoint import describe_data, from_pretrained, load_strict, read_weights
 from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
+from vitrim.layers import losses
 from vitrim.methods.base import DenseOutput, SemanticMethod
 from vitrim.model import SparseModel
 from vitrim.models import LVVisionTransformer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrim.sampling import top_k
+from vitrim.layers.sampling import top_k
 
 
 def classification_loss(logits_BC: Tensor, target: Tensor) -> Tensor:

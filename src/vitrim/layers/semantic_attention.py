@@ -16,7 +16,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 from vitrim.costs.macs import linear_macs
-from vitrim.semantic_windows import Windows
+from vitrim.layers.semantic_windows import Windows
 
 
 @dataclass(frozen=True, slots=True)

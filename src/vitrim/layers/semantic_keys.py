@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitrim.semantic_attention import Keys
-from vitrim.semantic_windows import Windows
+from vitrim.layers.semantic_attention import Keys
+from vitrim.layers.semantic_windows import Windows
 from vitrim.tokens.plain import Grid
 
 

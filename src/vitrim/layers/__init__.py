@@ -1,0 +1,1 @@
+"""What methods are built of: draws, selectors, losses, poolings, windows."""

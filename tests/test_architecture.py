@@ -28,8 +28,6 @@ FLOORS = {
     "checkpoint": 6,
     "capabilities": 6,
     "convert": 7,
-    "convert_spatial": 7,
-    "convert_stvit": 7,
     "hardware": 8,
     "latency": 9,
     "calibrate": 10,

@@ -22,7 +22,7 @@ from vitrim import (
     load_official,
     sparsify,
 )
-from vitrim.convert_spatial import _CONVNEXT, _SWIN, _counted_from, _renamed
+from vitrim.convert.spatial import _CONVNEXT, _SWIN, _counted_from, _renamed
 from vitrim.methods.dynamic_spatial import TwoMaps, default_stages
 from vitrim.tokens.feature_map import FeatureMap, Partition
 from vitrim.train.recipe import load_recipe

@@ -15,7 +15,7 @@ from torch import nn
 from tests.conftest import golden, golden_input, golden_weights, seeded, tiny_convnext
 from tests.golden_checks import assert_feature, taught
 from vitrim import DynamicSpatialConfig, load_official, sparsify
-from vitrim.convert_spatial import _CONVNEXT, _counted_from, _renamed
+from vitrim.convert.spatial import _CONVNEXT, _counted_from, _renamed
 from vitrim.layers.predictor import Predictor
 from vitrim.methods.dynamic_spatial import TwoMaps
 from vitrim.tokens.feature_map import FeatureMap, Partition

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain, to_plain
-from vitrim.convert_spatial import is_spatial, load_spatial
-from vitrim.convert_stvit import load_stvit_r
+from vitrim.convert.spatial import is_spatial, load_spatial
+from vitrim.convert.stvit import load_stvit_r
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitrim.checkpoint import create_backbone, load_strict
 from vitrim.config import from_plain
-from vitrim.convert_spatial import merging_name
+from vitrim.convert.spatial import merging_name
 from vitrim.errors import CheckpointError
 from vitrim.methods.stvit_r import GLOBAL, LOCAL, UNIT, STViTRConfig
 from vitrim.model import SparseModel

@@ -28,6 +28,7 @@ FLOORS = {
     "checkpoint": 6,
     "capabilities": 6,
     "convert": 7,
+    "export": 7,
     "hardware": 8,
     "latency": 9,
     "calibrate": 10,

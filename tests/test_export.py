@@ -28,8 +28,8 @@ from vitrim import (
     STViTConfig,
 )
 from vitrim.errors import CheckpointError, MissingExtraError
+from vitrim.export.bundle import DTYPES, check, export, keeps_everything
 from vitrim.runtime import BUNDLE_FILE, Bundle, prepare
-from vitrim.tools.export import DTYPES, check, export, keeps_everything
 from vitrim.train.data import eval_transform
 
 onnx = pytest.importorskip("onnx")
@@ -342,7 +342,7 @@ def test_what_cannot_be_exported_says_why(tmp_path):
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrim.tools.formats.write_onnx", lambda *_: 1 / 0)
+    monkeypatch.setattr("vitrim.export.formats.write_onnx", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         exported(tmp_path, FIXED["sait"])
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import timm
 import torch
 import typer
 
-from vitrim import capabilities, checkpoint
+from vitrim import capabilities, checkpoint, convert
 from vitrim.budget import Calibration
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
@@ -24,7 +24,6 @@ from vitrim.cli.measure import bench_command, show_command
 from vitrim.cli.profile import profile_command
 from vitrim.cli.schedule import schedule_command
 from vitrim.config import to_plain
-from vitrim.convert.official import official as convert
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
 from vitrim.methods import METHODS

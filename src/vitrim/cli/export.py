@@ -13,8 +13,8 @@ from vitrim.cli import common, tables
 from vitrim.cli.images import prepared_images
 from vitrim.cli.options import JsonOption
 from vitrim.errors import ConfigError, VitrimError
+from vitrim.export import bundle as exporting
 from vitrim.model import SparseModel
-from vitrim.tools import export as exporting
 
 
 class DifferentAnswerError(VitrimError):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, MissingExtraError
+from vitrim.export import formats
 from vitrim.runtime import session_options
-from vitrim.tools import formats
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "torch": ("fp32", "bf16"),

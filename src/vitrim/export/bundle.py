@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from vitrim.config import closest, to_plain
 from vitrim.errors import ConfigError, InputError
+from vitrim.export import formats
 from vitrim.families import family_of
 from vitrim.model import SparseModel, evaluating
 from vitrim.runtime import BUNDLE_FILE, FORMAT, FORMAT_VERSION, Bundle
-from vitrim.tools import formats
 
 DTYPES = {
     "pt2": ("fp32", "fp16", "bf16"),

@@ -1,0 +1,1 @@
+"""Models for other runtimes: bundles, and the files in them."""

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 import vitrim
 from vitrim.checkpoint import describe_data, write_atomic
 from vitrim.export.bundle import export, images_decide
-from vitrim.hardware import hardware
 from vitrim.runtime import Bundle
 from vitrim.tools.benchmark import Quartiles, limited_threads, macs_per_image, take_turns
+from vitrim.tools.hardware import hardware
 from vitrim.train.data import digits_data_config, eval_loader
 
 MODEL = "deit_small_patch16_224"

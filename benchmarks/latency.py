@@ -37,10 +37,10 @@ from vitrim import (
 )
 from vitrim.checkpoint import write_atomic
 from vitrim.families import ViT, family_of
-from vitrim.hardware import hardware
+from vitrim.latency.measure import predict, profile
+from vitrim.latency.probes import DENSE, kinds_of
 from vitrim.methods import method_of_config
-from vitrim.tools.latency import predict, profile
-from vitrim.tools.probes import DENSE, kinds_of
+from vitrim.tools.hardware import hardware
 
 MODEL = "deit_tiny_patch16_224"
 RESULTS = Path(__file__).parents[1] / "results"

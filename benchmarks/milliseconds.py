@@ -32,12 +32,12 @@ from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.cli.common import load_model
 from vitrim.cli.images import prepared_images
 from vitrim.families import family_of
-from vitrim.hardware import hardware
-from vitrim.latency import LatencyTable
+from vitrim.latency.measure import predict, profile
+from vitrim.latency.probes import kinds_of
+from vitrim.latency.table import LatencyTable
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
-from vitrim.tools.latency import predict, profile
+from vitrim.tools.hardware import hardware
 from vitrim.tools.milliseconds import sparsify_to
-from vitrim.tools.probes import kinds_of
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, load_recipe
 from vitrim.train.task import create_dense

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from vitrim.checkpoint import write_atomic
 from vitrim.families import family_of
-from vitrim.hardware import hardware
 from vitrim.tokens.bucketing import bucketed_attention, make_bucket
 from vitrim.tokens.packed import PackedTokens, select
 from vitrim.tokens.plain import Tokens
 from vitrim.tools.benchmark import DTYPES, Quartiles, checked_device
+from vitrim.tools.hardware import hardware
 
 MODEL = "deit_small_patch16_224"
 MEAN, SPREAD, GRID = 111, 25, 196

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vitrim import DynamicViTConfig, sparsify
 from vitrim.costs.macs import linear_macs
+from vitrim.latency.runners import bind
 from vitrim.tools.benchmark import limited_threads, take_turns
-from vitrim.tools.runners import bind
 
 MODEL = "deit_small_patch16_224"
 RUNTIMES = ("onnxruntime", "openvino")

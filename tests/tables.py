@@ -10,9 +10,9 @@ from torch import nn
 
 from vitrim import costs
 from vitrim.families import family_of
-from vitrim.hardware import cpu_name
-from vitrim.latency import Curve, LatencyTable, describe_model
+from vitrim.latency.table import Curve, LatencyTable, describe_model
 from vitrim.methods import METHODS, method_of_config
+from vitrim.tools.hardware import cpu_name
 
 PLACE = {"runtime": "torch", "batch": 1, "threads": 1, "dtype": "fp32"}
 PLACE |= {"device": "cpu", "cpu": cpu_name()}

@@ -21,8 +21,8 @@ from vitrim import DynamicViTConfig, SaiTConfig
 from vitrim.checkpoint import describe_data, save
 from vitrim.cli import main
 from vitrim.config import to_plain
-from vitrim.hardware import cpu_name
 from vitrim.schedule import load as load_schedule
+from vitrim.tools.hardware import cpu_name
 from vitrim.train.data import eval_loader
 
 QUICK = ["--workers", "0", "--device", "cpu"]

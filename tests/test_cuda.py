@@ -11,8 +11,8 @@ from tests.conftest import images, seeded
 from tests.test_families import VARIANTS, backbone, variant_images
 from vitrim import DynamicViTConfig, sparsify
 from vitrim.families import family_of
+from vitrim.tokens import packed as packing
 from vitrim.tokens.packed import select
-from vitrim.tokens.plain import packed as packing
 
 pytestmark = [
     pytest.mark.gpu,

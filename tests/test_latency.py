@@ -28,16 +28,16 @@ from vitrim import (
 from vitrim.cli.app import app
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import family_of
-from vitrim.hardware import cpu_name
-from vitrim.latency import Curve, LatencyTable, describe_model
+from vitrim.latency import parts, probes, runners
+from vitrim.latency.levels import Level, as_methods_run_them
+from vitrim.latency.measure import predict, profile
+from vitrim.latency.plot import draw_table
+from vitrim.latency.table import Curve, LatencyTable, describe_model
 from vitrim.methods import method_of_config
+from vitrim.tokens import packed as packing
 from vitrim.tokens.packed import Layout
 from vitrim.tokens.plain import Tokens
-from vitrim.tokens.plain import packed as packing
-from vitrim.tools import parts, probes, runners
-from vitrim.tools.latency import predict, profile
-from vitrim.tools.latency_plot import draw_table
-from vitrim.tools.levels import Level, as_methods_run_them
+from vitrim.tools.hardware import cpu_name
 
 
 def curve(tokens, milliseconds):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import images, jitter, seeded, tiny_vit
 from vitrim.families import family_of
+from vitrim.tokens import packed as packing
 from vitrim.tokens.bucketing import COSTS, Costs, divide
 from vitrim.tokens.packed import Layout, PackedTokens, select
 from vitrim.tokens.plain import Tokens
-from vitrim.tokens.plain import packed as packing
 
 BACKBONES = {
     "class token": {},

@@ -26,7 +26,6 @@ from vitrim.cli.options import (
 )
 from vitrim.config import closest
 from vitrim.errors import ConfigError
-from vitrim.hardware import hardware
 from vitrim.model import SparseModel
 from vitrim.tools.benchmark import DTYPES
 from vitrim.tools.curve import check_plot, draw_curve
@@ -37,6 +36,7 @@ from vitrim.tools.evaluate import (
     evaluate_dense,
     evaluate_settings,
 )
+from vitrim.tools.hardware import hardware
 
 
 def eval_command(

@@ -11,7 +11,7 @@ from vitrim.cli import common, tables
 from vitrim.cli.options import DeviceOption, ModelArgument
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
-from vitrim.latency import LatencyTable
+from vitrim.latency.table import LatencyTable
 from vitrim.model import SparseModel
 
 
@@ -52,10 +52,10 @@ def profile_command(
     The table predicts the latency of schedules that were never run. An interrupted measurement
     goes on where it was, from TABLE.partial. Keep the machine quiet meanwhile.
     """
+    from vitrim.latency.measure import profile
+    from vitrim.latency.plot import draw_table
+    from vitrim.latency.probes import kinds_of
     from vitrim.tools.curve import check_plot
-    from vitrim.tools.latency import profile
-    from vitrim.tools.latency_plot import draw_table
-    from vitrim.tools.probes import kinds_of
 
     common.check_writable(output)
     if plot is not None:
@@ -98,8 +98,8 @@ def profile_command(
 
 def _dense(table: LatencyTable, family: Any) -> str:
     """How well the sum of the parts meets the dense model, which was measured beside them."""
-    from vitrim.tools.latency import predict
-    from vitrim.tools.probes import DENSE
+    from vitrim.latency.measure import predict
+    from vitrim.latency.probes import DENSE
 
     predicted = predict(table, None, family, family.grid())
     measured = table.curves[DENSE].median[0]

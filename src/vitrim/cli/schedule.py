@@ -16,7 +16,7 @@ from vitrim.cli.options import DeviceOption, WorkersOption
 from vitrim.config import from_plain, to_plain
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
-from vitrim.latency import LatencyTable
+from vitrim.latency.table import LatencyTable
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel
 from vitrim.schedule import Schedule

@@ -1,7 +1,7 @@
 """What a model computes for one image, step by step.
 
 One description that both costs read: MACs are the sum over the steps' MACs, milliseconds the sum
-over what a latency table says of their parts (``vitrim.latency``). Token counts may be plain
+over what a latency table says of their parts (``vitrim.latency.table``). Token counts may be plain
 numbers or tensors, through which gradients flow.
 """
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
-from vitrim.hardware import hardware
 from vitrim.model import SparseModel
 from vitrim.tools.evaluate import counted_macs
+from vitrim.tools.hardware import hardware
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WARM_UP_CALLS = 3

@@ -17,14 +17,14 @@ from vitrim.budget import TOLERANCE, Calibration, Curve, Spread
 from vitrim.config import require, to_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT, family_of
-from vitrim.latency import LatencyTable
+from vitrim.latency.measure import predict
+from vitrim.latency.table import LatencyTable
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.stvit import STViTConfig
 from vitrim.model import SparseModel, evaluating, sparsify
 from vitrim.schedule import Schedule
 from vitrim.tokens.plain import Grid
 from vitrim.tools.effects import measure_effects
-from vitrim.tools.latency import predict
 from vitrim.tools.solve import Costs, check_reach, find_schedule
 
 EFFECT_IMAGES = 64

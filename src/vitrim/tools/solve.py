@@ -33,12 +33,12 @@ from torch import Tensor
 
 from vitrim.config import require
 from vitrim.errors import ConfigError
-from vitrim.latency import Curve, LatencyTable
+from vitrim.latency.measure import predict
+from vitrim.latency.table import Curve, LatencyTable
 from vitrim.methods import method_of_config
 from vitrim.schedule import Schedule
 from vitrim.tokens.plain import Grid
 from vitrim.tools.effects import Effects
-from vitrim.tools.latency import predict
 
 Procedure = Literal["exact", "progressive"]
 

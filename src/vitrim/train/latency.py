@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from vitrim.config import require
-from vitrim.latency import LatencyTable
+from vitrim.latency.measure import predict
+from vitrim.latency.table import LatencyTable
 from vitrim.methods.asvit import ASViTConfig, ASViTOutput
 from vitrim.methods.base import RatioMethod, SelectionOutput, TrainingOutput
 from vitrim.methods.dynamic_spatial import SpatialOutput
@@ -31,7 +32,6 @@ from vitrim.methods.stvit import STViTConfig
 from vitrim.methods.stvit_r import STViTR
 from vitrim.methods.stvit_swin import STViTSwin
 from vitrim.model import SparseModel
-from vitrim.tools.latency import predict
 from vitrim.tools.milliseconds import as_it_is, batches_of, check_milliseconds, meet
 from vitrim.train.data import eval_loader
 from vitrim.train.loader import dataset_options

@@ -13,19 +13,8 @@ from torch import nn
 from vitrim import costs
 from vitrim.errors import ConfigError
 from vitrim.families import ViT, family_of
-from vitrim.methods import METHODS, method_of_config
-from vitrim.methods.asvit import ASViTConfig
-from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
-from vitrim.methods.dynamicvit import DynamicViTConfig
-from vitrim.methods.sait import SaiTConfig
-from vitrim.methods.spvit import SPViTConfig
-from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
-from vitrim.methods.stvit import STViTConfig
-from vitrim.methods.stvit_r import STViTRConfig
-from vitrim.methods.stvit_swin import STViTSwinConfig
-from vitrim.tokens.plain import Grid
-from vitrim.tools.levels import Level, as_methods_run_them
-from vitrim.tools.parts import (
+from vitrim.latency.levels import Level, as_methods_run_them
+from vitrim.latency.parts import (
     AttentionHalves,
     Blocks,
     CrossBlocks,
@@ -38,6 +27,17 @@ from vitrim.tools.parts import (
     Whole,
     features,
 )
+from vitrim.methods import METHODS, method_of_config
+from vitrim.methods.asvit import ASViTConfig
+from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
+from vitrim.methods.dynamicvit import DynamicViTConfig
+from vitrim.methods.sait import SaiTConfig
+from vitrim.methods.spvit import SPViTConfig
+from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
+from vitrim.methods.stvit import STViTConfig
+from vitrim.methods.stvit_r import STViTRConfig
+from vitrim.methods.stvit_swin import STViTSwinConfig
+from vitrim.tokens.plain import Grid
 
 POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
 """Numbers of tokens that blocks are timed on, if not told otherwise; compiling takes its time."""

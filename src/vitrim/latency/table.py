@@ -1,6 +1,6 @@
 """A latency table: how long each part of a model takes on one device, by its token count.
 
-``vitrim profile`` measures it (``vitrim.tools.latency``); the solver and latency-aware training
+``vitrim profile`` measures it (``vitrim.latency.measure``); the solver and latency-aware training
 read it. A table is good for the device, runtime, precision, batch and model that it was measured
 with, and for nothing else: :meth:`LatencyTable.check` refuses the rest.
 """
@@ -23,7 +23,7 @@ from vitrim.checkpoint import write_atomic
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT
-from vitrim.hardware import cpu_name
+from vitrim.tools.hardware import cpu_name
 
 FORMAT = "vitrim-latency"
 FORMAT_VERSION = 1

@@ -1,6 +1,6 @@
 """Latency tables: measuring them, and predicting models from them.
 
-Every part of a model (``vitrim.tools.parts``) is timed on as many numbers of tokens as it takes to
+Every part of a model (``parts.py``) is timed on as many numbers of tokens as it takes to
 see the device's steps. All take turns: in each round everything runs once for a slice of time, in
 rotating order, so that a busy neighbour strikes all alike. What it costs to hand features to a
 runtime and to get them back is measured too and taken off, in the same round: a model pays it once,
@@ -26,20 +26,8 @@ from vitrim.checkpoint import write_atomic
 from vitrim.config import require
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
-from vitrim.hardware import hardware
-from vitrim.latency import Curve, LatencyTable, describe_model
-from vitrim.methods.base import Method
-from vitrim.model import SparseModel
-from vitrim.tokens.plain import Grid
-from vitrim.tools import runners
-from vitrim.tools.benchmark import (
-    Clock,
-    Quartiles,
-    checked_device,
-    keep_memory,
-    limited_threads,
-)
-from vitrim.tools.probes import (
+from vitrim.latency import runners
+from vitrim.latency.probes import (
     NOTHING,
     NOTHING_COLD,
     POINTS,
@@ -47,6 +35,18 @@ from vitrim.tools.probes import (
     kinds_of,
     probes_of,
 )
+from vitrim.latency.table import Curve, LatencyTable, describe_model
+from vitrim.methods.base import Method
+from vitrim.model import SparseModel
+from vitrim.tokens.plain import Grid
+from vitrim.tools.benchmark import (
+    Clock,
+    Quartiles,
+    checked_device,
+    keep_memory,
+    limited_threads,
+)
+from vitrim.tools.hardware import hardware
 
 _READY = 30
 """Percent of the work that are done when everything is ready to be timed."""

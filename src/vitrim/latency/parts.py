@@ -1,5 +1,5 @@
 """The parts of a model that a latency table has curves of, ready to run alone; the levels of
-pyramids are in ``vitrim.tools.levels``.
+pyramids are in ``vitrim.latency.levels``.
 
 A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
 on as many tokens from first to last, so that weights come from where they come from in a model, and

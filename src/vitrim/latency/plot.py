@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vitrim import costs
-from vitrim.latency import Curve, LatencyTable
+from vitrim.latency.probes import DENSE
+from vitrim.latency.table import Curve, LatencyTable
 from vitrim.tools.curve import check_plot, save_figure
-from vitrim.tools.probes import DENSE
 
 _IN_BLOCKS = ("block", "attention", "mlp", "cross")
 _LEVEL = re.compile(r"level(\d+)(?:to(\d+))?-?(.*)")

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
+from vitrim.latency.parts import Part, features
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method, RatioMethod, Recorder
 from vitrim.tokens.plain import Grid
-from vitrim.tools.parts import Part, features
 
 LEAST, MOST = 0.1, 0.97
 """Shares of the positions that a method's curve goes from and to, and then to all of them."""

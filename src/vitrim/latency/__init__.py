@@ -1,0 +1,1 @@
+"""Latency tables: measuring them on a device, and predicting models from them."""

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import ASViTConfig, SaiTConfig
+from vitrim.budgets.milliseconds import sparsify_to
 from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.cli.common import load_model
 from vitrim.cli.images import prepared_images
@@ -37,7 +38,6 @@ from vitrim.latency.probes import kinds_of
 from vitrim.latency.table import LatencyTable
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.hardware import hardware
-from vitrim.tools.milliseconds import sparsify_to
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, load_recipe
 from vitrim.train.task import create_dense

@@ -21,12 +21,12 @@ from vitrim import (
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
-    calibrate,
     from_pretrained,
     sparsify,
 )
 from vitrim.budget import Curve
-from vitrim.calibrate import MAX_BYTES
+from vitrim.budgets import calibrate
+from vitrim.budgets.calibrate import MAX_BYTES
 from vitrim.methods import METHODS
 from vitrim.methods.base import Dial
 from vitrim.tools.evaluate import evaluate

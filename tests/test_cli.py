@@ -18,10 +18,10 @@ import vitrim.cli
 from tests.conftest import golden, golden_weights, tiny_vit
 from tests.tables import table_of
 from vitrim import DynamicViTConfig, SaiTConfig
+from vitrim.budgets.schedule import load as load_schedule
 from vitrim.checkpoint import describe_data, save
 from vitrim.cli import main
 from vitrim.config import to_plain
-from vitrim.schedule import load as load_schedule
 from vitrim.tools.hardware import cpu_name
 from vitrim.train.data import eval_loader
 

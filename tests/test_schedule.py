@@ -35,15 +35,15 @@ from vitrim import (
     STViTSwinConfig,
     sparsify,
 )
-from vitrim import schedule as schedules
+from vitrim.budgets import milliseconds, solve
+from vitrim.budgets import schedule as schedules
+from vitrim.budgets.effects import Effects, measure_effects, measured_counts
+from vitrim.budgets.schedule import Schedule
 from vitrim.families import family_of
 from vitrim.latency.measure import predict
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.base import Decision, RatioMethod, SelectionOutput
-from vitrim.schedule import Schedule
-from vitrim.tools import milliseconds, solve
-from vitrim.tools.effects import Effects, measure_effects, measured_counts
 from vitrim.train.engine import train
 from vitrim.train.latency import LatencyBudget, kept_counts, start_config
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe

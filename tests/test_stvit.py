@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
-from vitrim import ConfigError, InputError, STViTConfig, calibrate, from_pretrained, sparsify
+from vitrim import ConfigError, InputError, STViTConfig, from_pretrained, sparsify
+from vitrim.budgets import calibrate
 from vitrim.families import family_of
 from vitrim.layers.pooling import POOLINGS
 from vitrim.methods.base import DenseOutput

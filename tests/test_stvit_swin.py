@@ -16,10 +16,10 @@ from vitrim import (
     STViTConfig,
     STViTSwinConfig,
     UnsupportedBackboneError,
-    calibrate,
     from_pretrained,
     sparsify,
 )
+from vitrim.budgets import calibrate
 from vitrim.families import family_of
 
 TARGET = torch.tensor([1, 2, 3])

@@ -14,7 +14,7 @@ from vitrim.errors import (
 
 if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
     from vitrim.budget import Calibration
-    from vitrim.calibrate import calibrate
+    from vitrim.budgets.calibrate import calibrate
     from vitrim.checkpoint import from_pretrained
     from vitrim.convert import load_official
     from vitrim.methods.asvit import ASViTConfig

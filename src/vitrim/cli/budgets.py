@@ -13,7 +13,9 @@ import typer
 
 from vitrim import checkpoint
 from vitrim.budget import TOLERANCE, Calibration, check_budget
-from vitrim.calibrate import MAX_IMAGES, calibrate
+from vitrim.budgets.calibrate import MAX_IMAGES, calibrate
+from vitrim.budgets.milliseconds import check_table, follow, sparsify_to
+from vitrim.budgets.schedule import load as load_schedule
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
 from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
@@ -35,8 +37,6 @@ from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import METHODS, method_by_name
 from vitrim.model import SparseModel
-from vitrim.schedule import load as load_schedule
-from vitrim.tools.milliseconds import check_table, follow, sparsify_to
 
 MacsOption = Annotated[
     list[str] | None,

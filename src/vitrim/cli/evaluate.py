@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import nn
 
-from vitrim.calibrate import MAX_IMAGES
+from vitrim.budgets.calibrate import MAX_IMAGES
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of, meet
 from vitrim.cli.images import calibration_loader

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.budgets.milliseconds import batches_of
 from vitrim.cli import common
 from vitrim.errors import InputError
-from vitrim.tools.milliseconds import batches_of
 
 
 def calibration_loader(

@@ -10,6 +10,10 @@ import typer
 from torch import nn
 
 from vitrim.budget import check_budget
+from vitrim.budgets.effects import measure_effects
+from vitrim.budgets.milliseconds import EFFECT_IMAGES, Latency, check_table
+from vitrim.budgets.schedule import Schedule
+from vitrim.budgets.solve import Costs, check_reach, find_schedule
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
 from vitrim.cli.options import DeviceOption, WorkersOption
@@ -19,10 +23,6 @@ from vitrim.families import family_of
 from vitrim.latency.table import LatencyTable
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel
-from vitrim.schedule import Schedule
-from vitrim.tools.effects import measure_effects
-from vitrim.tools.milliseconds import EFFECT_IMAGES, Latency, check_table
-from vitrim.tools.solve import Costs, check_reach, find_schedule
 
 MillisecondsOption = Annotated[
     float | None,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.calibrate import calibrate
+from vitrim.budgets.calibrate import calibrate
 from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.config import to_plain
 from vitrim.errors import ConfigError

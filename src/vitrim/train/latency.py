@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrim.budgets.milliseconds import as_it_is, batches_of, check_milliseconds, meet
 from vitrim.config import require
 from vitrim.latency.measure import predict
 from vitrim.latency.table import LatencyTable
@@ -32,7 +33,6 @@ from vitrim.methods.stvit import STViTConfig
 from vitrim.methods.stvit_r import STViTR
 from vitrim.methods.stvit_swin import STViTSwin
 from vitrim.model import SparseModel
-from vitrim.tools.milliseconds import as_it_is, batches_of, check_milliseconds, meet
 from vitrim.train.data import eval_loader
 from vitrim.train.loader import dataset_options
 from vitrim.train.recipe import BudgetRecipe, Recipe

@@ -15,10 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from vitrim.budgets.schedule import load as load_schedule
 from vitrim.config import closest, from_plain, require, to_plain
 from vitrim.errors import ConfigError
 from vitrim.methods import method_by_name
-from vitrim.schedule import load as load_schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread
+from vitrim.budgets.effects import measure_effects
+from vitrim.budgets.schedule import Schedule
+from vitrim.budgets.solve import Costs, check_reach, find_schedule
 from vitrim.config import require, to_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT, family_of
@@ -22,10 +25,7 @@ from vitrim.latency.table import LatencyTable
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.stvit import STViTConfig
 from vitrim.model import SparseModel, evaluating, sparsify
-from vitrim.schedule import Schedule
 from vitrim.tokens.plain import Grid
-from vitrim.tools.effects import measure_effects
-from vitrim.tools.solve import Costs, check_reach, find_schedule
 
 EFFECT_IMAGES = 64
 """Images on which the effects of dropping are measured, if not said otherwise."""
@@ -270,7 +270,7 @@ def sparsify_to(
     """Make a dense model sparse without training, for a budget of milliseconds.
 
     Where a plain vision transformer drops tokens is solved for
-    (:func:`vitrim.tools.solve.find_schedule`), unless the config says it (``stages``,
+    (:func:`vitrim.budgets.solve.find_schedule`), unless the config says it (``stages``,
     ``prune_after``) or the method drops none; then the dial is turned.
 
     Args:

@@ -1,6 +1,6 @@
 """Schedules: where patch tokens are dropped and how many go on, as plain data for any method.
 
-A schedule is what ``vitrim schedule`` finds for a budget (``tools/solve.py``); here it is stored,
+A schedule is what ``vitrim schedule`` finds for a budget (``budgets/solve.py``); here it is stored,
 and turned into the settings of a method: ``load("schedule.json").apply(DynamicViTConfig())``.
 """
 

@@ -1,5 +1,5 @@
 """Finds schedules: where patches are dropped, and how many go on, for a budget of milliseconds or
-MACs, with the least loss of quality on some images (``tools/effects.py``).
+MACs, with the least loss of quality on some images (``budgets/effects.py``).
 
 The cost of a schedule is the method's own, step by step: what its blocks take at their counts, and
 its selectors. Every step depends on the counts around it alone, so the cost of a stage is what it
@@ -31,14 +31,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vitrim.budgets.effects import Effects
+from vitrim.budgets.schedule import Schedule
 from vitrim.config import require
 from vitrim.errors import ConfigError
 from vitrim.latency.measure import predict
 from vitrim.latency.table import Curve, LatencyTable
 from vitrim.methods import method_of_config
-from vitrim.schedule import Schedule
 from vitrim.tokens.plain import Grid
-from vitrim.tools.effects import Effects
 
 Procedure = Literal["exact", "progressive"]
 

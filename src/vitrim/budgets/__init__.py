@@ -1,0 +1,1 @@
+"""Meeting a budget: of MACs by calibration, of milliseconds by schedules and dials."""

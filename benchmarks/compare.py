@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.cli.common import data_config_of
 from vitrim.cli.images import prepared_images
+from vitrim.demo.run import BUDGETS, run_demo
 from vitrim.export.bundle import FILES, export
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
 from vitrim.runtime import Bundle
 from vitrim.tools.benchmark import Quartiles, limited_threads, macs_per_image, take_turns
-from vitrim.tools.demo import BUDGETS, run_demo
 from vitrim.tools.hardware import hardware
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import vitrim
 from tests.conftest import tiny_vit
 from tests.test_visualize import parse
 from vitrim import CheckpointError
-from vitrim.tools import demo
-from vitrim.tools.demo import run_demo
+from vitrim.demo import run as demo
+from vitrim.demo.run import run_demo
 from vitrim.train.recipe import load_recipe
 from vitrim.train.shipped import DIGITS_ARCHITECTURE, DIGITS_ARGUMENTS, digits_backbone
 

@@ -310,7 +310,7 @@ def demo_command(
     ] = None,
 ) -> None:
     """The whole job on embedded data: train, evaluate, measure, report; some minutes, offline."""
-    from vitrim.tools.demo import run_demo
+    from vitrim.demo.run import run_demo
 
     common.check_new_folder(output)
     for line in run_demo(output, seconds=seconds, progress=common.progress):

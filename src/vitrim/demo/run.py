@@ -128,7 +128,7 @@ def run_demo(
     Raises:
         MissingExtraError: the ``demo`` extra is not installed.
     """
-    from vitrim.tools.demo_page import report_page, summary
+    from vitrim.demo.page import report_page, summary
     from vitrim.train.recipe import load_recipe
     from vitrim.train.task import create_dense
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitrim.demo.run import BATCHES, BUDGETS, DENSE, Outcome, Point
 from vitrim.model import SparseModel
 from vitrim.tools import report, visualize
 from vitrim.tools.benchmark import Row
-from vitrim.tools.demo import BATCHES, BUDGETS, DENSE, Outcome, Point
 
 _PICTURES = 6
 _COUNTED = 500

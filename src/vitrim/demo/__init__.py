@@ -1,0 +1,1 @@
+"""The whole job in a few minutes, offline."""

@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
 from tests.training import curve, quiet, tiny_recipe, write_images
@@ -19,6 +18,7 @@ from vitrim import (
     load_official,
     sparsify,
 )
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.methods.asvit import straight_through, token_score
 from vitrim.tokens.attention import masked_softmax, project
@@ -217,7 +217,7 @@ def test_training_agrees_with_inference(head, mode):
 def test_macs_are_what_torch_counts(head, mode):
     sparse = sparse_vit(head, mode=mode).requires_grad_(False)
     for image in X[:3]:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(image[None])
         macs = sparse.trace(image[None]).macs.item()
         assert macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, tiny_convnext
 from vitrim import (
@@ -15,6 +14,7 @@ from vitrim import (
     from_pretrained,
     sparsify,
 )
+from vitrim.costs.macs import counting
 from vitrim.families import ConvNeXt, family_of
 
 VARIANTS = {
@@ -79,7 +79,7 @@ def test_macs_are_what_torch_counts(variant):
     model = tiny_convnext(**VARIANTS[variant]).requires_grad_(False)
     family = family_of(model)
     for size in SIZES:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             model(torch.randn(1, 3, *size))
         assert family.dense_macs(family.grid(size)) == counter.get_total_flops() / 2
 

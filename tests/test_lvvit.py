@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from timm.models import get_model_args
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_lvvit
 from vitrim import (
@@ -27,6 +26,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.convert import load_dense
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_divergence
 from vitrim.models import LVVisionTransformer
@@ -337,7 +337,7 @@ def test_package_tokens_say_nothing():
 
 def test_macs_are_what_torch_counts():
     model = tiny_lvvit().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         model(images(1))
     family = family_of(model)
     assert counter.get_total_flops() / 2 == family.dense_macs(family.grid())

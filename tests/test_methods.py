@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
 from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
@@ -26,6 +25,7 @@ from vitrim import (
     from_pretrained,
     sparsify,
 )
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.methods import METHODS, method_of_config
 
@@ -178,7 +178,7 @@ def test_keeping_everything_is_the_dense_model(case, backbone):
 def test_macs_are_what_torch_counts(case, backbone):
     sparse = sparse_model(case, backbone).requires_grad_(False)  # hooks trip over leaves
     for image in X:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(image[None])
         counted = counter.get_total_flops() / 2
         assert sparse.trace(image[None]).macs.item() == pytest.approx(counted, rel=1e-3)

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, tiny_pit
 from vitrim import InputError, UnsupportedBackboneError
+from vitrim.costs.macs import counting
 from vitrim.families import PiT, family_of
 
 VARIANTS = {
@@ -25,7 +25,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 def macs_counted(model, x):
     model.requires_grad_(False)  # the counter's hooks trip over leaves
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         model(x)
     return counter.get_total_flops() / 2
 

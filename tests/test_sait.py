@@ -10,12 +10,12 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
 from tests.training import curve, quiet, run_script, tiny_recipe, write_images
 from vitrim import ConfigError, SaiTConfig, from_pretrained, sparsify
 from vitrim.config import to_plain
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import DenseOutput
@@ -83,7 +83,7 @@ def test_the_default_place_is_a_third_of_the_depth():
 def test_costs_are_what_torch_counts(where, selector, score):
     sparse = sparse_vit(where=where, selector=selector, score=score)
     for image in X:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(image[None])
         macs = sparse.trace(image[None]).macs.item()
         assert macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, InputError, STViTConfig, from_pretrained, sparsify
 from vitrim.budgets import calibrate
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.pooling import POOLINGS
 from vitrim.methods.base import DenseOutput
@@ -54,7 +54,7 @@ def test_published_costs(size, options, gmacs):
     with torch.device("meta"):
         model = timm.create_model(f"deit_{size}_patch16_224").requires_grad_(False)
         sparse = sparsify(model, STViTConfig(**options)).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(torch.empty(1, 3, 224, 224))
     assert sparse.macs() / 1e9 == pytest.approx(gmacs, abs=5.5e-4)  # three entries are rounded up
     assert sparse.macs() == counter.get_total_flops() / 2
@@ -70,7 +70,7 @@ def test_formula_is_what_torch_counts(pooling, keep_prefix, pool, include_prefix
         options.pop("pool_include_prefix")
     model = tiny_vit(**options).requires_grad_(False)
     sparse = sparse_vit(model, pooling=pooling, keep_prefix=keep_prefix)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         sparse(X[:1])
     assert sparse.macs() == counter.get_total_flops() / 2
     assert sparse.trace(X).macs.tolist() == [sparse.macs()] * 3

@@ -9,7 +9,6 @@ import types
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import (
     golden,
@@ -31,6 +30,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.convert import read_file
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.semantic_keys import token_order
 from vitrim.layers.semantic_windows import Windows
@@ -70,7 +70,7 @@ def test_published_costs(size, pixels, options, gmacs):
         model = timm.create_model(f"conv_stem_swin_{size}", dynamic_img_size=True)
         sparse = sparsify(model.requires_grad_(False), STViTRConfig(**options)).eval()
         norms = norm_operations(sparse)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(torch.empty(1, 3, *pixels))
     assert sparse.macs(pixels) == counter.get_total_flops() / 2
     counted = sparse.macs(pixels) + (sum(norms) if pixels == (224, 224) else 0)
@@ -232,7 +232,7 @@ def test_both_forms_by_loops(size, options, side):
         levels = sparse.features(x)
         torch.testing.assert_close(levels[2].permute(0, 2, 3, 1), fmap.x_BHWC, atol=5e-5, rtol=0)
         torch.testing.assert_close(sparse(x), family.head(expected), atol=5e-5, rtol=0)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             sparse.requires_grad_(False)(x[:1])
     assert sparse.macs() == counter.get_total_flops() / 2
     assert sparse.trace(x).macs.tolist() == [sparse.macs()] * 2
@@ -255,7 +255,7 @@ def test_projecting_once_changes_no_number(options):
     torch.testing.assert_close(once(x), often(x), atol=2e-6, rtol=0)
     assert once.macs() < often.macs()
     for sparse in (once, often):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse.requires_grad_(False)(x[:1])
         assert sparse.macs() == counter.get_total_flops() / 2
 

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, norm_operations, seeded, tiny_swin, tiny_vit
 from vitrim import (
@@ -20,6 +19,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.budgets import calibrate
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 
 TARGET = torch.tensor([1, 2, 3])
@@ -51,7 +51,7 @@ def test_published_costs(size, tokens, gmacs):
         model = timm.create_model(f"swin_{size}_patch4_window7_224").requires_grad_(False)
         sparse = sparsify(model, STViTSwinConfig(window_tokens=tokens)).eval()
         norms = norm_operations(sparse)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counting() as counter:
             sparse(torch.empty(1, 3, 224, 224))
     assert sparse.macs() == counter.get_total_flops() / 2
     if gmacs is not None:
@@ -151,7 +151,7 @@ def test_the_equations(size, tokens, reach):
     with torch.no_grad():
         expected = reference(model, sparse, x, math.isqrt(tokens), reach or 6)
         torch.testing.assert_close(sparse(x), expected, atol=2e-5, rtol=0)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             sparse.requires_grad_(False)(x[:1])
     assert sparse.macs() == counter.get_total_flops() / 2
     assert sparse.trace(x).macs.tolist() == [sparse.macs()] * 2

@@ -9,10 +9,10 @@ import timm
 import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import images, jitter, tiny_swin
 from vitrim import DynamicViTConfig, InputError, UnsupportedBackboneError, sparsify
+from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.tokens.feature_map import FeatureMap
 
@@ -136,7 +136,7 @@ def test_what_the_classifier_reads():
 
 
 def macs_by_torch(model, size):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         model.requires_grad_(False)(torch.empty(1, 3, *size))
     return counter.get_total_flops() / 2
 
@@ -158,10 +158,10 @@ def test_macs_of_the_pieces(variant):
         x = torch.randn(1, rows, columns, family.stage_dim(stage))
         positions = x.view(-1, x.shape[-1])[:5]
         for index in range(depth):
-            with FlopCounterMode(display=False) as counter:
+            with counting() as counter:
                 family.mix(stage, index, x)
             assert counter.get_total_flops() / 2 == family.mix_macs(stage, index, grid)
-            with FlopCounterMode(display=False) as counter:
+            with counting() as counter:
                 family.channel(stage, index, positions)
             counted = counter.get_total_flops() / 2
             assert counted == family.channel_macs(stage, index, len(positions))

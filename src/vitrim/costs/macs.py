@@ -7,9 +7,13 @@ through which gradients flow (all formulas are polynomials in the count).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 Count = TypeVar("Count", int, float, Tensor)
 
@@ -27,3 +31,12 @@ def attention_macs(num_tokens: Count, width: int) -> Count:
 def transformer_block_macs(num_tokens: Count, per_token: int, attention_width: int) -> Count:
     """A pre-norm block: its linear layers on each token, and attention among all of them."""
     return per_token * num_tokens + attention_macs(num_tokens, attention_width)
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Torch's counter of FLOPs, with attention by its plain kernel: which of the fused ones the
+    counter knows depends on the version of torch and on the device.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter

@@ -10,6 +10,7 @@ so (other block, attention or pooling types) is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -212,7 +213,9 @@ class ViT(Family):
         if model.global_pool == "map":
             visible = keep.detach() > 0.5
             visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
-            pooled: Tensor = model.attn_pool(x, attn_mask=visible[:, None, None, :])
+            bias = x.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+            with _plain_in_graphs(model.attn_pool):
+                pooled: Tensor = model.attn_pool(x, attn_mask=bias[:, None, None, :])
             return pooled
         weights = keep.unsqueeze(-1).to(x.dtype)
         return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
@@ -317,6 +320,21 @@ class ViT(Family):
         per_query = linear_macs(pool) - linear_macs(pool.kv)
         attention = 2 * pool.latent_len * pool.num_heads * pool.head_dim
         return macs + pool.latent_len * per_query + (linear_macs(pool.kv) + attention) * num_pooled
+
+
+@contextmanager
+def _plain_in_graphs(pool: Any) -> Iterator[None]:
+    """Without the fused kernel where an exporter looks on: of a number of tokens that is found at
+    run time, some want to know whether it is 1.
+    """
+    if not torch.compiler.is_exporting() or not pool.fused_attn:
+        yield
+        return
+    pool.fused_attn = False
+    try:
+        yield
+    finally:
+        pool.fused_attn = True
 
 
 def block_obstacles(model: Any) -> Iterator[str]:

@@ -111,17 +111,19 @@ def recorded_attention(
         num_prefix: prefix tokens at the head of the sequence.
         has_class: whether token 0 is a class token.
         keep_BN: one entry per token, prefix tokens included: then :func:`masked_softmax` takes the
-            softmax's place, in an exported graph a bias; None runs the fused kernel.
+            softmax's place, in an exported graph a plain mask; None runs the fused kernel.
     """
     q, k, v = project(attention, x_BNC)
     weights = visible = None
     if keep_BN is None:
         dropout = attention.attn_drop.p if attention.training else 0.0
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    elif torch.compiler.is_exporting():  # a graph is for inference, and runtimes fuse this
+    elif torch.compiler.is_exporting():
+        # Plain products: of fused attention some exporters want to know the number of tokens.
         visible = keep_BN > 0.5
-        bias = q.new_zeros(visible.shape).masked_fill(~visible, -math.inf)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :])
+        logits = q * attention.scale @ k.transpose(-2, -1)
+        logits = logits.masked_fill(~visible[:, None, None, :], -math.inf)
+        context = logits.softmax(-1) @ v
     else:
         weights = masked_softmax(q * attention.scale @ k.transpose(-2, -1), keep_BN)
         context = attention.attn_drop(weights) @ v

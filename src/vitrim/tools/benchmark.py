@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
 from vitrim.model import SparseModel
-from vitrim.tools.evaluate import counted_macs
+from vitrim.tools.evaluate import dense_macs
 from vitrim.tools.hardware import hardware
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -168,11 +168,11 @@ def benchmark(
 
 
 def macs_per_image(model: nn.Module, images: Tensor) -> float:
-    """Mean MACs of one image: by formula for a sparse model, counted for any other."""
+    """Mean MACs of one image, the same number in every command."""
     if isinstance(model, SparseModel):
         macs = model.macs((images.shape[-2], images.shape[-1]))
         return float(model.trace(images).macs.mean()) if macs is None else macs
-    return counted_macs(model, images[:1])
+    return dense_macs(model, images[:1])
 
 
 def _mean_macs(model: nn.Module, batches: Sequence[Tensor]) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import seeded
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 
 
 def assert_feature(found, expected, tolerance):

@@ -28,7 +28,7 @@ from vitrim.budget import Curve
 from vitrim.budgets import calibrate
 from vitrim.budgets.calibrate import MAX_BYTES
 from vitrim.methods import METHODS
-from vitrim.methods.base import Dial
+from vitrim.methods.records import Dial
 from vitrim.tools.evaluate import evaluate
 from vitrim.train.recipe import list_recipes
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import images, seeded, tiny_vit
 from vitrim import ConfigError, DynamicViTConfig, sparsify
 from vitrim.layers.sampling import hard_keep, top_k
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 from vitrim.tokens.attention import masked_softmax
 
 X = images(3)

@@ -11,7 +11,7 @@ from tests.conftest import golden, golden_input, golden_weights, seeded
 from tests.golden_checks import assert_feature, assert_gradients, features_of
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.methods.asvit import straight_through, token_score
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 from vitrim.tokens.attention import recorded_attention
 
 

@@ -18,7 +18,7 @@ from vitrim.config import to_plain
 from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.token_scores import SCORES
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 from vitrim.methods.sait import SaiT
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe, recipe_from_plain

@@ -43,7 +43,8 @@ from vitrim.families import family_of
 from vitrim.latency.measure import predict
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
-from vitrim.methods.base import Decision, RatioMethod, SelectionOutput
+from vitrim.methods.base import RatioMethod
+from vitrim.methods.records import Decision, SelectionOutput
 from vitrim.train.engine import train
 from vitrim.train.latency import LatencyBudget, kept_counts, start_config
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe

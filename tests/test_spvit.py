@@ -13,7 +13,7 @@ from tests.conftest import images, seeded, tiny_vit, watch_blocks
 from vitrim import ConfigError, SPViTConfig, sparsify
 from vitrim.layers.losses import batch_ratio_loss
 from vitrim.layers.selector import Scores, Selector, package_of
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 from vitrim.tokens.plain import Tokens
 
 X = images(4)

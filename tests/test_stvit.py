@@ -13,7 +13,7 @@ from vitrim.budgets import calibrate
 from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.pooling import POOLINGS
-from vitrim.methods.base import DenseOutput
+from vitrim.methods.records import DenseOutput
 from vitrim.tokens.attention import cross_attention
 from vitrim.tools.evaluate import evaluate
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitrim.config import require
 from vitrim.errors import ConfigError
-from vitrim.methods.base import Dial
+from vitrim.methods.records import Dial
 
 TOLERANCE = 0.01
 """A mean cost this near to its budget, relative to it, meets it."""

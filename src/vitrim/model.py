@@ -16,7 +16,8 @@ from vitrim.budget import TOLERANCE, Calibration
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
-from vitrim.methods.base import DenseOutput, Method, Recorder, StageTrace
+from vitrim.methods.base import Method
+from vitrim.methods.records import DenseOutput, Recorder, StageTrace
 from vitrim.tokens.plain import Grid
 
 

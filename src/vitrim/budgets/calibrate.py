@@ -16,7 +16,7 @@ from torch import Tensor
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread, check_budget
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
-from vitrim.methods.base import StageTrace
+from vitrim.methods.records import StageTrace
 from vitrim.model import SparseModel, Trace, evaluating
 
 MAX_IMAGES = 256

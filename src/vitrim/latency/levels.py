@@ -24,7 +24,8 @@ from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.latency.parts import Part, features
 from vitrim.methods import method_of_config
-from vitrim.methods.base import Method, RatioMethod, Recorder
+from vitrim.methods.base import Method, RatioMethod
+from vitrim.methods.records import Recorder
 from vitrim.tokens.plain import Grid
 
 LEAST, MOST = 0.1, 0.97

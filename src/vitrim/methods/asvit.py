@@ -49,15 +49,8 @@ from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.stages import check_stages, stretches
-from vitrim.methods.base import (
-    DenseOutput,
-    Dial,
-    Method,
-    Recorder,
-    TrainingOutput,
-    check_weights,
-    with_total,
-)
+from vitrim.methods.base import Method, check_weights, with_total
+from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens

@@ -1,11 +1,11 @@
-"""What every method offers to the rest of the library, and the records it leaves."""
+"""What every method offers to the rest of the library."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,149 +18,17 @@ from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family, ViT
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
-from vitrim.tokens.packed import AnyTokens
-from vitrim.tokens.plain import Grid, Tokens
-
-
-@dataclass(frozen=True)
-class StageTrace:
-    """What one stage decided for a batch; places refer to ``grid``."""
-
-    block: int
-    """The stage acts before this block (0-based)."""
-    scores: Tensor
-    """(B, N): the method's score of each original patch, NaN where it was dropped earlier."""
-    grid: Grid
-    """Rows and columns of the places: the patch grid, or the map's where a backbone pools."""
-    kept: list[Tensor]
-    """Per image: sorted original places of the patches that go on; none where semantic tokens
-    replace all patches."""
-    counts: Tensor
-    """(B,): how many go on: patches, or the semantic tokens that replace them."""
-    assignment: Tensor | None = None
-    """(B, S, N): how much each semantic token looks at each original patch, the mean over heads,
-    where semantic tokens replace the patches."""
-
-
-@dataclass
-class Recorder:
-    """Collects a :class:`StageTrace` per stage while a method runs inference."""
-
-    grid: Grid
-    """Of the original patches."""
-    stages: list[StageTrace] = field(default_factory=list)
-
-    def add(self, block: int, before: AnyTokens, scores: Tensor, after: AnyTokens) -> None:
-        """Record that ``before`` was scored, one score per patch token, and ``after`` goes on."""
-        if isinstance(before, Tokens) and before.keep_BN is not None:
-            scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)
-        score_BN = before.on_grid(scores.detach().float(), math.prod(self.grid), torch.nan)
-        self._append(block, self.grid, score_BN, after.places())
-
-    def add_map(self, block: int, score_BHW: Tensor, keep_BHW: Tensor) -> None:
-        """Record a decision on the whole map that a hierarchical backbone has before a block.
-
-        Args:
-            block: the stage acts before it.
-            score_BHW: of every position.
-            keep_BHW: bool, the positions that get the full computation.
-        """
-        rows, columns = score_BHW.shape[1:]
-        kept = [keep_N.nonzero().squeeze(1) for keep_N in keep_BHW.flatten(1)]
-        self._append(block, (rows, columns), score_BHW.detach().float().flatten(1), kept)
-
-    def _append(self, block: int, grid: Grid, score_BN: Tensor, kept: list[Tensor]) -> None:
-        counts = torch.tensor([len(places) for places in kept], device=score_BN.device)
-        self.stages.append(StageTrace(block, score_BN, grid, kept, counts))
-
-
-@dataclass(frozen=True)
-class DenseOutput:
-    """What a dense teacher says of a batch."""
-
-    logits: Tensor
-    """(B, classes): what the losses look at, ``training_head`` for most methods."""
-    patch_features: Tensor
-    """(B, N, C): patch tokens after the final norm, or their logits where they have a classifier
-    of their own: what the family's ``token_loss`` compares."""
-    saliency: tuple[Tensor, ...] = ()
-    """Per block that the method asked for (B, N): how much each patch token entering it matters to
-    the prediction; see ``ViT.saliency``."""
-    patch_attention: Tensor | None = None
-    """(B, N): what the class token pays to each patch token in the last block, mean over heads
-    (received attention where there is no class token); where the method asked for it."""
-    pooled_features: Tensor | None = None
-    """(B, C): what the classifier reads; where the method asked for it."""
-
-
-@dataclass(frozen=True)
-class TrainingOutput:
-    """A differentiable training forward; methods add what their losses need."""
-
-    logits: Tensor
-    """(B, classes)"""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a learned selector decided in training, about the K patch tokens that reached it."""
-
-    log_probs: Tensor
-    """(B, K, 2): log-probabilities of keep and drop."""
-    before: Tokens
-    """The tokens that the stage saw; under a mask, some were dropped already."""
-    keep_BN: Tensor
-    """(B, N), on the original grid: 1 for a patch that goes on; may carry straight-through
-    gradients."""
-
-
-@dataclass(frozen=True)
-class SelectionOutput(TrainingOutput):
-    """A training forward with learned selectors, and their decisions."""
-
-    patch_features: Tensor
-    """(B, K, C): of the patch tokens that reached the end; see :class:`DenseOutput`."""
-    tokens: Tokens
-    """The tokens after the last block; says where the features belong, and which are masked."""
-    decisions: tuple[Decision, ...]
-    """One per stage."""
-    token_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = losses.kept_token_mse
-    """The family's: compares a student's features with a teacher's where tokens are kept."""
-
-
-@dataclass(frozen=True)
-class PooledOutput(TrainingOutput):
-    """A training forward where semantic tokens stand for the patches, which have no features."""
-
-    features_BC: Tensor
-    """What the classifier reads."""
-
-
-@dataclass(frozen=True)
-class Dial:
-    """The one number that moves a method's cost, from cheapest to dearest."""
-
-    name: str
-    """Field of the config that it turns."""
-    value: float
-    cheapest: float
-    dearest: float
-    logarithmic: bool = False
-    """Whether equal factors, not equal steps, make equal differences."""
-
-    def at(self, position: float) -> float:
-        """The value at a position from 0, the cheapest, to 1, the dearest."""
-        if position <= 0 or position >= 1:
-            return self.cheapest if position <= 0 else self.dearest
-        if self.logarithmic:
-            return self.cheapest * math.exp(position * math.log(self.dearest / self.cheapest))
-        return (1 - position) * self.cheapest + position * self.dearest
-
-    def position(self, value: float) -> float:
-        """Where ``value`` lies from 0, the cheapest, to 1, the dearest; see :meth:`at`."""
-        if self.logarithmic:
-            return math.log(value / self.cheapest) / math.log(self.dearest / self.cheapest)
-        return (value - self.cheapest) / (self.dearest - self.cheapest)
+from vitrim.methods.records import (
+    Decision,
+    DenseOutput,
+    Dial,
+    PooledOutput,
+    Recorder,
+    SelectionOutput,
+    StageTrace,
+    TrainingOutput,
+)
+from vitrim.tokens.plain import Grid
 
 
 class Method(nn.Module, ABC):

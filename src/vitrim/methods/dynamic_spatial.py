@@ -46,14 +46,8 @@ from vitrim.layers import losses
 from vitrim.layers.predictor import Predictor
 from vitrim.layers.sampling import hard_keep
 from vitrim.layers.stages import check_stages
-from vitrim.methods.base import (
-    DenseOutput,
-    RatioMethod,
-    Recorder,
-    TrainingOutput,
-    check_weights,
-    with_total,
-)
+from vitrim.methods.base import RatioMethod, check_weights, with_total
+from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
 from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.tokens.plain import Grid, Tokens
 

@@ -49,15 +49,8 @@ from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
-from vitrim.methods.base import (
-    DenseOutput,
-    Dial,
-    Method,
-    Recorder,
-    TrainingOutput,
-    check_weights,
-    with_total,
-)
+from vitrim.methods.base import Method, check_weights, with_total
+from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 

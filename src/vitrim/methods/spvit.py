@@ -53,16 +53,8 @@ from vitrim.layers.stages import (
     stage_ratios,
     stretches,
 )
-from vitrim.methods.base import (
-    Decision,
-    DenseOutput,
-    RatioMethod,
-    Recorder,
-    SelectionOutput,
-    check_weights,
-    salient_teacher,
-    selection_losses,
-)
+from vitrim.methods.base import RatioMethod, check_weights, salient_teacher, selection_losses
+from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 

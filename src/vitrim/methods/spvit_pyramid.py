@@ -49,15 +49,8 @@ from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Selector, masked, package_of
 from vitrim.layers.sparse_windows import sparse_block_macs, sparse_blocks
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios
-from vitrim.methods.base import (
-    DenseOutput,
-    Dial,
-    RatioMethod,
-    Recorder,
-    TrainingOutput,
-    check_weights,
-    with_total,
-)
+from vitrim.methods.base import RatioMethod, check_weights, with_total
+from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Grid, Tokens

@@ -50,13 +50,8 @@ from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.layers.pooling import POOLINGS
-from vitrim.methods.base import (
-    Dial,
-    PooledOutput,
-    Recorder,
-    SemanticMethod,
-    check_weights,
-)
+from vitrim.methods.base import SemanticMethod, check_weights
+from vitrim.methods.records import Dial, PooledOutput, Recorder
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 

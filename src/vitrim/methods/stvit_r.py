@@ -66,12 +66,8 @@ from vitrim.layers.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.methods.base import (
-    PooledOutput,
-    Recorder,
-    SemanticMethod,
-    check_weights,
-)
+from vitrim.methods.base import SemanticMethod, check_weights
+from vitrim.methods.records import PooledOutput, Recorder
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 

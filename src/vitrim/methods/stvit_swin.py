@@ -55,13 +55,8 @@ from vitrim.layers.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.methods.base import (
-    Dial,
-    PooledOutput,
-    Recorder,
-    SemanticMethod,
-    check_weights,
-)
+from vitrim.methods.base import SemanticMethod, check_weights
+from vitrim.methods.records import Dial, PooledOutput, Recorder
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 

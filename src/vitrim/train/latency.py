@@ -25,8 +25,9 @@ from vitrim.config import require
 from vitrim.latency.measure import predict
 from vitrim.latency.table import LatencyTable
 from vitrim.methods.asvit import ASViTConfig, ASViTOutput
-from vitrim.methods.base import RatioMethod, SelectionOutput, TrainingOutput
+from vitrim.methods.base import RatioMethod
 from vitrim.methods.dynamic_spatial import SpatialOutput
+from vitrim.methods.records import SelectionOutput, TrainingOutput
 from vitrim.methods.sait import SaiTConfig
 from vitrim.methods.spvit_pyramid import PyramidOutput
 from vitrim.methods.stvit import STViTConfig

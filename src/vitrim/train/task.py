@@ -16,7 +16,8 @@ from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
 from vitrim.layers import losses
-from vitrim.methods.base import DenseOutput, SemanticMethod
+from vitrim.methods.base import SemanticMethod
+from vitrim.methods.records import DenseOutput
 from vitrim.model import SparseModel
 from vitrim.models import LVVisionTransformer
 from vitrim.train.data import digits_data_config, is_digits

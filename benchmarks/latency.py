@@ -37,8 +37,9 @@ from vitrim import (
 )
 from vitrim.checkpoint import write_atomic
 from vitrim.families import ViT, family_of
-from vitrim.latency.measure import predict, profile
+from vitrim.latency.measure import profile
 from vitrim.latency.probes import DENSE, kinds_of
+from vitrim.latency.table import predict
 from vitrim.methods import method_of_config
 from vitrim.tools.hardware import hardware
 

@@ -33,9 +33,9 @@ from vitrim.checkpoint import from_pretrained, write_atomic
 from vitrim.cli.common import load_model
 from vitrim.cli.images import prepared_images
 from vitrim.families import family_of
-from vitrim.latency.measure import predict, profile
+from vitrim.latency.measure import profile
 from vitrim.latency.probes import kinds_of
-from vitrim.latency.table import LatencyTable
+from vitrim.latency.table import LatencyTable, predict
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.hardware import hardware
 from vitrim.train.engine import train

@@ -30,9 +30,9 @@ from vitrim.errors import ConfigError, InputError
 from vitrim.families import family_of
 from vitrim.latency import parts, probes, runners
 from vitrim.latency.levels import Level, as_methods_run_them
-from vitrim.latency.measure import predict, profile
+from vitrim.latency.measure import profile
 from vitrim.latency.plot import draw_table
-from vitrim.latency.table import Curve, LatencyTable, describe_model
+from vitrim.latency.table import Curve, LatencyTable, describe_model, predict
 from vitrim.methods import method_of_config
 from vitrim.tokens import packed as packing
 from vitrim.tokens.packed import Layout
@@ -240,7 +240,8 @@ def test_curves_of_levels_go_by_the_positions_that_are_computed(make):
     for config in probes.kinds_of(family):
         if isinstance(config, STViTSwinConfig | STViTRConfig):
             continue  # all their blocks run on all semantic tokens
-        for part, positions, level in as_methods_run_them(backbone, config, shapes, 4):
+        found = as_methods_run_them(backbone, config, shapes, 4)
+        for (part, positions), level in found.items():
             points[part] += 1
             (number,) = level.levels
             rows = []
@@ -284,7 +285,10 @@ def kind_name(config):
     return costs.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
 
 
-@pytest.mark.parametrize("config", probes.KINDS, ids=kind_name)
+PLAIN_KINDS = probes.kinds_of(family_of(tiny_vit()))
+
+
+@pytest.mark.parametrize("config", PLAIN_KINDS, ids=kind_name)
 def test_a_selector_alone_runs_no_block_but_its_own(config):
     """It keeps what the method keeps; of the backbone it runs what its step's MACs say."""
     backbone = tiny_vit()
@@ -304,7 +308,7 @@ def test_a_selector_alone_runs_no_block_but_its_own(config):
 
 CHOOSING = [
     pytest.param(config, packed, id=kind_name(config) + "-packed" * packed)
-    for config in probes.KINDS
+    for config in PLAIN_KINDS
     for packed in (False, True)
     if kind_name(config).endswith("-adaptive") and (not packed or hasattr(config, "stages"))
 ]
@@ -341,12 +345,15 @@ def test_an_adaptive_selector_keeps_some_of_noise_and_divides_it_for_attention(
 
 
 def test_a_checkpoints_own_selector_is_measured_with_one_stage():
+    def alone(config, depth):
+        return method_of_config(config).one_stage(config, 1, parts.KEPT, depth)
+
     config = ASViTConfig(stages=(1, 2), thresholds=(0.01, 0.02))
-    assert parts.single_stage(config, 4).thresholds == 0.01
+    assert alone(config, 4).thresholds == 0.01
     config = SPViTConfig(stages=(1, 2), keep_ratio=(0.9, 0.5), package_mode="sum")
-    single = parts.single_stage(config, 4)
+    single = alone(config, 4)
     assert (single.stages, single.package_mode) == ((1,), "sum")
-    assert parts.single_stage(STViTConfig(generation_layers=3), 8).base_layers == 5
+    assert alone(STViTConfig(generation_layers=3), 8).base_layers == 5
 
 
 class FakeMachine:

@@ -40,13 +40,13 @@ from vitrim.budgets import schedule as schedules
 from vitrim.budgets.effects import Effects, measure_effects, measured_counts
 from vitrim.budgets.schedule import Schedule
 from vitrim.families import family_of
-from vitrim.latency.measure import predict
+from vitrim.latency.table import predict
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, SelectionOutput
 from vitrim.train.engine import train
-from vitrim.train.latency import LatencyBudget, kept_counts, start_config
+from vitrim.train.latency import LatencyBudget, start_config
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe
 from vitrim.train.task import create_task
 
@@ -511,7 +511,7 @@ def test_the_start_on_a_pyramid_is_set_from_the_table(tmp_path, make, config, fi
 
     def predicted(method):
         aims = isinstance(method, RatioMethod)
-        counts = method.ratio_counts(family, grid) if aims else method.counts(family, grid)
+        counts = method.target_counts(family, grid) if aims else method.counts(family, grid)
         return predict(table, method, family, grid, counts)
 
     asked = 0.98 * predicted(sparse.method)
@@ -535,7 +535,7 @@ def test_the_start_on_a_pyramid_is_set_from_the_table(tmp_path, make, config, fi
 def test_what_pyramids_draw_has_a_latency(make, config):
     sparse = sparsify(make(), config)
     output = sparse.method.train_forward(sparse.family, images(), torch.Generator().manual_seed(0))
-    counts = kept_counts(output)
+    counts = output.kept_counts()
     assert len(counts) == len(sparse.method.stages)
     table = pyramid_table_of(sparse.backbone, [config])
     predict(table, sparse.method, sparse.family, sparse.family.grid(), counts).backward()

@@ -10,7 +10,9 @@ def capabilities() -> dict[str, dict[str, str | None]]:
     """Method: family: None where it works, otherwise why not and what to use instead."""
     return {
         name: {
-            family.name: None if family.name in method.families else method.refusals[family.name]
+            family.name: None
+            if family.name in method.families
+            else method.refusals.get(family.name, "it was not written for it")
             for family in FAMILIES
         }
         for name, method in METHODS.items()

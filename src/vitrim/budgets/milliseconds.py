@@ -1,7 +1,7 @@
 """Sets a sparse model to a budget of milliseconds, as a latency table predicts them.
 
-No training: a schedule's counts become AS-ViT's thresholds (:func:`fit_thresholds`), and the dial
-of any method is turned until the predicted mean latency is what was asked (:func:`meet`).
+No training: a schedule's counts become the method's settings (:func:`follow`), and its dial is
+turned until the predicted mean latency is what was asked (:func:`meet`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from vitrim.budgets.solve import Costs, check_reach, find_schedule
 from vitrim.config import require, to_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT, family_of
-from vitrim.latency.measure import predict
-from vitrim.latency.table import LatencyTable
-from vitrim.methods.asvit import ASViT
-from vitrim.methods.stvit import STViTConfig
+from vitrim.latency.table import LatencyTable, predict
+from vitrim.methods import method_of_config
 from vitrim.model import SparseModel, evaluating, sparsify
 from vitrim.tokens.plain import Grid
 
@@ -208,51 +206,17 @@ def _search(curve: Curve, milliseconds: float, name: str, strict: bool) -> float
     return curve.search(milliseconds, tolerance=tolerance, near_enough=0.002, tries=_TRIES)
 
 
-@torch.no_grad()
-def fit_thresholds(sparse: SparseModel, schedule: Schedule, batches: Sequence[Tensor]) -> None:
-    """Set AS-ViT's thresholds so that as many patches go on from each stage as the schedule says,
-    mean over the images.
-
-    Stage by stage, as what an earlier one keeps decides what a later one sees; a pass over the
-    images each.
-    """
-    method = sparse.method
-    assert isinstance(method, ASViT)
-    require(
-        method.config.mode == "adaptive",
-        f"asvit's mode is {method.config.mode!r}; thresholds are fitted in mode='adaptive', "
-        "change the mode afterwards",
-    )
-    device = next(sparse.backbone.parameters()).device
-    share = 1 / schedule.patches
-    for stage, ratio in enumerate(schedule.keep_ratios):
-        scores, wanted = list[Tensor](), 0.0
-        with evaluating(sparse):
-            for images in batches:
-                found = sparse.trace(images.to(device)).stages[stage].scores.cpu()
-                scores.append(found[~found.isnan()])
-                wanted += len(images) * found.shape[1] * ratio
-        falling = torch.cat(scores).sort(descending=True).values
-        place = round(wanted)
-        if place < len(falling):
-            threshold = float(falling[max(place - 1, 0) : place + 1].mean())
-        else:  # the stages before have dropped too much already
-            threshold = float(falling[-1]) / 2 if len(falling) else share
-        parameter = method.thresholds[stage]
-        parameter.mul_(threshold / method.threshold(stage, schedule.patches).to(parameter).item())
-
-
 def follow(
     model: nn.Module, config: Any, schedule: Schedule | None, batches: Sequence[Tensor]
 ) -> SparseModel:
-    """A dense model made sparse by a schedule (None: by the config alone), its thresholds fitted on
-    the images where the method goes by thresholds.
+    """A dense model made sparse by a schedule (None: by the config alone), with what the method
+    finds on images for it.
     """
     if schedule is None:
         return sparsify(model, config)
     sparse = sparsify(model, schedule.apply(config))
-    if isinstance(sparse.method, ASViT):
-        fit_thresholds(sparse, schedule, batches)
+    with evaluating(sparse):
+        sparse.method.fit(sparse.family, schedule, batches)
     return sparse
 
 
@@ -289,9 +253,9 @@ def sparsify_to(
     family = family_of(model)
     grid = family.grid()
     check_milliseconds(milliseconds, table, family, grid)
-    placed = any(getattr(config, name, None) is not None for name in ("stages", "prune_after"))
-    drops = isinstance(family, ViT) and not isinstance(config, STViTConfig)
-    if schedule is None and drops and not placed:
+    method = method_of_config(config)
+    drops = isinstance(family, ViT) and method.most_stages != 0
+    if schedule is None and drops and not method.says_where(config):
         costs = Costs(family, grid, config, table)
         check_reach(costs, milliseconds)
         effects = measure_effects(family, thinned(batches), progress=progress)

@@ -35,8 +35,7 @@ from vitrim.budgets.effects import Effects
 from vitrim.budgets.schedule import Schedule
 from vitrim.config import require
 from vitrim.errors import ConfigError
-from vitrim.latency.measure import predict
-from vitrim.latency.table import Curve, LatencyTable
+from vitrim.latency.table import Curve, LatencyTable, predict
 from vitrim.methods import method_of_config
 from vitrim.tokens.plain import Grid
 
@@ -168,11 +167,11 @@ def find_schedule(
         ConfigError: as :func:`check_reach`.
     """
     require(stages >= 1, f"stages is {stages}; expected 1 or more")
-    name = method_of_config(costs.config).name
+    method = method_of_config(costs.config)
     if counts is None:
         counts = candidate_counts(costs.patches, costs.family.num_prefix, costs.table)
     check_reach(costs, budget, counts)
-    stages = 1 if name == "sait" else stages  # it drops tokens once
+    stages = min(stages, method.most_stages or stages)
     solve = exact if procedure == "exact" else progressive
     found = solve(costs, effects, budget, stages, counts)
     require(
@@ -186,7 +185,7 @@ def find_schedule(
         milliseconds=costs.of(found) if timed else None,
         macs=costs.macs(found),
         asked={"milliseconds" if timed else "macs": budget},
-        method=name,
+        method=method.name,
         procedure=procedure,
         signal=f"{effects.signal} on {effects.images} images",
         loss=effects.total(found.stages, found.counts),
@@ -196,11 +195,11 @@ def find_schedule(
 
 def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None) -> None:
     """Raise :class:`ConfigError` unless a schedule is needed for ``budget``, and can meet it."""
-    name, unit = method_of_config(costs.config).name, "of the dense MACs"
-    if name == "stvit":
+    method, unit = method_of_config(costs.config), "of the dense MACs"
+    if method.most_stages == 0:
         raise ConfigError(
-            "stvit drops no patches, so no schedule is solved for it; its cost goes by its "
-            "semantic tokens: vitrim sparsify --milliseconds sets them"
+            f"{method.name} drops no patches, so no schedule is solved for it; its cost goes by "
+            "other settings, which vitrim sparsify --milliseconds turns"
         )
     if costs.table is not None:
         unit = "ms"
@@ -219,9 +218,9 @@ def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None
     floor = math.inf if cheapest is None else costs.of(cheapest)
     require(
         budget >= floor,
-        f"a budget of {budget:g} {unit} is under the floor: the cheapest schedule that {name} can "
-        f"follow here takes {floor:.4g} {unit} by prediction (dense: {costs.dense:.4g}). Ask for "
-        "more, or take a smaller model",
+        f"a budget of {budget:g} {unit} is under the floor: the cheapest schedule that "
+        f"{method.name} can follow here takes {floor:.4g} {unit} by prediction (dense: "
+        f"{costs.dense:.4g}). Ask for more, or take a smaller model",
     )
 
 

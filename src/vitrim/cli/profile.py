@@ -98,8 +98,8 @@ def profile_command(
 
 def _dense(table: LatencyTable, family: Any) -> str:
     """How well the sum of the parts meets the dense model, which was measured beside them."""
-    from vitrim.latency.measure import predict
     from vitrim.latency.probes import DENSE
+    from vitrim.latency.table import predict
 
     predicted = predict(table, None, family, family.grid())
     measured = table.curves[DENSE].median[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.costs import Step, total_macs
 from vitrim.errors import InputError
+from vitrim.families.inside import OnlyLevels, WithoutBlocks
 from vitrim.layers import losses
 from vitrim.tokens.feature_map import FeatureMap
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Tokens
 
 
 class Family(ABC):
@@ -29,6 +30,8 @@ class Family(ABC):
     """The backbones that it runs, in words."""
     labels_patches: ClassVar[bool] = False
     """Whether its patch tokens have a classifier of their own."""
+    keeps_map: ClassVar[bool] = False
+    """Whether its blocks run on a map, from which nothing can be taken out, and not on tokens."""
 
     @staticmethod
     @abstractmethod
@@ -61,6 +64,18 @@ class Family(ABC):
     def check_images(self, images: Tensor) -> None:
         """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
 
+    def state(self, features: Tensor) -> Any:
+        """Features (B, N, C) or (B, H, W, C) as the tokens, or the map, between two blocks."""
+        return FeatureMap(features) if self.keeps_map else Tokens.of(features, self.num_prefix)
+
+    def without_blocks(self) -> WithoutBlocks:
+        """A plain vision transformer whose blocks do nothing, on features in place of images."""
+        return WithoutBlocks(self)
+
+    def only(self, levels: Sequence[int]) -> OnlyLevels:
+        """A backbone in levels of which only these have blocks, on the features that enter them."""
+        return OnlyLevels(self, levels)
+
     @abstractmethod
     def head(self, state: Any, /) -> Tensor:
         """Logits (B, classes): what the model answers, given what left its last block."""
@@ -88,6 +103,8 @@ class Pyramid(Family):
 
     Every ``grid`` is that of the stem; :meth:`stage_grid` gives that of a stage.
     """
+
+    keeps_map = True
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Latency tables: measuring them, and predicting models from them.
+"""Measuring latency tables.
 
 Every part of a model (``parts.py``) is timed on as many numbers of tokens as it takes to
 see the device's steps. All take turns: in each round everything runs once for a slice of time, in
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitrim import costs
 from vitrim.checkpoint import write_atomic
 from vitrim.config import require
 from vitrim.errors import ConfigError
@@ -36,9 +35,7 @@ from vitrim.latency.probes import (
     probes_of,
 )
 from vitrim.latency.table import Curve, LatencyTable, describe_model
-from vitrim.methods.base import Method
 from vitrim.model import SparseModel
-from vitrim.tokens.plain import Grid
 from vitrim.tools.benchmark import (
     Clock,
     Quartiles,
@@ -312,53 +309,3 @@ def _curve(points: Mapping[int, Quartiles]) -> Curve:
         low=tuple(point.low for point in found),
         high=tuple(point.high for point in found),
     )
-
-
-def predict(
-    table: LatencyTable,
-    method: Method | None,
-    family: Any,
-    grid: Grid,
-    counts: Sequence[Any] = (),
-) -> Any:
-    """Milliseconds per batch of a model that was not measured.
-
-    Args:
-        table: of the backbone, in the runtime and at the batch that are meant.
-        method: as it is set up; None is the dense backbone.
-        family: of the backbone.
-        grid: rows and columns of an image's patches.
-        counts: kept after each stage: numbers, or tensors of one dimension with the count of each
-            image of a sample. Of a sample, batches of 1 give the mean of the images' latencies, and
-            larger ones the latency of a packed batch of such images.
-
-    Returns:
-        a number, or a tensor through which gradients flow to ``counts``.
-
-    Raises:
-        ConfigError: the table lacks a part of the model.
-    """
-    if method is None:
-        return _total(table, family.dense_steps(grid))
-    return _total(table, method.steps(family, grid, counts))
-
-
-def _total(table: LatencyTable, steps: Sequence[costs.Step]) -> Any:
-    total: Any = 0.0
-    for step in steps:
-        total = total + _step_milliseconds(table, step)
-    return total
-
-
-def _step_milliseconds(table: LatencyTable, step: costs.Step) -> Any:
-    tokens = step.tokens
-    if not isinstance(tokens, Tensor) or tokens.ndim == 0:
-        return table.milliseconds(step.part, tokens)
-    sample = tokens if tokens.is_floating_point() else tokens.float()
-    if table.batch == 1:
-        milliseconds = table.milliseconds(step.part, sample)
-        assert isinstance(milliseconds, Tensor)
-        return milliseconds.mean()
-    unlike = bool((sample != sample[0]).any()) and not step.levels
-    part = costs.packed_part(step.part) if unlike else step.part
-    return table.milliseconds(part, sample.mean())

@@ -1,5 +1,5 @@
 """The parts of a model that a latency table has curves of, ready to run alone; the levels of
-pyramids are in ``vitrim.latency.levels``.
+pyramids are in ``levels.py``.
 
 A part that a model runs block after block is run so here too: a chain of all the backbone's blocks,
 on as many tokens from first to last, so that weights come from where they come from in a model, and
@@ -10,7 +10,6 @@ method does to choose tokens is the method's own inference on a backbone whose b
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +21,10 @@ from vitrim import costs
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
-from vitrim.families.base import Pyramid
+from vitrim.families.inside import WithoutBlocks, features_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
-from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.packed import Layout, PackedTokens
-from vitrim.tokens.plain import Grid, Tokens
 
 SPREAD = 0.5
 """The images of a packed batch have from this share fewer to this share more than their mean."""
@@ -78,15 +75,7 @@ class Part(nn.Module):
 
     def tokens(self, x: Tensor) -> Any:
         """Features as the tokens, or the map, that they would be inside the model."""
-        if isinstance(self.family, Pyramid):
-            return FeatureMap(x)
-        return self.packed(x) if self.packed else Tokens.of(x, self.family.num_prefix)
-
-
-def features(tokens: Any) -> Tensor:
-    """The features of tokens or of a map."""
-    x: Tensor = tokens.x_BHWC if isinstance(tokens, FeatureMap) else tokens.x
-    return x
+        return self.packed(x) if self.packed else self.family.state(x)
 
 
 class Nothing(Part):
@@ -106,7 +95,7 @@ class Stem(Part):
     counts_calls = True
 
     def forward(self, images: Tensor) -> Tensor:
-        return features(self.family.stem(images))
+        return features_of(self.family.stem(images))
 
 
 class Head(Part):
@@ -186,22 +175,27 @@ class Selecting(Part):
 
     def __init__(self, backbone: nn.Module, config: Any, packed: bool = False) -> None:
         super().__init__(backbone, packed)
-        config = single_stage(config, self.family.depth)
-        method_class: Any = method_of_config(config)
-        method: Method = method_class(self.family, config, torch.Generator().manual_seed(0))
-        parameter = next(backbone.parameters())
-        method.to(parameter.device, parameter.dtype).requires_grad_(False)
-        self.method = method.eval()
-        self.hollow: Any = _Hollow(self, method)
-        self.adaptive = method.counts(self.family, self.family.grid()) is None
-        self.part = costs.select_part(method.name, self.adaptive)
-        if packed:
-            self.part = costs.packed_part(self.part)
+        kind = method_of_config(config)
+        config = kind.one_stage(config, _STAGE, KEPT, self.family.depth)
+        self.method = method = new_method(backbone, config)
+        family, grid = self.family, self.family.grid()
+        steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
+        self.inside = _Unmixed(self, runs_mlp=all(step.part != "mlp" for step in steps))
+        self.adaptive = method.counts(family, grid) is None
+        part = costs.select_part(method.name, self.adaptive)
+        self.part = costs.packed_part(part) if packed else part
         if self.adaptive:
-            self._keep_some(parameter)
+            self._keep_some(next(backbone.parameters()))
+
+    @property
+    def made(self) -> int | None:
+        """Tokens that it makes out of all patches; None where it chooses among them."""
+        family, grid = self.family, self.family.grid()
+        steps = self.method.steps(family, grid, self.method.counts(family, grid) or (1,))
+        return next((step.tokens for step in steps if step.memory is not None), None)
 
     def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.method.infer(self.hollow, images)
+        x: Tensor = self.method.infer(self.inside, images)
         return x
 
     @torch.no_grad()
@@ -228,62 +222,33 @@ class Selecting(Part):
         self.method.turn(dial.at(place))
 
 
-class _Hollow:
-    """A family that takes features for images, and whose blocks do nothing: what is left of a
-    method's inference is the method's own, and dividing what it packed for attention.
+class _Unmixed(WithoutBlocks):
+    """What a method's inference runs on here: its own work is left, and dividing for attention what
+    it packed. The MLP too, of the block in which it chooses, if that is not a step of its own.
     """
 
-    def __init__(self, part: Part, method: Method) -> None:
-        self.family, self.part = part.family, part
-        family, grid = part.family, part.family.grid()
-        steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
-        self.has_mlp_steps = any(step.part == "mlp" for step in steps)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["family"], name)
-
-    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
-        grid: Grid = self.family.grid()
-        return grid
-
-    def stem(self, images: Tensor) -> Tokens:
-        return Tokens.of(images, self.family.num_prefix)
-
-    def run_block(self, index: int, tokens: Any) -> Any:
-        return tokens
+    def __init__(self, part: Selecting, runs_mlp: bool) -> None:
+        super().__init__(part.family)
+        self.packed, self.runs_mlp = part.packed, runs_mlp
 
     def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
-        if self.part.packed and _STAGE not in indices:
-            return self.part.packed(tokens.x)
+        if self.packed and _STAGE not in indices:
+            return self.packed(tokens.x)
         if isinstance(tokens, PackedTokens):
-            attention: Any = self.family.backbone.blocks[_STAGE].attn
+            attention: Any = self.whole.backbone.blocks[_STAGE].attn
             tokens.layout.buckets(tokens.x.dtype, attention.num_heads)
         return tokens
 
     def mlp_half(self, index: int, tokens: Any) -> Any:
-        return tokens if self.has_mlp_steps else self.family.mlp_half(index, tokens)
-
-    def head(self, tokens: Any) -> Tensor:
-        x: Tensor = tokens.x
-        return x
-
-    def patch_head(self, x: Tensor) -> Tensor:
-        return x
+        return self.whole.mlp_half(index, tokens) if self.runs_mlp else tokens
 
 
-def single_stage(config: Any, depth: int) -> Any:
-    """``config`` with one stage, early in the backbone, that drops a part of the tokens."""
-    fields = {field.name for field in dataclasses.fields(config)}
-    if "semantic_tokens" in fields:  # no blocks after the generation layers
-        return dataclasses.replace(config, base_layers=depth - config.generation_layers)
-    if "prune_after" in fields:
-        return dataclasses.replace(config, prune_after=_STAGE)
-    changes: dict[str, Any] = {"stages": (_STAGE,)}
-    if "keep_ratio" in fields:
-        changes["keep_ratio"] = KEPT
-    if isinstance(getattr(config, "thresholds", None), tuple):
-        changes["thresholds"] = config.thresholds[0]
-    return dataclasses.replace(config, **changes)
+def new_method(backbone: nn.Module, config: Any) -> Method:
+    """A method as it is when new, by a seed, on the backbone's device and in its precision."""
+    method_class: Any = method_of_config(config)
+    method: Method = method_class(family_of(backbone), config, torch.Generator().manual_seed(0))
+    parameter = next(backbone.parameters())
+    return method.to(parameter.device, parameter.dtype).requires_grad_(False).eval()
 
 
 def spread_counts(mean: int, num_images: int) -> list[int]:

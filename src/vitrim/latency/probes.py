@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from vitrim import costs
 from vitrim.errors import ConfigError
 from vitrim.families import ViT, family_of
+from vitrim.families.inside import features_of
 from vitrim.latency.levels import Level, as_methods_run_them
 from vitrim.latency.parts import (
     AttentionHalves,
@@ -25,19 +26,9 @@ from vitrim.latency.parts import (
     Selecting,
     Stem,
     Whole,
-    features,
+    new_method,
 )
-from vitrim.methods import METHODS, method_of_config
-from vitrim.methods.asvit import ASViTConfig
-from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
-from vitrim.methods.dynamicvit import DynamicViTConfig
-from vitrim.methods.sait import SaiTConfig
-from vitrim.methods.spvit import SPViTConfig
-from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
-from vitrim.methods.stvit import STViTConfig
-from vitrim.methods.stvit_r import STViTRConfig
-from vitrim.methods.stvit_swin import STViTSwinConfig
-from vitrim.tokens.plain import Grid
+from vitrim.methods import METHODS
 
 POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
 """Numbers of tokens that blocks are timed on, if not told otherwise; compiling takes its time."""
@@ -61,39 +52,16 @@ class Probe:
     """Whether the same module runs on other numbers of tokens."""
 
 
-KINDS: tuple[Any, ...] = (
-    DynamicViTConfig(),
-    DynamicViTConfig(threshold=0.5),
-    SPViTConfig(inference="top_k"),
-    SPViTConfig(),
-    ASViTConfig(),
-    SaiTConfig(selector="density"),
-    SaiTConfig(),
-    STViTConfig(),
-)
-"""Every way of choosing tokens; what else their configs say hardly matters to how long it takes."""
-PYRAMID_KINDS: tuple[Any, ...] = (
-    DynamicSpatialConfig(),
-    SPViTPyramidConfig(inference="top_k"),
-    SPViTPyramidConfig(),
-    STViTSwinConfig(),
-    STViTRConfig(),
-)
-"""The same on pyramids."""
-
-
 def kinds_of(family: Any, names: Sequence[str] = ()) -> list[Any]:
     """A config of every kind of selector of the methods called ``names``, or of all, that run on
     ``family``.
     """
-    kinds = [(method_of_config(config), config) for config in (*KINDS, *PYRAMID_KINDS)]
-    kinds = [(method, config) for method, config in kinds if family.name in method.families]
-    known = {method.name for method, _ in kinds}
+    able = {name: method for name, method in METHODS.items() if family.name in method.families}
     for name in names:
-        if name not in known:
+        if name not in able:
             why = f"does not run on {family.name}" if name in METHODS else "is unknown"
-            raise ConfigError(f"method {name!r} {why}; use {', '.join(sorted(known))}")
-    return [config for method, config in kinds if not names or method.name in names]
+            raise ConfigError(f"method {name!r} {why}; use {', '.join(sorted(able))}")
+    return [kind for name in able if not names or name in names for kind in able[name].kinds()]
 
 
 def probes_of(
@@ -146,13 +114,13 @@ def _plain_probes(
         selecting = Selecting(backbone, config)
         if selecting.adaptive and batch > 1 and not in_torch:
             continue  # exported, images decide one at a time
-        if isinstance(config, STViTConfig):
-            yield from _semantic_probes(backbone, config, batch, patches + prefix)
-            if (prefix and config.keep_prefix) or config.layer_scale is not None:
+        if selecting.made is not None:
+            yield from _making_probes(backbone, selecting, (batch, every[-1], family.embed_dim))
+            if _runs_cross_blocks(backbone, config):
                 plain["cross"] = CrossBlocks(backbone), few
         elif in_torch:
             plain[selecting.part] = selecting, few
-            if packs and selecting.adaptive and hasattr(config, "stages"):
+            if packs and selecting.adaptive and selecting.method.most_stages != 1:
                 again = Selecting(backbone, config, packed=True)
                 plain[again.part] = again, few
         else:  # a graph keeps a fixed number, so there is one graph for each number that enters
@@ -165,27 +133,18 @@ def _plain_probes(
             yield Probe(part, tokens, module, (batch, tokens, family.embed_dim), varies=True)
 
 
-def _semantic_probes(
-    backbone: Any, config: STViTConfig, batch: int, tokens: int
-) -> Iterator[Probe]:
-    """Making semantic tokens, of all patches; a module of its own for each number of them."""
-    family: Any = family_of(backbone)
-    shape = (batch, tokens, family.embed_dim)
-    for rows, columns in _semantic_shapes(config.shape, family.grid()):
-        module = Selecting(backbone, replace(config, semantic_tokens=(rows, columns)))
-        count = rows * columns + (family.num_prefix if config.keep_prefix else 0)
-        yield Probe(module.part, count, module, shape, varies=False)
+def _making_probes(backbone: Any, selecting: Selecting, shape: tuple[int, ...]) -> Iterator[Probe]:
+    """Making tokens out of all patches; a module of its own for each number of them."""
+    for config in selecting.method.variants(()):
+        module = Selecting(backbone, config)
+        assert module.made is not None
+        yield Probe(module.part, module.made, module, shape, varies=False)
 
 
-def _semantic_shapes(shape: Grid, grid: Grid) -> list[Grid]:
-    """``shape``, and a smaller and a larger one, as the grid has room for them."""
-    by_count = {}
-    for scale in (0.5, 1, 1.5):
-        rows, columns = (
-            max(1, min(round(scale * side), most)) for side, most in zip(shape, grid, strict=True)
-        )
-        by_count[rows * columns] = rows, columns
-    return [by_count[count] for count in sorted(by_count)]
+def _runs_cross_blocks(backbone: Any, config: Any) -> bool:
+    family, method = family_of(backbone), new_method(backbone, config)
+    counts = method.target_counts(family, family.grid())
+    return any(step.part == "cross" for step in method.steps(family, family.grid(), counts))
 
 
 def _pyramid_probes(
@@ -206,11 +165,11 @@ def _pyramid_probes(
     _, *levels, head = family.dense_steps(grid)
     yield Probe(head.part, head.tokens, Head(backbone), shapes[-1], varies=False)
     for config in configs:
-        decides = getattr(config, "inference", "top_k") != "top_k"
+        decides = new_method(backbone, config).counts(family, grid) is None
         if decides and image[0] > 1 and not runtime.startswith("torch"):
             continue  # exported, images decide one at a time
-        few = min(points, FEW_POINTS)
-        for part, positions, level in as_methods_run_them(backbone, config, shapes, few):
+        found = as_methods_run_them(backbone, config, shapes, min(points, FEW_POINTS))
+        for (part, positions), level in found.items():
             yield Probe(part, positions, level, shapes[level.levels[0]], varies=False)
     for step in levels:
         level = Level(backbone, step.levels)
@@ -223,10 +182,10 @@ def _shapes(backbone: Any, image: tuple[int, ...]) -> list[tuple[int, ...]]:
     family: Any = family_of(backbone)
     parameter = next(backbone.parameters())
     tokens = family.stem(torch.zeros(image, device=parameter.device, dtype=parameter.dtype))
-    shapes = [tuple(features(tokens).shape)]
+    shapes = [tuple(features_of(tokens).shape)]
     for level in range(len(family.depths)):
         tokens = family.run_stage(level, tokens)
-        shapes.append(tuple(features(tokens).shape))
+        shapes.append(tuple(features_of(tokens).shape))
     return shapes
 
 

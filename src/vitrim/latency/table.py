@@ -1,8 +1,9 @@
 """A latency table: how long each part of a model takes on one device, by its token count.
 
-``vitrim profile`` measures it (``vitrim.latency.measure``); the solver and latency-aware training
-read it. A table is good for the device, runtime, precision, batch and model that it was measured
-with, and for nothing else: :meth:`LatencyTable.check` refuses the rest.
+``vitrim profile`` measures it (``measure.py``), and from it the latency of models that were not
+measured is predicted, step by step (:func:`predict`). A table is good for the device, runtime,
+precision, batch and model that it was measured with, and for nothing else:
+:meth:`LatencyTable.check` refuses the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import bisect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,10 +20,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from vitrim import costs
 from vitrim.checkpoint import write_atomic
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT
+from vitrim.methods.base import Method
+from vitrim.tokens.plain import Grid
 from vitrim.tools.hardware import cpu_name
 
 FORMAT = "vitrim-latency"
@@ -212,6 +216,56 @@ class LatencyTable:
                 f"{path} is damaged, or no latency table ({error}); vitrim profile writes one"
             ) from error
         return cls.from_dict(data, str(path))
+
+
+def predict(
+    table: LatencyTable,
+    method: Method | None,
+    family: Any,
+    grid: Grid,
+    counts: Sequence[Any] = (),
+) -> Any:
+    """Milliseconds per batch of a model that was not measured.
+
+    Args:
+        table: of the backbone, in the runtime and at the batch that are meant.
+        method: as it is set up; None is the dense backbone.
+        family: of the backbone.
+        grid: rows and columns of an image's patches.
+        counts: kept after each stage: numbers, or tensors of one dimension with the count of each
+            image of a sample. Of a sample, batches of 1 give the mean of the images' latencies, and
+            larger ones the latency of a packed batch of such images.
+
+    Returns:
+        a number, or a tensor through which gradients flow to ``counts``.
+
+    Raises:
+        ConfigError: the table lacks a part of the model.
+    """
+    if method is None:
+        return _total(table, family.dense_steps(grid))
+    return _total(table, method.steps(family, grid, counts))
+
+
+def _total(table: LatencyTable, steps: Sequence[costs.Step]) -> Any:
+    total: Any = 0.0
+    for step in steps:
+        total = total + _step_milliseconds(table, step)
+    return total
+
+
+def _step_milliseconds(table: LatencyTable, step: costs.Step) -> Any:
+    tokens = step.tokens
+    if not isinstance(tokens, Tensor) or tokens.ndim == 0:
+        return table.milliseconds(step.part, tokens)
+    sample = tokens if tokens.is_floating_point() else tokens.float()
+    if table.batch == 1:
+        milliseconds = table.milliseconds(step.part, sample)
+        assert isinstance(milliseconds, Tensor)
+        return milliseconds.mean()
+    unlike = bool((sample != sample[0]).any()) and not step.levels
+    part = costs.packed_part(step.part) if unlike else step.part
+    return table.milliseconds(part, sample.mean())
 
 
 _REQUIRED = ("runtime", "batch", "threads", "dtype", "device", "cpu", *_MODEL_FIELDS)

@@ -1,4 +1,6 @@
-"""The methods. To add one, write ``methods/<name>.py`` and list its class here."""
+"""The methods. To add one, write ``methods/<name>.py`` and list its class here; or, elsewhere, put
+:func:`register` before the class.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,12 @@ METHODS: dict[str, type[Method]] = {
         STViTR,
     )
 }
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method of your own known, by its name and its config's class; a decorator."""
+    METHODS[method.name] = method
+    return method
 
 
 def method_by_name(name: str) -> type[Method]:

@@ -50,7 +50,7 @@ from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.stages import check_stages, stretches
 from vitrim.methods.base import Method, check_weights, with_total
-from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
@@ -208,6 +208,9 @@ class ASViTOutput(TrainingOutput):
     """(B, N, classes): the patch tokens' own logits, where they have a classifier."""
     token_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     """The family's, of these logits."""
+
+    def kept_counts(self) -> list[Tensor]:
+        return [keep_BN.sum(1) for keep_BN in self.keeps]
 
 
 class ASViT(Method):
@@ -433,6 +436,53 @@ class ASViT(Method):
 
     def turn(self, value: float) -> None:
         self.config = replace(self.config, threshold_factor=value)
+
+    def starts(self, family: ViT, grid: Grid) -> list[ASViTConfig]:
+        """Its own budget, of MACs, leaves the loss for the one in milliseconds."""
+        return [replace(self.config, budget_weight=0.0)]
+
+    @classmethod
+    def one_stage(cls, config: ASViTConfig, block: int, ratio: float, depth: int) -> ASViTConfig:
+        given = config.thresholds
+        thresholds = given[0] if isinstance(given, tuple) else given
+        return replace(config, stages=(block,), thresholds=thresholds)
+
+    @classmethod
+    def follow(cls, config: ASViTConfig, plan: Plan) -> tuple[ASViTConfig, str | None]:
+        changes: dict[str, Any] = {"stages": plan.stages}
+        if isinstance(config.thresholds, tuple) and len(config.thresholds) != len(plan.stages):
+            changes["thresholds"] = None
+        if plan.macs is not None:
+            changes["budget"] = min(plan.macs, 1.0)
+        remark = "the thresholds that keep these shares on average are found on images"
+        return replace(config, **changes), remark
+
+    def fit(self, family: ViT, plan: Plan, batches: Sequence[Tensor]) -> None:
+        """Set the thresholds so that as many patches go on from each stage as the plan says, mean
+        over the images. Stage by stage, as what an earlier one keeps decides what a later one sees;
+        a pass over the images each.
+        """
+        require(
+            self.config.mode == "adaptive",
+            f"asvit's mode is {self.config.mode!r}; thresholds are fitted in mode='adaptive', "
+            "change the mode afterwards",
+        )
+        for stage, ratio in enumerate(plan.keep_ratios):
+            scores, wanted = list[Tensor](), 0.0
+            for images in batches:
+                recorder = Recorder(family.grid((images.shape[-2], images.shape[-1])))
+                self.infer(family, images.to(self.thresholds[stage].device), recorder)
+                found = recorder.stages[stage].scores.cpu()
+                scores.append(found[~found.isnan()])
+                wanted += len(images) * found.shape[1] * ratio
+            falling = torch.cat(scores).sort(descending=True).values
+            place = round(wanted)
+            if place < len(falling):
+                threshold = float(falling[max(place - 1, 0) : place + 1].mean())
+            else:  # the stages before have dropped too much already
+                threshold = float(falling[-1]) / 2 if len(falling) else 1 / plan.patches
+            parameter = self.thresholds[stage]
+            parameter.mul_(threshold / self.threshold(stage, plan.patches).to(parameter).item())
 
 
 def _above(family: ViT, score_BN: Tensor, threshold: Tensor) -> Tensor:

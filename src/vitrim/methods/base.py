@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
-from vitrim.families import Family, ViT
+from vitrim.families import FAMILIES, Family, ViT
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.records import (
     Decision,
     DenseOutput,
     Dial,
+    Plan,
     PooledOutput,
     Recorder,
     SelectionOutput,
@@ -29,6 +30,9 @@ from vitrim.methods.records import (
     TrainingOutput,
 )
 from vitrim.tokens.plain import Grid
+
+SHARES = tuple(step / 400 for step in range(1, 401))
+"""Of the positions: what training to a latency may start from."""
 
 
 class Method(nn.Module, ABC):
@@ -47,6 +51,11 @@ class Method(nn.Module, ABC):
     """Families that it does not run on, by name, and why not or what to use instead."""
     serves_dense: ClassVar[bool] = False
     """Whether the trained backbone is meant to be used dense too, so that validation looks."""
+    most_stages: ClassVar[int | None] = None
+    """At how many stages a schedule may have it drop patches of a plain vision transformer; None:
+    any number; 0: it drops none, and no schedule is solved for it."""
+    keeps_its_cost: ClassVar[bool] = False
+    """Whether what a trained model costs stays as it is when training goes on."""
     config: Any
     stages: tuple[int, ...]
 
@@ -61,9 +70,21 @@ class Method(nn.Module, ABC):
             )
 
     @classmethod
+    def runs_on_plain(cls) -> bool:
+        """Whether it runs on plain vision transformers, so that schedules are for it."""
+        return any(issubclass(each, ViT) for each in FAMILIES if each.name in cls.families)
+
+    @classmethod
     def must_learn(cls, config: Any) -> bool:
         """Whether a model made with ``config`` is of no use before :attr:`needs_training` ran."""
         return cls.needs_training is not None
+
+    @classmethod
+    def kinds(cls) -> tuple[Any, ...]:
+        """A config of every way of choosing that has a curve of its own in latency tables; what
+        else a config says hardly matters to how long choosing takes.
+        """
+        return (cls.config_class(),)
 
     @abstractmethod
     def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -117,6 +138,47 @@ class Method(nn.Module, ABC):
         """
         return total_macs(self.steps(family, grid, counts))
 
+    def target_counts(self, family: Any, grid: Grid) -> tuple[int, ...]:
+        """The counts that the settings ask for, whether or not the images decide."""
+        counts = self.counts(family, grid)
+        require(counts is not None, f"the settings of {self.name} ask for no counts")
+        assert counts is not None
+        return counts
+
+    def variants(self, ratios: Sequence[float]) -> list[Any]:
+        """Configs to measure one by one where how many tokens there are is a setting; ``ratios``
+        are kept shares to take, for methods that have some.
+        """
+        return [self.config]
+
+    def starts(self, family: Any, grid: Grid) -> list[Any]:
+        """Configs that training to a latency may start from: the one whose :meth:`target_counts`
+        are predicted nearest to the budget is taken.
+        """
+        return [self.config]
+
+    @classmethod
+    def one_stage(cls, config: Any, block: int, ratio: float, depth: int) -> Any:
+        """``config`` with a single stage, before ``block`` of ``depth``, that drops a part of the
+        tokens: what a latency table has a curve of.
+        """
+        return replace(config, stages=(block,))
+
+    @classmethod
+    def says_where(cls, config: Any) -> bool:
+        """Whether ``config`` names the blocks before which patches are dropped."""
+        return getattr(config, "stages", None) is not None
+
+    @classmethod
+    def follow(cls, config: Any, plan: Plan) -> tuple[Any, str | None]:
+        """``config`` with a schedule's stages and counts in place of its own, and what the user
+        should know of it; None if it is exact.
+        """
+        raise ConfigError(f"{cls.name} cannot follow a schedule; its config says what it drops")
+
+    def fit(self, family: Any, plan: Plan, batches: Sequence[Tensor]) -> None:
+        """Find on images what :meth:`follow` could not set; nothing, for most methods."""
+
     def begin_epoch(self, epoch: int) -> None:
         """Told before each training epoch, counted from 0; methods with a schedule listen."""
 
@@ -162,13 +224,20 @@ class RatioMethod(Method):
     fixed_by: ClassVar[str] = "other settings"
     """With what setting the images do not decide, as a user writes it."""
 
+    @classmethod
+    def decides(cls, config: Any) -> bool:
+        """Whether, with ``config``, each image decides how many positions are kept."""
+        return False
+
     @property
     def images_decide(self) -> bool:
         """Whether each image decides how many positions are kept."""
-        return False
+        return self.decides(self.config)
 
-    def ratio_counts(self, family: Any, grid: Grid) -> tuple[int, ...]:
-        """The counts that the keep ratios ask for, whether or not the images decide."""
+    def counts(self, family: Any, grid: Grid) -> tuple[int, ...] | None:
+        return None if self.images_decide else self.target_counts(family, grid)
+
+    def target_counts(self, family: Any, grid: Grid) -> tuple[int, ...]:
         return self._fixed_counts(math.prod(grid))
 
     def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
@@ -224,9 +293,37 @@ class RatioMethod(Method):
         config.ratios(len(self.stages))
         self.config = config
 
+    def variants(self, ratios: Sequence[float]) -> list[Any]:
+        if self.images_decide:
+            return [self.config]
+        stages = len(self.stages)
+        return [replace(self.config, keep_ratio=(ratio,) * stages) for ratio in (*ratios, 1.0)]
+
+    def starts(self, family: Any, grid: Grid) -> list[Any]:
+        """One ratio for the method's rule; ratios per stage, as of a schedule, scaled together."""
+        ratio = self.config.keep_ratio
+        if not isinstance(ratio, tuple):
+            shares = [share for share in SHARES if share >= self.least_ratio]
+            return [replace(self.config, keep_ratio=share) for share in shares]
+        factors = [share / ratio[-1] for share in SHARES]
+        scaled = [tuple(min(factor * each, 1.0) for each in ratio) for factor in factors]
+        return [replace(self.config, keep_ratio=each) for each in scaled]
+
+    @classmethod
+    def one_stage(cls, config: Any, block: int, ratio: float, depth: int) -> Any:
+        return replace(config, stages=(block,), keep_ratio=ratio)
+
+    @classmethod
+    def follow(cls, config: Any, plan: Plan) -> tuple[Any, str | None]:
+        remark = "training aims at these shares; at inference every image decides"
+        followed = replace(config, stages=plan.stages, keep_ratio=plan.keep_ratios)
+        return followed, remark if cls.decides(config) else None
+
 
 class SemanticMethod(Method):
     """A method whose semantic tokens stand for the patches: no patch features are compared."""
+
+    keeps_its_cost = True  # it learned to make so many
 
     @torch.no_grad()
     def teach(self, family: Any, images: Tensor) -> DenseOutput:
@@ -267,6 +364,33 @@ class SemanticMethod(Method):
         counts = torch.full((len(looks_BSN),), count, device=looks_BSN.device)
         kept = [nothing] * len(looks_BSN)
         return StageTrace(block, looks_BSN.mean(1), grid, kept, counts, looks_BSN)
+
+
+class WindowMethod(SemanticMethod):
+    """A method that makes semantic tokens window by window: ``window_tokens`` of its config."""
+
+    window: Grid
+    """Rows and columns of a window."""
+
+    def variants(self, ratios: Sequence[float]) -> list[Any]:
+        """The semantic tokens as set, and fewer and more, as a window has room for them."""
+        near = (self.config.side + more for more in (-1, 0, 1))
+        return self._with_sides(side for side in near if 1 <= side <= min(self.window))
+
+    def starts(self, family: Any, grid: Grid) -> list[Any]:
+        return self._with_sides(range(1, min(self.window) + 1))
+
+    def _with_sides(self, sides: Iterable[int]) -> list[Any]:
+        return [replace(self.config, window_tokens=side * side) for side in sides]
+
+
+def require_one_stage(plan: Plan, why: str) -> None:
+    """Raise :class:`ConfigError` unless the schedule has one stage; ``why`` that must be."""
+    require(
+        len(plan.stages) == 1,
+        f"{why}, and the schedule has {len(plan.stages)} stages; solve it with one "
+        "(vitrim schedule --stages 1)",
+    )
 
 
 def check_weights(config: Any, *names: str) -> None:

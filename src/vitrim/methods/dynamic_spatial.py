@@ -177,6 +177,9 @@ class SpatialOutput(TrainingOutput):
     keeps_BN: tuple[Tensor, ...]
     """Per predictor (B, N): 1 for a position on the slow path, with straight-through gradients."""
 
+    def kept_counts(self) -> list[Tensor]:
+        return [keep_BN.sum(1) for keep_BN in self.keeps_BN]
+
 
 class DynamicSpatial(RatioMethod):
     """The method on Swin and ConvNeXt."""
@@ -218,10 +221,7 @@ class DynamicSpatial(RatioMethod):
         for module in (*self.predictors, *self.fast_paths):
             module.reset_parameters(generator)
 
-    def counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
-        return self.ratio_counts(family, grid)
-
-    def ratio_counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
+    def target_counts(self, family: Swin | ConvNeXt, grid: Grid) -> tuple[int, ...]:
         return self._fixed_counts(math.prod(family.stage_grid(grid, self.config.level)))
 
     def infer(

@@ -141,8 +141,13 @@ class DynamicViT(RatioMethod):
             predictor.reset_parameters(generator)
         self.predictors = nn.ModuleList(predictors)
 
-    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
-        return None if self.images_decide else self.ratio_counts(family, grid)
+    @classmethod
+    def decides(cls, config: DynamicViTConfig) -> bool:
+        return config.threshold is not None
+
+    @classmethod
+    def kinds(cls) -> tuple[DynamicViTConfig, ...]:
+        return DynamicViTConfig(), DynamicViTConfig(threshold=0.5)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
@@ -243,10 +248,6 @@ class DynamicViT(RatioMethod):
                 patches = counts[stage]
             steps.append(costs.block(family, block, patches + prefix))
         return [*steps, costs.head(family, patches + prefix)]
-
-    @property
-    def images_decide(self) -> bool:
-        return self.config.threshold is not None
 
 
 def _is_same_count(after: Any, before: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The records that methods leave: what a stage decided, what a training forward and a teacher say."""
+"""The records of methods: what a stage decided, what training and a teacher say, what to follow."""
 
 from __future__ import annotations
 
@@ -92,6 +92,12 @@ class TrainingOutput:
     logits: Tensor
     """(B, classes)"""
 
+    def kept_counts(self) -> list[Tensor]:
+        """(B,) per stage: how many patches of each image go on, with the decisions' gradients; none
+        where nothing that is learned changes them.
+        """
+        return []
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -119,6 +125,9 @@ class SelectionOutput(TrainingOutput):
     token_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = losses.kept_token_mse
     """The family's: compares a student's features with a teacher's where tokens are kept."""
 
+    def kept_counts(self) -> list[Tensor]:
+        return [decision.keep_BN.sum(1) for decision in self.decisions]
+
 
 @dataclass(frozen=True)
 class PooledOutput(TrainingOutput):
@@ -126,6 +135,31 @@ class PooledOutput(TrainingOutput):
 
     features_BC: Tensor
     """What the classifier reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Stages of a plain vision transformer, and how many patches go on from each."""
+
+    stages: tuple[int, ...]
+    """Blocks before which patches are dropped."""
+    counts: tuple[int, ...]
+    """Patches that go on from each stage; a mean, where every image decides."""
+    patches: int
+    """Of the whole image."""
+    macs: float | None = None
+    """Predicted, as a share of the dense model's MACs."""
+
+    @property
+    def keep_ratios(self) -> tuple[float, ...]:
+        """The kept share of the original patches at each stage; rounded down, it is ``counts``."""
+        return tuple(_ratio(count, self.patches) for count in self.counts)
+
+
+def _ratio(count: int, num_patches: int) -> float:
+    """The smallest share that rounds down to ``count`` patches in floating point."""
+    ratio = count / num_patches
+    return ratio if int(num_patches * ratio) == count else math.nextafter(ratio, 2.0)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,14 @@ from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
-from vitrim.methods.base import Method, check_weights, with_total
-from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
+from vitrim.methods.base import (
+    SHARES,
+    Method,
+    check_weights,
+    require_one_stage,
+    with_total,
+)
+from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -176,6 +182,7 @@ class SaiT(Method):
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
     }
     serves_dense = True
+    most_stages = 1
     config: SaiTConfig
 
     def __init__(
@@ -195,6 +202,10 @@ class SaiT(Method):
         self.pools_patches = family.pools_patches
         self.sparse_turn = True
         """Whether the schedule is at a sparse pass; so until a training loop says otherwise."""
+
+    @classmethod
+    def kinds(cls) -> tuple[SaiTConfig, ...]:
+        return SaiTConfig(selector="density"), SaiTConfig()
 
     @property
     def score_name(self) -> str:
@@ -427,6 +438,27 @@ class SaiT(Method):
         if isinstance(keep_ratio, Sequence):
             raise ConfigError(f"SaiT drops tokens once; give one keep ratio, not {keep_ratio}")
         self.set_density(keep_ratio)
+
+    def starts(self, family: ViT, grid: Grid) -> list[SaiTConfig]:
+        """A density; another selector is calibrated whenever a result is saved."""
+        if self.config.selector != "density":
+            return [self.config]
+        return [replace(self.config, density=share) for share in SHARES]
+
+    @classmethod
+    def one_stage(cls, config: SaiTConfig, block: int, ratio: float, depth: int) -> SaiTConfig:
+        return replace(config, prune_after=block)
+
+    @classmethod
+    def says_where(cls, config: SaiTConfig) -> bool:
+        return config.prune_after is not None
+
+    @classmethod
+    def follow(cls, config: SaiTConfig, plan: Plan) -> tuple[SaiTConfig, str | None]:
+        require_one_stage(plan, "sait drops tokens once")
+        density = plan.counts[0] / plan.patches
+        (place,) = plan.stages
+        return replace(config, prune_after=place, selector="density", density=density), None
 
     @contextmanager
     def dense(self) -> Iterator[None]:

@@ -178,8 +178,13 @@ class SPViT(RatioMethod):
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
 
-    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
-        return None if self.images_decide else self.ratio_counts(family, grid)
+    @classmethod
+    def decides(cls, config: SPViTConfig) -> bool:
+        return config.inference != "top_k"
+
+    @classmethod
+    def kinds(cls) -> tuple[SPViTConfig, ...]:
+        return SPViTConfig(inference="top_k"), SPViTConfig()
 
     def _drops_nothing(self, stage: int, num_patches: int) -> bool:
         """Whether inference is bound to keep everything at ``stage``, which is then skipped."""
@@ -342,10 +347,6 @@ class SPViT(RatioMethod):
                     patches = counts[stage]
             steps.append(costs.block(family, block, patches + prefix, part))
         return [*steps, costs.head(family, patches + prefix, prefix - family.num_prefix)]
-
-    @property
-    def images_decide(self) -> bool:
-        return self.config.inference != "top_k"
 
     @property
     def _threshold(self) -> float:

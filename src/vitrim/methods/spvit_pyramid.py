@@ -167,6 +167,9 @@ class PyramidOutput(TrainingOutput):
     keeps: tuple[Tensor, ...]
     """Per selector (B, N): 1 for a position of its stage's map that goes on."""
 
+    def kept_counts(self) -> list[Tensor]:
+        return [keep_BN.sum(1) for keep_BN in self.keeps]
+
 
 class SPViTPyramid(RatioMethod):
     """The method on backbones that pool their map between stages."""
@@ -205,10 +208,15 @@ class SPViTPyramid(RatioMethod):
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
 
-    def counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...] | None:
-        return None if self.images_decide else self.ratio_counts(family, grid)
+    @classmethod
+    def decides(cls, config: SPViTPyramidConfig) -> bool:
+        return config.inference != "top_k"
 
-    def ratio_counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...]:
+    @classmethod
+    def kinds(cls) -> tuple[SPViTPyramidConfig, ...]:
+        return SPViTPyramidConfig(inference="top_k"), SPViTPyramidConfig()
+
+    def target_counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...]:
         maps = (math.prod(family.stage_grid(grid, stage)) for stage in self._places)
         return tuple(self._fixed_counts(positions)[number] for number, positions in enumerate(maps))
 
@@ -273,12 +281,12 @@ class SPViTPyramid(RatioMethod):
         last_keep = keeps[-1] if last_has_selector else features.new_ones(features.shape[:2])
         return PyramidOutput(family.training_head(state), features, last_keep, tuple(keeps))
 
-    def _run(self, family: PiT | Swin, images: Tensor, choose: Choose, masks: bool) -> Any:
+    def _run(self, family: Any, images: Tensor, choose: Choose, masks: bool) -> Any:
         """All blocks; what left the last of them, as the family keeps it."""
         state: Any = family.stem(images)
         for stage in range(len(family.depths)):
             state = family.enter_stage(stage, state)
-            if isinstance(family, PiT):
+            if not family.keeps_map:
                 state = self._run_tokens(family, stage, state, choose, masks)
             elif masks or self.config.inference == "top_k":
                 state = self._run_map(family, stage, state, choose, masks)
@@ -318,7 +326,7 @@ class SPViTPyramid(RatioMethod):
         """The blocks of a stage of Swin, from its whole map to its whole map."""
         depth = family.depths[stage]
         number, place = self._places.get(stage, (0, depth))
-        place = min(place, depth)  # a level may be left out, see tools/levels.py
+        place = min(place, depth)  # a level may be left out, see families/inside.py
         for index in range(place):
             fmap = family.run_block(stage, index, fmap)
         tokens = Tokens.of(fmap.x_BHWC.flatten(1, 2), 0)
@@ -362,7 +370,7 @@ class SPViTPyramid(RatioMethod):
             )
         return with_total(self.config, parts)
 
-    def steps(self, family: PiT | Swin, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+    def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         levels, packages = [], 0
         for stage, depth in enumerate(family.depths):
             stage_grid = family.stage_grid(grid, stage)
@@ -372,7 +380,7 @@ class SPViTPyramid(RatioMethod):
             place = place if drops else depth
             kept = counts[number] if drops and self.config.execution == "gather" else positions
             macs: Any
-            if isinstance(family, PiT):
+            if not family.keeps_map:
                 own = family.num_prefix
                 macs = family.downsample_macs(stage, grid, own + packages)
                 macs = macs + place * family.block_macs(stage, 0, positions + own)
@@ -386,7 +394,7 @@ class SPViTPyramid(RatioMethod):
                 levels.append(costs.level(family, stage, grid, macs))
                 continue
             macs = macs + self.selectors[number].macs(positions, packages)  # type: ignore[operator]
-            packages = int(isinstance(family, PiT))
+            packages = int(not family.keeps_map)
             name = self.name if self.config.execution == "gather" else f"{self.name}-masked"
             levels.append(
                 costs.sparse_levels(
@@ -405,10 +413,6 @@ class SPViTPyramid(RatioMethod):
         return super().dial
 
     @property
-    def images_decide(self) -> bool:
-        return self.config.inference != "top_k"
-
-    @property
     def _threshold(self) -> float:
         return self.config.threshold if self.config.inference == "threshold" else 0.5
 
@@ -420,7 +424,7 @@ def default_stages(family: PiT | Swin) -> tuple[int, ...]:
     """The blocks before which positions are dropped where the config names none."""
     starts = accumulate(family.depths, initial=0)
     pairs = zip(starts, family.depths, strict=False)
-    if isinstance(family, PiT):
+    if not family.keeps_map:
         return tuple(start + depth // 2 for start, depth in pairs)
     return tuple(start for start, _ in pairs)[1:]
 

@@ -50,8 +50,8 @@ from vitrim import costs
 from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.layers.pooling import POOLINGS
-from vitrim.methods.base import SemanticMethod, check_weights
-from vitrim.methods.records import Dial, PooledOutput, Recorder
+from vitrim.methods.base import SemanticMethod, check_weights, require_one_stage
+from vitrim.methods.records import Dial, Plan, PooledOutput, Recorder
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -134,6 +134,7 @@ class STViT(SemanticMethod):
         "patches' place, were never taught to use",
     }
     needs_training = "stvit-adapt"
+    most_stages = 0
     config: STViTConfig
 
     def __init__(
@@ -313,6 +314,42 @@ class STViT(SemanticMethod):
         if round(value) != dial.value:
             shape = min(self._shapes(), key=lambda shape: abs(math.prod(shape) - value))
             self.config = replace(self.config, semantic_tokens=shape)
+
+    def variants(self, ratios: Sequence[float]) -> list[STViTConfig]:
+        """The semantic tokens as set, and fewer and more, as the grid has room for them."""
+        by_count = {}
+        for scale in (0.5, 1, 1.5):
+            rows, columns = (
+                max(1, min(round(scale * side), most))
+                for side, most in zip(self.config.shape, self.grid, strict=True)
+            )
+            by_count[rows * columns] = rows, columns
+        shapes = [by_count[count] for count in sorted(by_count)]
+        return [replace(self.config, semantic_tokens=shape) for shape in shapes]
+
+    def starts(self, family: ViT, grid: Grid) -> list[STViTConfig]:
+        """As near to every number of semantic tokens as square grids come."""
+        shapes = [(rows, rows + more) for rows in range(1, min(grid)) for more in (0, 1)]
+        return [replace(self.config, semantic_tokens=shape) for shape in [*shapes, grid]]
+
+    @classmethod
+    def one_stage(cls, config: STViTConfig, block: int, ratio: float, depth: int) -> STViTConfig:
+        """No blocks after the generation layers."""
+        return replace(config, base_layers=depth - config.generation_layers)
+
+    @classmethod
+    def follow(cls, config: STViTConfig, plan: Plan) -> tuple[STViTConfig, str | None]:
+        require_one_stage(plan, "stvit replaces the patches once")
+        stage, count = plan.stages[0], plan.counts[0]
+        side = math.isqrt(count)
+        shapes = [(side, side), (side, side + 1), (side + 1, side + 1)]
+        shape = min(shapes, key=lambda shape: abs(math.prod(shape) - count))
+        base = max(0, stage - config.generation_layers)
+        remark = (
+            f"the nearest that stvit can: {shape[0]} x {shape[1]} semantic tokens in place of "
+            f"{count} patches, made by blocks {base} to {base + config.generation_layers - 1}"
+        )
+        return replace(config, base_layers=base, semantic_tokens=shape), remark
 
     def _shapes(self) -> list[tuple[int, int]]:
         """Rows and columns to choose from: not more than twice as slender as the patch grid, the

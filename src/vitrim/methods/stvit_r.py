@@ -66,7 +66,7 @@ from vitrim.layers.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.methods.base import SemanticMethod, check_weights
+from vitrim.methods.base import WindowMethod, check_weights
 from vitrim.methods.records import PooledOutput, Recorder
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
@@ -198,7 +198,7 @@ class BlockExtras(nn.Module):
         return self.bias_table[index].permute(2, 0, 1)
 
 
-class STViTR(SemanticMethod):
+class STViTR(WindowMethod):
     """The method on a Swin transformer."""
 
     name = "stvit_r"

@@ -55,7 +55,7 @@ from vitrim.layers.semantic_windows import (
     tokens_side,
     windows_of,
 )
-from vitrim.methods.base import SemanticMethod, check_weights
+from vitrim.methods.base import WindowMethod, check_weights
 from vitrim.methods.records import Dial, PooledOutput, Recorder
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
@@ -115,7 +115,7 @@ class STViTSwinConfig:
         return tokens_side(self.window_tokens)
 
 
-class STViTSwin(SemanticMethod):
+class STViTSwin(WindowMethod):
     """The method on a Swin transformer."""
 
     name = "stvit_swin"

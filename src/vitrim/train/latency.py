@@ -15,31 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from vitrim.budgets.milliseconds import as_it_is, batches_of, check_milliseconds, meet
 from vitrim.config import require
-from vitrim.latency.measure import predict
-from vitrim.latency.table import LatencyTable
-from vitrim.methods.asvit import ASViTConfig, ASViTOutput
-from vitrim.methods.base import RatioMethod
-from vitrim.methods.dynamic_spatial import SpatialOutput
-from vitrim.methods.records import SelectionOutput, TrainingOutput
-from vitrim.methods.sait import SaiTConfig
-from vitrim.methods.spvit_pyramid import PyramidOutput
-from vitrim.methods.stvit import STViTConfig
-from vitrim.methods.stvit_r import STViTR
-from vitrim.methods.stvit_swin import STViTSwin
+from vitrim.latency.table import LatencyTable, predict
+from vitrim.methods.records import TrainingOutput
 from vitrim.model import SparseModel
 from vitrim.train.data import eval_loader
 from vitrim.train.loader import dataset_options
 from vitrim.train.recipe import BudgetRecipe, Recipe
-
-_SHARES = tuple(step / 400 for step in range(1, 401))
-"""That a start is chosen from."""
 
 
 class LatencyBudget:
@@ -62,7 +49,7 @@ class LatencyBudget:
         """The squared distance of the predicted latency from the budget, relative to it; None where
         the batch's counts do not depend on what is learned.
         """
-        counts = kept_counts(output)
+        counts = output.kept_counts()
         if not any(count_B.requires_grad for count_B in counts):
             return None
         grid = sparse.family.grid((images.shape[-2], images.shape[-1]))
@@ -119,25 +106,9 @@ def read_budget(recipe: BudgetRecipe, sparse: SparseModel) -> tuple[float, Laten
     return milliseconds, table
 
 
-def kept_counts(output: TrainingOutput) -> list[Tensor]:
-    """(B,) per stage: how many patches of each image go on, with the gradients of the decisions."""
-    if isinstance(output, SelectionOutput):
-        return [decision.keep_BN.sum(1) for decision in output.decisions]
-    if isinstance(output, ASViTOutput | PyramidOutput):
-        return [keep_BN.sum(1) for keep_BN in output.keeps]
-    if isinstance(output, SpatialOutput):
-        return [keep_BN.sum(1) for keep_BN in output.keeps_BN]
-    return []
-
-
 def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
-    """The method's config with what it fixes set to the budget.
-
-    * One keep ratio r for all stages is solved for; ratios per stage, as of a schedule, are scaled
-      together. Where images decide they are the targets of the ratio loss.
-    * SaiT's density; the number of STViT's semantic tokens, as near as square grids come; on Swin
-      that of a window.
-    * AS-ViT's own budget in MACs leaves the loss, for that in milliseconds.
+    """The method's config with what it fixes set to the budget: of those that it may start from
+    (``Method.starts``) the one that is predicted nearest.
 
     Args:
         sparse: a model as the recipe has it.
@@ -150,45 +121,18 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
     milliseconds, table = read_budget(budget, sparse)
     method, config, family = sparse.method, sparse.config, sparse.family
     grid = family.grid()
-    choices: list[Any]
+    choices = method.starts(family, grid)
+    if len(choices) == 1:
+        return choices[0]
 
     def cost(changed: Any) -> float:
         method.config = changed
-        if isinstance(method, RatioMethod):
-            counts: tuple[int, ...] | None = method.ratio_counts(family, grid)
-        else:
-            counts = method.counts(family, grid)
-        assert counts is not None
-        return float(predict(table, method, family, grid, counts))
+        return float(predict(table, method, family, grid, method.target_counts(family, grid)))
 
     try:
-        if isinstance(config, ASViTConfig):
-            return replace(config, budget_weight=0.0)
-        if isinstance(method, STViTSwin | STViTR):
-            sides = range(1, min(method.window) + 1)
-            choices = [replace(config, window_tokens=side * side) for side in sides]
-        elif isinstance(config, STViTConfig):
-            shapes = [(rows, rows + more) for rows in range(1, min(grid)) for more in (0, 1)]
-            choices = [replace(config, semantic_tokens=shape) for shape in [*shapes, grid]]
-        elif isinstance(config, SaiTConfig):
-            if config.selector != "density":  # calibrated, when a result is saved
-                return config
-            choices = [replace(config, density=share) for share in _SHARES]
-        elif isinstance(config.keep_ratio, tuple):
-            choices = [_scaled(config, share) for share in _SHARES]
-        else:
-            assert isinstance(method, RatioMethod)
-            shares = [share for share in _SHARES if share >= method.least_ratio]
-            choices = [replace(config, keep_ratio=share) for share in shares]
         return _nearest(choices, cost, milliseconds, method.name)
     finally:
         method.config = config
-
-
-def _scaled(config: Any, share: float) -> Any:
-    """Ratios per stage times a number: the last is ``share``, and none is above 1."""
-    factor = share / config.keep_ratio[-1]
-    return replace(config, keep_ratio=tuple(min(factor * r, 1.0) for r in config.keep_ratio))
 
 
 def _nearest(

@@ -10,7 +10,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -293,8 +293,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         dense = self.method.name is None and self.model.checkpoint is None
-        fields = ", ".join(self.method.config)
-        require(not (dense and fields), f"method.name is not set, but its fields are: {fields}")
+        given = ", ".join(self.method.config)
+        require(not (dense and given), f"method.name is not set, but its fields are: {given}")
         require(
             self.budget.milliseconds is None or not dense,
             "budget is for sparse models; name a method, or leave the budget out",
@@ -324,11 +324,11 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     tables = dict(data)
     method = tables.get("method", {})
     require(isinstance(method, Mapping), f"method is {method!r}; a table was expected")
-    fields = {key: value for key, value in method.items() if key != "name"}
-    if fields.keys() == {"config"}:  # the form of recipe.json
-        fields = dict(fields["config"])
-    fields = _scheduled(method.get("name"), fields)
-    tables["method"] = {"name": method.get("name"), "config": fields}
+    values = {key: value for key, value in method.items() if key != "name"}
+    if values.keys() == {"config"}:  # the form of recipe.json
+        values = dict(values["config"])
+    values = _scheduled(method.get("name"), values)
+    tables["method"] = {"name": method.get("name"), "config": values}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
     for table, key in needed.items():
         require(table in tables, f"the recipe has no {table!r}")
@@ -338,21 +338,24 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     return from_plain(Recipe, tables)
 
 
-def _scheduled(name: Any, fields: dict[str, Any]) -> dict[str, Any]:
+def _scheduled(name: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The method's fields, with those that a schedule's file gives in place of ``schedule``.
 
-    SaiT has a setting of that name, when its training is sparse; a file's name ends in .json.
+    Where a method has a setting of that name (SaiT), a file's name ends in .json.
     """
-    path = fields.get("schedule")
-    if path is None or (name == "sait" and not str(path).endswith(".json")):
-        return fields
+    path = values.get("schedule")
+    if path is None:
+        return values
     require(isinstance(name, str), "method.schedule needs method.name")
-    require(isinstance(path, str), f"method.schedule is {path!r}; a file name was expected")
-    fields = {key: value for key, value in fields.items() if key != "schedule"}
     config_class: Any = method_by_name(name).config_class
-    config = from_plain(config_class, fields, "method")
+    is_setting = "schedule" in {entry.name for entry in fields(config_class)}
+    if is_setting and not str(path).endswith(".json"):
+        return values
+    require(isinstance(path, str), f"method.schedule is {path!r}; a file name was expected")
+    values = {key: value for key, value in values.items() if key != "schedule"}
+    config = from_plain(config_class, values, "method")
     before, after = to_plain(config), to_plain(load_schedule(path).apply(config))
-    return fields | {key: value for key, value in after.items() if value != before[key]}
+    return values | {key: value for key, value in after.items() if value != before[key]}
 
 
 def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

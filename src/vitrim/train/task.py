@@ -16,7 +16,6 @@ from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
 from vitrim.layers import losses
-from vitrim.methods.base import SemanticMethod
 from vitrim.methods.records import DenseOutput
 from vitrim.model import SparseModel
 from vitrim.models import LVVisionTransformer
@@ -186,8 +185,7 @@ def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
             f"{folder} was made by {sparse.method.name!r}; method.name is {method.name!r}"
         )
     latency = _latency_of(recipe, sparse)
-    has_learned_its_number = isinstance(sparse.method, SemanticMethod)
-    if latency is not None and not has_learned_its_number:
+    if latency is not None and not sparse.method.keeps_its_cost:
         sparse.method.config = start_config(sparse, recipe.budget)
     if not recipe.model.teacher:
         return SparseTask(sparse, None, latency)

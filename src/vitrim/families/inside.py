@@ -1,0 +1,84 @@
+"""The inside of a model: a family on features in place of images and logits.
+
+A method's inference on a family of which a part is missing is the method's own work, or some levels
+of a pyramid: that is what latency tables time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.plain import Grid
+
+
+class Inside:
+    """A family that takes features for images, and gives features for logits; in all else the
+    ``whole`` one.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["whole"], name)
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
+        """Of the images that the backbone was created for: features do not tell."""
+        grid: Grid = self.whole.grid()
+        return grid
+
+    def stem(self, features: Tensor) -> Any:
+        """The features as the tokens, or the map, that they are inside the model."""
+        return self.whole.state(features)
+
+    def head(self, state: Any) -> Tensor:
+        """The features of tokens or of a map."""
+        return features_of(state)
+
+
+class WithoutBlocks(Inside):
+    """A plain vision transformer whose blocks do nothing."""
+
+    def run_block(self, index: int, tokens: Any) -> Any:
+        return tokens
+
+    def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
+        return tokens
+
+    def patch_head(self, x_BNC: Tensor) -> Tensor:
+        return x_BNC
+
+
+class OnlyLevels(Inside):
+    """A pyramid of which only some levels are there: the others have no blocks, and no downsampling
+    before them.
+    """
+
+    def __init__(self, whole: Any, levels: Sequence[int]) -> None:
+        super().__init__(whole)
+        self.levels = levels
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        depths = enumerate(self.whole.depths)
+        return tuple(depth if level in self.levels else 0 for level, depth in depths)
+
+    def stage_grid(self, grid: Grid, stage: int) -> Grid:
+        found: Grid = self.whole.stage_grid(self.grid(), stage)
+        return found
+
+    def enter_stage(self, stage: int, state: Any) -> Any:
+        return self.whole.enter_stage(stage, state) if stage in self.levels else state
+
+    def run_stage(self, stage: int, state: Any, *options: Any) -> Any:
+        return self.whole.run_stage(stage, state, *options) if stage in self.levels else state
+
+
+def features_of(state: Any) -> Tensor:
+    """The features of tokens or of a map."""
+    x: Tensor = state.x_BHWC if isinstance(state, FeatureMap) else state.x
+    return x

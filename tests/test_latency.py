@@ -634,7 +634,7 @@ def test_a_level_computes_elsewhere_what_it_does_here(runtime, inference):
     pytest.importorskip(runtime)
     config = SPViTPyramidConfig(stages=(6,), inference=inference)
     shapes = probes._shapes(tiny_pit(), (1, 3, 32, 32))
-    _, _, level = next(as_methods_run_them(tiny_pit(), config, shapes, 1))
+    level = next(iter(as_methods_run_them(tiny_pit(), config, shapes, 1).values()))
     x = torch.randn(shapes[2], generator=torch.Generator().manual_seed(0))
     found = runners.bind(level, x, False, runtime, "fp32", 1)(x)()[0]
     with torch.no_grad():

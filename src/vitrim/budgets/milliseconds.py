@@ -254,8 +254,8 @@ def sparsify_to(
     grid = family.grid()
     check_milliseconds(milliseconds, table, family, grid)
     method = method_of_config(config)
-    drops = isinstance(family, ViT) and method.most_stages != 0
-    if schedule is None and drops and not method.says_where(config):
+    solves = isinstance(family, ViT) and method.unscheduled is None
+    if schedule is None and solves and not method.says_where(config):
         costs = Costs(family, grid, config, table)
         check_reach(costs, milliseconds)
         effects = measure_effects(family, thinned(batches), progress=progress)

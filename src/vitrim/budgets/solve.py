@@ -34,7 +34,6 @@ from torch import Tensor
 from vitrim.budgets.effects import Effects
 from vitrim.budgets.schedule import Schedule
 from vitrim.config import require
-from vitrim.errors import ConfigError
 from vitrim.latency.table import Curve, LatencyTable, predict
 from vitrim.methods import method_of_config
 from vitrim.tokens.plain import Grid
@@ -196,11 +195,11 @@ def find_schedule(
 def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None) -> None:
     """Raise :class:`ConfigError` unless a schedule is needed for ``budget``, and can meet it."""
     method, unit = method_of_config(costs.config), "of the dense MACs"
-    if method.most_stages == 0:
-        raise ConfigError(
-            f"{method.name} drops no patches, so no schedule is solved for it; its cost goes by "
-            "other settings, which vitrim sparsify --milliseconds turns"
-        )
+    require(
+        method.unscheduled is None,
+        f"no schedule is solved for {method.name}: {method.unscheduled}; vitrim sparsify "
+        "--milliseconds sets it",
+    )
     if costs.table is not None:
         unit = "ms"
     if counts is None:

@@ -14,7 +14,7 @@ from vitrim.layers.sampling import top_k
 
 def classification_loss(logits_BC: Tensor, target: Tensor) -> Tensor:
     """Cross entropy against class numbers (B,) or soft targets (B, C) such as mixup makes."""
-    return F.cross_entropy(_full(logits_BC), target)
+    return F.cross_entropy(full(logits_BC), target)
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
@@ -22,21 +22,21 @@ def distillation_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
 
     The direction is that of the released DynamicViT, SPViT and AS-ViT code.
     """
-    student, teacher = F.log_softmax(_full(student_BC), -1), F.log_softmax(_full(teacher_BC), -1)
+    student, teacher = F.log_softmax(full(student_BC), -1), F.log_softmax(full(teacher_BC), -1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def kept_token_mse(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
     """Mean squared error over the kept tokens and the channels; 0 when nothing is kept."""
-    error_BN = (_full(student_BNC) - _full(teacher_BNC)).square().mean(-1)
+    error_BN = (full(student_BNC) - full(teacher_BNC)).square().mean(-1)
     kept = (keep_BN.detach() > 0.5).to(error_BN.dtype)
     return (error_BN * kept).sum() / kept.sum().clamp(min=1)
 
 
 def kept_token_divergence(student_BNC: Tensor, teacher_BNC: Tensor, keep_BN: Tensor) -> Tensor:
     """KL(teacher || student) of the kept tokens' logits, mean over them; 0 when nothing is kept."""
-    student = F.log_softmax(_full(student_BNC), -1)
-    teacher = F.log_softmax(_full(teacher_BNC), -1)
+    student = F.log_softmax(full(student_BNC), -1)
+    teacher = F.log_softmax(full(teacher_BNC), -1)
     divergence_BN = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     kept = (keep_BN.detach() > 0.5).to(divergence_BN.dtype)
     return (divergence_BN * kept).sum() / kept.sum().clamp(min=1)
@@ -74,13 +74,14 @@ def best_tokens_loss(
 
 def batch_ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
     """Squared distance of the whole batch's kept share from the target: images may differ."""
-    return (_full(keep_BN).mean() - keep_ratio).square()
+    return (full(keep_BN).mean() - keep_ratio).square()
 
 
 def ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
     """Squared distance of each image's kept share from the target, mean over images."""
-    return (_full(keep_BN).mean(1) - keep_ratio).square().mean()
+    return (full(keep_BN).mean(1) - keep_ratio).square().mean()
 
 
-def _full(values: Tensor) -> Tensor:
+def full(values: Tensor) -> Tensor:
+    """In float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -152,19 +152,21 @@ def token_score(
     row of the attention map is needed, and the contexts are what fused attention returns anyway.
     Without a class token, the mean attention that a token receives takes the row's place.
     """
-    attention_BHN = _full(record.patch_attention())
+    attention_BHN = losses.full(record.patch_attention())
     if value_weighting:
         attention_BHN = attention_BHN * _relative_value_norm(record)
     if not head_weighting:
         return attention_BHN.mean(1)
-    importance_BHN: Tensor = _full(record.context_BHQD[:, :, record.num_prefix :]).norm(dim=-1)
+    importance_BHN: Tensor = losses.full(record.context_BHQD[:, :, record.num_prefix :]).norm(
+        dim=-1
+    )
     share_BHN = importance_BHN / (importance_BHN.sum(1, keepdim=True) + 1e-8)
     return (share_BHN * attention_BHN).sum(1)
 
 
 def _relative_value_norm(record: AttentionRecord) -> Tensor:
     """(B, H, N): norms of the patch tokens' values over their mean in the image."""
-    norm_BHN: Tensor = _full(record.v_BHND[:, :, record.num_prefix :]).norm(dim=-1)
+    norm_BHN: Tensor = losses.full(record.v_BHND[:, :, record.num_prefix :]).norm(dim=-1)
     if record.visible_BN is None:
         return norm_BHN / norm_BHN.mean((1, 2), keepdim=True)
     visible = record.visible_BN[:, None, record.num_prefix :].to(norm_BHN.dtype)
@@ -259,7 +261,7 @@ class ASViT(Method):
     def threshold(self, stage: int, num_patches: int) -> Tensor:
         """The threshold in force (0-dim) for images of ``num_patches`` patches."""
         scale = self.config.threshold_factor * self.native_patches / num_patches
-        return _full(self.thresholds[stage]) * scale
+        return losses.full(self.thresholds[stage]) * scale
 
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return None
@@ -458,9 +460,8 @@ class ASViT(Method):
         return replace(config, **changes), remark
 
     def fit(self, family: ViT, plan: Plan, batches: Sequence[Tensor]) -> None:
-        """Set the thresholds so that as many patches go on from each stage as the plan says, mean
-        over the images. Stage by stage, as what an earlier one keeps decides what a later one sees;
-        a pass over the images each.
+        """Thresholds by which as many patches go on from each stage as the plan says, mean over the
+        images: a pass over them per stage, as what an earlier one keeps decides what the next sees.
         """
         require(
             self.config.mode == "adaptive",
@@ -496,7 +497,3 @@ def _without_dropped(tokens: Tokens, score_BN: Tensor) -> Tensor:
     if tokens.keep_BN is None:
         return score_BN
     return score_BN.masked_fill(tokens.keep_BN < 0.5, -math.inf)
-
-
-def _full(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

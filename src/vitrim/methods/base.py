@@ -52,8 +52,9 @@ class Method(nn.Module, ABC):
     serves_dense: ClassVar[bool] = False
     """Whether the trained backbone is meant to be used dense too, so that validation looks."""
     most_stages: ClassVar[int | None] = None
-    """At how many stages a schedule may have it drop patches of a plain vision transformer; None:
-    any number; 0: it drops none, and no schedule is solved for it."""
+    """At how many stages a schedule may have it drop patches; None: any number."""
+    unscheduled: ClassVar[str | None] = None
+    """Why no schedule is solved for it on a plain vision transformer; None: one can be."""
     keeps_its_cost: ClassVar[bool] = False
     """Whether what a trained model costs stays as it is when training goes on."""
     config: Any

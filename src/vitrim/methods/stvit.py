@@ -134,7 +134,7 @@ class STViT(SemanticMethod):
         "patches' place, were never taught to use",
     }
     needs_training = "stvit-adapt"
-    most_stages = 0
+    unscheduled = "it drops no patches, and its cost goes by its semantic tokens"
     config: STViTConfig
 
     def __init__(

@@ -24,10 +24,12 @@ import profiles
 import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim import from_pretrained
+from vitrim.checkpoint import write_atomic
 from vitrim.cli.common import data_config_of
 from vitrim.cli.images import prepared_images
-from vitrim.demo.run import BUDGETS, run_demo
+from vitrim.demo.outcome import BUDGETS
+from vitrim.demo.run import run_demo
 from vitrim.export.bundle import FILES, export
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel

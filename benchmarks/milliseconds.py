@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import ASViTConfig, SaiTConfig
+from vitrim import ASViTConfig, SaiTConfig, from_pretrained
 from vitrim.budgets.milliseconds import sparsify_to
-from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim.checkpoint import write_atomic
 from vitrim.cli.common import load_model
 from vitrim.cli.images import prepared_images
 from vitrim.families import family_of

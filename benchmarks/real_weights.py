@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim import from_pretrained
+from vitrim.checkpoint import write_atomic
 from vitrim.cli.images import prepared_images
 from vitrim.model import SparseModel
 from vitrim.tools.benchmark import Row, benchmark

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,25 @@ def test_imports_point_down(path):
         if room(parts) == target == "methods" and path.name != "__init__.py":
             shared = name.split(".")[2] in ("base", "records")
             assert shared, f"{path.name}: methods never import each other"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("vitrim", *path.relative_to(SOURCE).with_suffix("").parts))
+
+
+def test_no_two_files_import_each_other():
+    """Neither by way of others, nor inside of functions."""
+    files = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    graph = {
+        module: {
+            target
+            for name, _ in imported_modules(path)
+            for target in (name, name.rpartition(".")[0])
+            if target in files
+        }
+        for module, path in files.items()
+    }
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

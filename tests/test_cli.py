@@ -19,7 +19,7 @@ from tests.conftest import golden, golden_weights, tiny_vit
 from tests.tables import table_of
 from vitrim import DynamicViTConfig, SaiTConfig
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.checkpoint import describe_data, save
+from vitrim.checkpoint import describe_data
 from vitrim.cli import main
 from vitrim.config import to_plain
 from vitrim.tools.hardware import cpu_name
@@ -34,9 +34,9 @@ def made(tmp_path_factory) -> Path:
     """A checkpoint, a data folder with ten classes and a damaged image, dense weights."""
     folder = tmp_path_factory.mktemp("made")
     sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6))
-    save(sparse, folder / "checkpoint", metrics={"val_top1": 12.5}, origin="a test")
+    sparse.save_pretrained(folder / "checkpoint", metrics={"val_top1": 12.5}, origin="a test")
     adaptive = vitrim.sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5))
-    save(adaptive, folder / "adaptive")
+    adaptive.save_pretrained(folder / "adaptive")
     rng = np.random.default_rng(0)
     for label in range(10):
         inside = folder / "data" / f"class{label}"
@@ -47,7 +47,7 @@ def made(tmp_path_factory) -> Path:
     calibrated = vitrim.sparsify(tiny_vit(patch_size=4), SaiTConfig(min_kept=0))
     loader = eval_loader(folder / "data", describe_data(calibrated.backbone), 20)
     vitrim.calibrate(calibrated, loader, (0.7, 0.85))
-    save(calibrated, folder / "calibrated")
+    calibrated.save_pretrained(folder / "calibrated")
     (folder / "data" / "class3" / "broken.png").write_bytes(b"no image at all")
     return folder
 
@@ -423,7 +423,7 @@ def test_show_draws_images_and_a_page(capsys, made, tmp_path):
 
 def test_show_takes_the_embedded_data_and_adaptive_models(capsys, made, tmp_path):
     sparse = vitrim.sparsify(tiny_vit(img_size=64, patch_size=16), DynamicViTConfig(threshold=0.4))
-    save(sparse, tmp_path / "checkpoint")
+    sparse.save_pretrained(tmp_path / "checkpoint")
     output = tmp_path / "shown"
     arguments = ("digits", "-o", output, "--limit", "2", "--device", "cpu")
     code, _, err = run(capsys, "show", tmp_path / "checkpoint", *arguments)

@@ -15,7 +15,6 @@ from vitrim.errors import (
 if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
     from vitrim.budget import Calibration
     from vitrim.budgets.calibrate import calibrate
-    from vitrim.checkpoint import from_pretrained
     from vitrim.convert import load_official
     from vitrim.methods.asvit import ASViTConfig
     from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
@@ -26,7 +25,7 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
     from vitrim.methods.stvit import STViTConfig
     from vitrim.methods.stvit_r import STViTRConfig
     from vitrim.methods.stvit_swin import STViTSwinConfig
-    from vitrim.model import SparseModel, Trace, sparsify
+    from vitrim.model import SparseModel, Trace, from_pretrained, sparsify
 
 __version__ = "0.1.0"
 

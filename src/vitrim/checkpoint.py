@@ -23,10 +23,9 @@ from timm.models import get_model_args, get_pretrained_cfg
 from torch import Tensor, nn
 
 from vitrim.budget import Calibration
-from vitrim.config import from_plain, require, to_plain
+from vitrim.config import from_plain, require
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods import method_by_name
-from vitrim.model import SparseModel
 
 FORMAT = "vitrim"
 FORMAT_VERSION = 1
@@ -76,20 +75,22 @@ def create_backbone(description: dict[str, Any]) -> nn.Module:
     return model
 
 
-def save(
-    model: SparseModel,
+def write(
     folder: str | os.PathLike[str],
-    *,
-    origin: str | None = None,
-    metrics: dict[str, Any] | None = None,
+    backbone: nn.Module,
+    description: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
 ) -> None:
-    """Write ``model`` to ``folder``; files appear whole or not at all.
+    """Write a checkpoint; its files appear whole or not at all.
 
     Args:
-        model: any sparse model whose backbone timm made.
         folder: made if absent; an earlier checkpoint in it is replaced.
-        origin: where the weights came from, for the record.
-        metrics: what was measured and how, for the record.
+        backbone: made by timm.
+        description: JSON-ready: ``method`` and ``data``, and what else is known.
+        weights: of backbone and method.
+
+    Raises:
+        CheckpointError: timm does not know how the backbone was made, or no file can say it.
     """
     from vitrim import __version__
 
@@ -97,12 +98,8 @@ def save(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {"vitrim": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "backbone": describe_backbone(model.backbone),
-        "data": describe_data(model.backbone) | model.data_config,
-        "method": {"name": model.method.name, "config": to_plain(model.config)},
-        "calibration": [to_plain(record) for record in model.calibration],
-        "origin": origin or model.origin,
-        "metrics": metrics or {},
+        "backbone": describe_backbone(backbone),
+        **description,
     }
     try:
         text = json.dumps(config, indent=2) + "\n"
@@ -111,12 +108,12 @@ def save(
             f"the backbone was made with an argument that no file can hold ({error}); create it "
             "with plain values, such as names of layers instead of classes"
         ) from error
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_together(
         {
-            folder / WEIGHTS_FILE: safetensors.torch.save(weights, {"format": "pt"}),
+            folder / WEIGHTS_FILE: safetensors.torch.save(whole, {"format": "pt"}),
             folder / CONFIG_FILE: text.encode(),
         }
     )
@@ -216,19 +213,17 @@ def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
     module.load_state_dict(weights)
 
 
-def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
-    """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
-
-    Args:
-        folder: with ``config.json`` and ``model.safetensors``.
-        method_options: fields of the method's config to change, such as ``threshold=0.5``.
+def read(
+    folder: str | os.PathLike[str], method_options: Mapping[str, Any]
+) -> tuple[dict[str, Any], nn.Module, Any, tuple[Calibration, ...]]:
+    """What a checkpoint's ``config.json`` describes, checked: the description itself, its backbone
+    (without the weights), the method's config with ``method_options``, and its calibration.
 
     Raises:
-        CheckpointError: damaged, foreign, of another version, or of another architecture.
+        CheckpointError: damaged, foreign, or of another version.
         ConfigError: the method's fields are not valid.
     """
     description = read_config(folder)
-    weights = read_weights(Path(folder) / WEIGHTS_FILE)
     try:
         method = method_by_name(description["method"]["name"])
         fields = description["method"]["config"] | method_options
@@ -241,13 +236,7 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}/{CONFIG_FILE} is damaged: {error!r}") from error
-    model = SparseModel(backbone, config)
-    load_strict(model, weights, f"{folder}/{WEIGHTS_FILE}")
-    model.origin = description.get("origin")
-    model.data_config = description["data"]
-    if not method_options:  # other settings, other costs
-        model.calibration = calibration
-    return model.eval()
+    return description, backbone, config, calibration
 
 
 def read_calibration(description: Mapping[str, Any]) -> tuple[Calibration, ...]:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrim import budget
+from vitrim import budget, checkpoint
 from vitrim.budget import TOLERANCE, Calibration
+from vitrim.config import to_plain
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import method_of_config
@@ -216,12 +218,29 @@ class SparseModel(nn.Module):
         return self.backbone
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], metrics: dict[str, Any] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        metrics: dict[str, Any] | None = None,
+        origin: str | None = None,
     ) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see ``checkpoint.save``."""
-        from vitrim import checkpoint
+        """Write ``config.json`` and ``model.safetensors``; they appear whole or not at all.
 
-        checkpoint.save(self, folder, metrics=metrics)
+        Args:
+            folder: made if absent; an earlier checkpoint in it is replaced.
+            metrics: what was measured and how, for the record.
+            origin: where the weights came from, for the record.
+
+        Raises:
+            CheckpointError: timm did not make the backbone, or no file can say how.
+        """
+        description = {
+            "data": checkpoint.describe_data(self.backbone) | self.data_config,
+            "method": {"name": self.method.name, "config": to_plain(self.config)},
+            "calibration": [to_plain(record) for record in self.calibration],
+            "origin": origin or self.origin,
+            "metrics": metrics or {},
+        }
+        checkpoint.write(folder, self.backbone, description, self.state_dict())
 
 
 _OF_TORCH = set(vars(nn.Module()))
@@ -246,6 +265,29 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
+    """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        method_options: fields of the method's config to change, such as ``threshold=0.5``.
+
+    Raises:
+        CheckpointError: damaged, foreign, of another version, or of another architecture.
+        ConfigError: the method's fields are not valid.
+    """
+    path = Path(folder) / checkpoint.WEIGHTS_FILE
+    description, backbone, config, calibration = checkpoint.read(folder, method_options)
+    weights = checkpoint.read_weights(path)
+    model = SparseModel(backbone, config)
+    checkpoint.load_strict(model, weights, str(path))
+    model.origin = description.get("origin")
+    model.data_config = description["data"]
+    if not method_options:  # other settings, other costs
+        model.calibration = calibration
+    return model.eval()
 
 
 def sparsify(

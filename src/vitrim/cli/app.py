@@ -298,7 +298,7 @@ def convert_command(
         options["stages"] = common.numbers(stages, int, "--stages")
     content = convert.read_file(file)
     model = convert.load_official(content, system, architecture=architecture, **options)
-    checkpoint.save(model, output)
+    model.save_pretrained(output)
     common.out().print(f"written: {output}")
 
 

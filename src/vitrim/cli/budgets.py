@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from vitrim import checkpoint
 from vitrim.budget import TOLERANCE, Calibration, check_budget
 from vitrim.budgets.calibrate import MAX_IMAGES, calibrate
 from vitrim.budgets.milliseconds import check_table, follow, sparsify_to
@@ -190,7 +189,7 @@ def sparsify_command(
     sparse.origin = f"{model}, {trained}, made sparse without training by vitrim sparsify"
     sparse.data_config = common.data_config_of(dense, source)
     metrics = latency_metrics(latency, follows)
-    checkpoint.save(sparse.to(torch.device("cpu")), output, metrics=metrics)
+    sparse.to(torch.device("cpu")).save_pretrained(output, metrics=metrics)
     if follows is not None:
         common.out().print(schedule_table(follows))
         remark = follows.fitted(config)[1]

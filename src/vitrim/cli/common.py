@@ -19,7 +19,7 @@ from torch import nn
 
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
 Value = TypeVar("Value", int, float)
@@ -82,7 +82,7 @@ def load_model(
     if path.is_dir():
         if image_size is not None:
             raise ConfigError("the image size of a checkpoint is fixed; leave --image-size out")
-        return checkpoint.from_pretrained(path)
+        return from_pretrained(path)
     if path.is_file():
         raise CheckpointError(
             f"{source} is a file; a vitrim checkpoint is a folder. For an authors' file use: "

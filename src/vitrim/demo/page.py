@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitrim.demo.run import BATCHES, BUDGETS, DENSE, Outcome, Point
+from vitrim.demo.outcome import BATCHES, BUDGETS, DENSE, Outcome, Point
 from vitrim.model import SparseModel
 from vitrim.tools import report, visualize
 from vitrim.tools.benchmark import Row

@@ -12,22 +12,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.budgets.calibrate import calibrate
-from vitrim.checkpoint import from_pretrained, write_atomic
+from vitrim.checkpoint import write_atomic
 from vitrim.config import to_plain
+from vitrim.demo.outcome import BATCHES, BUDGETS, DENSE, Batches, Outcome, Point
+from vitrim.demo.page import report_page, summary
 from vitrim.errors import ConfigError
 from vitrim.methods import METHODS
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import Row, benchmark
-from vitrim.tools.evaluate import Accuracy, Evaluation, Setting, evaluate_settings
+from vitrim.tools.evaluate import Setting, evaluate_settings
 
 if TYPE_CHECKING:
     from vitrim.train.recipe import Recipe
@@ -35,66 +37,15 @@ if TYPE_CHECKING:
 RECIPES = tuple(f"digits-{name}" for name, form in METHODS.items() if "vit" in form.families)
 MAX_SECONDS = 36.0
 """Of training per method, where neither the caller nor the recipe says."""
-BATCHES = (64, 1)
-"""Images per call that are timed; the first is the summary's."""
-BUDGETS = (0.55, 0.7, 0.85)
-"""Shares of the dense model's MACs; the first is the summary's."""
-DENSE = "dense"
 _CALIBRATION_IMAGES = 200
 
 ProgressBar = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Given a label and a total, a context that yields what takes the number done so far."""
-Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @contextmanager
 def _silent(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One method at one cost."""
-
-    method: str
-    budget: float | None
-    """None where the method's cost is fixed."""
-    sparse: SparseModel
-    evaluation: Evaluation
-    """Paired with the dense model as it was before."""
-
-    @property
-    def name(self) -> str:
-        """Of the candidate in the benchmark."""
-        return self.method if self.budget is None else f"{self.method} {self.budget}"
-
-    @property
-    def is_main(self) -> bool:
-        """Whether the summary speaks of it."""
-        return self.budget in (None, BUDGETS[0])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a demo measured."""
-
-    recipes: dict[str, Recipe]
-    """By method."""
-    train_seconds: dict[str, float]
-    """The same."""
-    points: list[Point]
-    dense: Accuracy
-    rows: list[Row]
-    batches: Batches
-    """The test images."""
-
-    def main(self, method: str) -> Point:
-        """The method's point that the summary speaks of."""
-        return next(point for point in self.points if point.method == method and point.is_main)
-
-    def row(self, name: str, batch: int) -> Row:
-        """The benchmark of a candidate at a batch size."""
-        return next(row for row in self.rows if (row.name, row.batch) == (name, batch))
 
 
 def run_demo(
@@ -128,7 +79,6 @@ def run_demo(
     Raises:
         MissingExtraError: the ``demo`` extra is not installed.
     """
-    from vitrim.demo.page import report_page, summary
     from vitrim.train.recipe import load_recipe
     from vitrim.train.task import create_dense
 

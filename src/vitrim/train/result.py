@@ -51,7 +51,7 @@ def save_result(
     if isinstance(model, SparseModel):
         start = recipe.model.checkpoint or recipe.model.weights or recipe.model.name
         origin = f"recipe {recipe.name}, from {start}"
-        checkpoint.save(model, folder / "checkpoint", origin=origin, metrics=metrics)
+        model.save_pretrained(folder / "checkpoint", metrics=metrics, origin=origin)
         return
     description = {
         "backbone": checkpoint.describe_backbone(model),

@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitrim.checkpoint import describe_data, from_pretrained, load_strict, read_weights
+from vitrim.checkpoint import describe_data, load_strict, read_weights
 from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import family_of
 from vitrim.layers import losses
 from vitrim.methods.records import DenseOutput
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, from_pretrained
 from vitrim.models import LVVisionTransformer
 from vitrim.train.data import digits_data_config, is_digits
 from vitrim.train.latency import LatencyBudget, start_config

@@ -24,6 +24,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_weights(config: Any, *names: str) -> None:
+    """Raise :class:`ConfigError` unless every ``<name>_weight`` of ``config`` is 0 or more."""
+    for name in names:
+        weight = getattr(config, f"{name}_weight")
+        require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` for a misspelt name, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=3)
@@ -53,12 +60,14 @@ def normalise(config: Any) -> None:
     tuple.
 
     Raises:
-        ConfigError: a value is not of its field's type.
+        ConfigError: a value is not of its field's type, or ``version`` is another than 1.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = _convert(getattr(config, field.name), hints[field.name], field.name)
         object.__setattr__(config, field.name, value)
+    version = getattr(config, "version", 1)
+    require(version == 1, f"version is {version}; this vitrim reads version 1")
 
 
 def from_plain(cls: type[Config], data: Mapping[str, Any], where: str = "") -> Config:

@@ -61,7 +61,6 @@ class Schedule(Plan):
             value = getattr(self, name)
             good = value is None or 0 < value < math.inf
             require(good, f"{name} is {value}; expected more than 0")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def apply(self, config: Any) -> Any:
         """``config`` with the schedule's stages and counts in place of its own.

@@ -17,7 +17,16 @@ from vitrim.budgets.milliseconds import check_table, follow, sparsify_to
 from vitrim.budgets.schedule import load as load_schedule
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
-from vitrim.cli.options import DeviceOption, JsonOption, WorkersOption
+from vitrim.cli.options import (
+    BatchOption,
+    ChangesOption,
+    DenseArgument,
+    DenseWeightsOption,
+    DeviceOption,
+    JsonOption,
+    SplitOption,
+    WorkersOption,
+)
 from vitrim.cli.schedule import (
     ElsewhereOption,
     MillisecondsOption,
@@ -100,9 +109,7 @@ def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str
 
 
 def sparsify_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
-    ],
+    model: DenseArgument,
     data: Annotated[
         str,
         typer.Option(
@@ -125,22 +132,16 @@ def sparsify_command(
         typer.Option(metavar="FILE", help="Drop where this schedule says (vitrim schedule)."),
     ] = None,
     stages: StagesOption = 3,
-    weights: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method."),
-    ] = None,
+    weights: DenseWeightsOption = None,
+    changes: ChangesOption = None,
     images: Annotated[
         int, typer.Option(min=1, help="Images to look at, spread evenly over the data.")
     ] = MAX_IMAGES,
     tolerance: Annotated[
         float, typer.Option(help="Relative difference of the mean cost that meets the budget.")
     ] = TOLERANCE,
-    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
+    batch: BatchOption = 32,
+    split: SplitOption = None,
     workers: WorkersOption = 2,
     device: DeviceOption = None,
     runtime: RuntimeOption = None,

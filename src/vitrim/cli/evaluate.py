@@ -17,10 +17,12 @@ from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of, meet
 from vitrim.cli.images import calibration_loader
 from vitrim.cli.options import (
+    BatchOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
     RatioOption,
+    SplitOption,
     WeightsOption,
     WorkersOption,
 )
@@ -63,7 +65,7 @@ def eval_command(
         Path | None,
         typer.Option(metavar="FILE", help="Draw accuracy against MACs here (.png, .pdf, .svg)."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    batch: BatchOption = 64,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many images, spread evenly.")
     ] = None,
@@ -71,7 +73,7 @@ def eval_command(
     class_map: Annotated[
         Path | None, typer.Option(help="Text file with all class folders in label order.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
+    split: SplitOption = None,
     crop_pct: Annotated[
         float | None,
         typer.Option(

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitrim import runtime
 from vitrim.cli import common, tables
 from vitrim.cli.images import prepared_images
-from vitrim.cli.options import JsonOption
+from vitrim.cli.options import DenseWeightsOption, JsonOption, ShareOption
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.export import bundle as exporting
 from vitrim.model import SparseModel
@@ -34,14 +34,8 @@ def export_command(
     batch: Annotated[
         str, typer.Option(help="Images per call, or dynamic for any number.")
     ] = "dynamic",
-    weights: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
-    ] = None,
-    macs: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Mean cost, as a share of the dense model's MACs."),
-    ] = None,
+    weights: DenseWeightsOption = None,
+    macs: ShareOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run the result beside the model, on --data.")
     ] = False,

@@ -13,7 +13,7 @@ from torch import nn
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
 from vitrim.cli.images import prepared_images
-from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption
+from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption, ShareOption
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, sparsify
@@ -132,10 +132,7 @@ def show_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
     keep_ratio: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
-    macs: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Mean cost, as a share of the dense model's MACs."),
-    ] = None,
+    macs: ShareOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
     device: DeviceOption = None,
 ) -> None:

@@ -31,6 +31,23 @@ RatioOption = Annotated[
     str | None,
     typer.Option(help="Keep ratios to try instead of the checkpoint's, such as 0.7,0.5."),
 ]
+DenseWeightsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
+]
+ChangesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method."),
+]
+SplitOption = Annotated[str | None, typer.Option(help="Split of a timm reader.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+ShareOption = Annotated[
+    float | None,
+    typer.Option("--macs", metavar="SHARE", help="Mean cost, as a share of the dense MACs."),
+]
+DenseArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
+]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")
 ]

@@ -16,7 +16,15 @@ from vitrim.budgets.schedule import Schedule
 from vitrim.budgets.solve import Costs, check_reach, find_schedule
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
-from vitrim.cli.options import DeviceOption, WorkersOption
+from vitrim.cli.options import (
+    BatchOption,
+    ChangesOption,
+    DenseArgument,
+    DenseWeightsOption,
+    DeviceOption,
+    SplitOption,
+    WorkersOption,
+)
 from vitrim.config import from_plain, to_plain
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
@@ -50,9 +58,7 @@ StagesOption = Annotated[
 
 
 def schedule_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="timm model name, or digits_vit; trained, dense.")
-    ],
+    model: DenseArgument,
     data: Annotated[
         str,
         typer.Option(
@@ -70,10 +76,7 @@ def schedule_command(
     method: Annotated[
         str, typer.Option(help="Whose selectors the schedule pays: dynamicvit, spvit, asvit, sait.")
     ] = "dynamicvit",
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method."),
-    ] = None,
+    changes: ChangesOption = None,
     stages: StagesOption = 3,
     procedure: Annotated[
         Literal["exact", "progressive"],
@@ -83,15 +86,12 @@ def schedule_command(
         Literal["agreement", "attention"],
         typer.Option(help="Quality by agreement with the dense model, or by attention kept."),
     ] = "agreement",
-    weights: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Safetensors file with the timm model's weights."),
-    ] = None,
+    weights: DenseWeightsOption = None,
     images: Annotated[
         int, typer.Option(min=1, help="Images to look at, spread evenly over the data.")
     ] = EFFECT_IMAGES,
-    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
-    split: Annotated[str | None, typer.Option(help="Split of a timm reader.")] = None,
+    batch: BatchOption = 32,
+    split: SplitOption = None,
     workers: WorkersOption = 2,
     device: DeviceOption = None,
     runtime: RuntimeOption = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,6 @@ from vitrim.config import require
 from vitrim.costs.macs import linear_macs
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Tokens
-
-
-class SelectorConfig(Protocol):
-    """What a selector wants to know of a method's config."""
-
-    @property
-    def share_heads(self) -> bool:
-        """One MLP for all heads, or one per head."""
-
-    @property
-    def fuse(self) -> Literal["log", "prob"]:
-        """Whether log-probabilities or probabilities are averaged over the heads."""
-
-    @property
-    def split(self) -> Literal["half", "shared"]:
-        """Whether the local and the pooled part of an embedding are its halves, or the same."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +32,11 @@ class Scores:
 class Selector(nn.Module):
     """Scores each patch token head by head, from its own slice and the mean slice of the image.
 
-    ``MultiheadPredictorLG`` of the authors' code. Package tokens take part in the mean.
+    ``MultiheadPredictorLG`` of the authors' code. Package tokens take part in the mean. ``config``
+    has ``share_heads``, ``fuse`` and ``split``, see ``methods.selection.SelectorConfig``.
     """
 
-    def __init__(self, dim: int, num_heads: int, config: SelectorConfig) -> None:
+    def __init__(self, dim: int, num_heads: int, config: Any) -> None:
         super().__init__()
         width = dim // num_heads
         require(

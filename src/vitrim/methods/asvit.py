@@ -45,11 +45,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.stages import check_stages, stretches
-from vitrim.methods.base import Method, check_weights, with_total
+from vitrim.methods.base import Method, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.packed import AnyTokens, select
@@ -118,7 +118,6 @@ class ASViTConfig:
         require(0 < factor < math.inf, f"threshold_factor is {factor}; expected a positive number")
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
         check_weights(self, "classification", "budget", "distill", "token")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def start(self, num_stages: int, num_patches: int) -> tuple[float, ...]:
         """The threshold of each stage before training."""

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import FAMILIES, Family, ViT
-from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
-from vitrim.methods.records import (
-    Decision,
-    DenseOutput,
-    Dial,
-    Plan,
-    PooledOutput,
-    Recorder,
-    SelectionOutput,
-    StageTrace,
-    TrainingOutput,
-)
+from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.plain import Grid
 
 SHARES = tuple(step / 400 for step in range(1, 401))
@@ -321,70 +309,6 @@ class RatioMethod(Method):
         return followed, remark if cls.decides(config) else None
 
 
-class SemanticMethod(Method):
-    """A method whose semantic tokens stand for the patches: no patch features are compared."""
-
-    keeps_its_cost = True  # it learned to make so many
-
-    @torch.no_grad()
-    def teach(self, family: Any, images: Tensor) -> DenseOutput:
-        state = family.dense(images)
-        features = family.patch_features(state)
-        return DenseOutput(family.head(state), features, pooled_features=family.pool(state))
-
-    def losses(
-        self, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
-    ) -> dict[str, Tensor]:
-        """Classification, distillation and, with a weight above 0, what the classifier reads."""
-        parts = dict[str, Tensor]()
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            if self.config.feature_weight:
-                wanted = teacher.pooled_features
-                if wanted is None:
-                    raise ConfigError(
-                        "feature_weight is above 0, so the loss needs what the teacher's "
-                        "classifier reads; ask the teacher through the method's teach"
-                    )
-                parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
-        return with_total(self.config, parts)
-
-    @staticmethod
-    def semantic_trace(block: int, grid: Grid, looks_BSN: Tensor, count: int) -> StageTrace:
-        """The record of a stage at which ``count`` semantic tokens take the places' part.
-
-        Args:
-            block: the first that runs on them.
-            grid: rows and columns of the places.
-            looks_BSN: how much each semantic token looks at each place.
-            count: of the semantic tokens that go on.
-        """
-        nothing = torch.empty(0, dtype=torch.int64, device=looks_BSN.device)
-        counts = torch.full((len(looks_BSN),), count, device=looks_BSN.device)
-        kept = [nothing] * len(looks_BSN)
-        return StageTrace(block, looks_BSN.mean(1), grid, kept, counts, looks_BSN)
-
-
-class WindowMethod(SemanticMethod):
-    """A method that makes semantic tokens window by window: ``window_tokens`` of its config."""
-
-    window: Grid
-    """Rows and columns of a window."""
-
-    def variants(self, ratios: Sequence[float]) -> list[Any]:
-        """The semantic tokens as set, and fewer and more, as a window has room for them."""
-        near = (self.config.side + more for more in (-1, 0, 1))
-        return self._with_sides(side for side in near if 1 <= side <= min(self.window))
-
-    def starts(self, family: Any, grid: Grid) -> list[Any]:
-        return self._with_sides(range(1, min(self.window) + 1))
-
-    def _with_sides(self, sides: Iterable[int]) -> list[Any]:
-        return [replace(self.config, window_tokens=side * side) for side in sides]
-
-
 def require_one_stage(plan: Plan, why: str) -> None:
     """Raise :class:`ConfigError` unless the schedule has one stage; ``why`` that must be."""
     require(
@@ -394,75 +318,7 @@ def require_one_stage(plan: Plan, why: str) -> None:
     )
 
 
-def check_weights(config: Any, *names: str) -> None:
-    """Raise :class:`ConfigError` unless every ``<name>_weight`` of ``config`` is 0 or more."""
-    for name in names:
-        weight = getattr(config, f"{name}_weight")
-        require(weight >= 0, f"{name}_weight is {weight}; expected 0 or more")
-
-
 def with_total(config: Any, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """The loss terms and ``"total"``, their sum weighted by ``<name>_weight`` of ``config``."""
     weighted = [getattr(config, f"{name}_weight") * part for name, part in parts.items()]
     return parts | {"total": torch.stack(weighted).sum()}
-
-
-def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> DenseOutput:
-    """A teacher's output with the saliency of the tokens that enter ``blocks``."""
-    tokens, saliency = family.saliency(images, blocks)
-    with torch.no_grad():
-        return DenseOutput(family.training_head(tokens), family.patch_features(tokens), saliency)
-
-
-def selection_losses(
-    config: Any,
-    output: SelectionOutput,
-    ratio: Tensor,
-    target: Tensor | None,
-    teacher: DenseOutput | None,
-    counts: Sequence[int],
-) -> dict[str, Tensor]:
-    """The losses of a method whose selectors are learned, by name, and their ``"total"``.
-
-    Args:
-        config: has ``<name>_weight`` for ratio, classification, distill, token and score.
-        output: of the training forward.
-        ratio: the method's ratio loss.
-        target: labels, or None.
-        teacher: what the dense model says, or None; with its saliency if scores are taught.
-        counts: tokens that each stage should keep, for the score loss.
-    """
-    require(
-        not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
-        "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
-    )
-    parts = {"ratio": ratio}
-    if target is not None:
-        parts["classification"] = losses.classification_loss(output.logits, target)
-    if teacher is not None:
-        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-        parts["token"] = _token_loss(output, teacher)
-        if config.score_weight:
-            parts["score"] = _score_loss(output.decisions, teacher, counts)
-    return with_total(config, parts)
-
-
-def _token_loss(output: SelectionOutput, teacher: DenseOutput) -> Tensor:
-    tokens, features = output.tokens, output.patch_features
-    index = tokens.index_BN.unsqueeze(-1).expand_as(features)
-    keep_BK = tokens.keep_BN
-    if keep_BK is None:
-        keep_BK = features.new_ones(features.shape[:2])
-    return output.token_loss(features, teacher.patch_features.gather(1, index), keep_BK)
-
-
-def _score_loss(
-    decisions: Sequence[Decision], teacher: DenseOutput, counts: Sequence[int]
-) -> Tensor:
-    """How far the selectors are from keeping the most salient of the tokens they see."""
-    terms = []
-    for decision, saliency, count in zip(decisions, teacher.saliency, counts, strict=True):
-        seen = saliency.gather(1, decision.before.index_BN)
-        alive = decision.before.keep_BN
-        terms.append(losses.best_tokens_loss(decision.log_probs, seen, alive, count))
-    return torch.stack(terms).mean()

@@ -39,14 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import check_weights, normalise, require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ConvNeXt, Swin
 from vitrim.layers import losses
 from vitrim.layers.predictor import Predictor
 from vitrim.layers.sampling import hard_keep
 from vitrim.layers.stages import check_stages
-from vitrim.methods.base import RatioMethod, check_weights, with_total
+from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
 from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.tokens.plain import Grid, Tokens
@@ -95,7 +95,6 @@ class DynamicSpatialConfig:
         require(self.level >= 0, f"level is {self.level}; expected 0 or more")
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
         check_weights(self, "classification", "ratio", "distill", "token")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     def ratios(self, num_stages: int) -> tuple[float, ...]:
         """The share of the slow path after each predictor, in the authors' arithmetic: 0.7 - 0.2

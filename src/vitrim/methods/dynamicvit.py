@@ -34,34 +34,25 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.predictor import Predictor
-from vitrim.layers.stages import (
-    check_keep_ratio,
-    check_stages,
-    quarter_stages,
-    stage_ratios,
-    stretches,
-)
-from vitrim.methods.base import RatioMethod, check_weights, salient_teacher, selection_losses
+from vitrim.layers.stages import check_stages, quarter_stages, stretches
+from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
+from vitrim.methods.selection import RatioConfig, check_scores, salient_teacher, selection_losses
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DynamicViTConfig:
-    """How DynamicViT is set up."""
+class DynamicViTConfig(RatioConfig):
+    """How DynamicViT is set up. The paper's ratio rule: r, r^2, r^3; its stages: 3, 6, 9 of 12
+    blocks, 4, 8, 12 of 16, 5, 10, 15 of 20. The authors use ``ratio_weight=5`` for DeiT-B.
+    """
 
-    keep_ratio: float | tuple[float, ...] = 0.7
-    """Kept share of the original patches. One number r gives r, r^2, r^3 ... at the stages (the
-    paper's rule); a tuple gives the share at each stage."""
-    stages: tuple[int, ...] | None = None
-    """Blocks before which tokens are dropped; None takes a quarter, a half and three quarters of
-    the depth: the paper's 3, 6, 9 of 12 blocks, 4, 8, 12 of 16 and 5, 10, 15 of 20."""
     threshold: float | None = None
     """Keep the tokens whose keep probability is above this, a count that depends on the image,
     instead of a fixed count. Between 0 and 1; None (the paper) keeps fixed counts."""
@@ -69,49 +60,21 @@ class DynamicViTConfig:
     """How training decides: a draw with Gumbel noise (the paper); the likelier class; or, ours,
     exactly as inference does, gathering the best. Then only ``score_weight`` teaches the
     predictors."""
-    temperature: float = 1.0
-    """Of the relaxed draw. Paper: 1, not annealed."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. Paper: 1."""
-    ratio_weight: float = 2.0
-    """Weight of the ratio loss, mean over stages. Paper: 2; the authors use 5 for DeiT-B."""
-    distill_weight: float = 0.5
-    """Weight of KL(teacher || student) on the logits. Paper: 0.5."""
-    token_weight: float = 0.5
-    """Weight of the squared error on kept tokens after the final norm (LV-ViT: of the KL divergence
-    on their logits). Paper: 0.5."""
     score_weight: float = 0.0
     """Ours: weight of a loss that teaches the predictors to keep the tokens that matter most to
     the dense teacher's prediction (``ViT.saliency``), for adapting on few images. Paper: none."""
     score_noise: float = 0.0
     """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
     being kept when training chooses, so that the backbone meets other choices. Paper: none."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
-        check_keep_ratio(self.keep_ratio)
-        if self.stages is not None:
-            check_stages(self.stages)
-            self.ratios(len(self.stages))
+        RatioConfig.__post_init__(self)
         threshold = self.threshold
         require(
             threshold is None or 0 <= threshold < 1,
             f"threshold is {threshold}; expected a probability in [0, 1), or None",
         )
-        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        check_weights(self, "classification", "ratio", "distill", "token", "score")
-        noise = self.score_noise
-        require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
-        require(
-            self.sampling != "top_k" or self.score_weight > 0,
-            'sampling="top_k" teaches the predictors by the score loss alone; set score_weight',
-        )
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
-
-    def ratios(self, num_stages: int) -> tuple[float, ...]:
-        """The kept share of the original patches at each stage."""
-        return stage_ratios(self.keep_ratio, num_stages)
+        check_scores(self)
 
 
 class DynamicViT(RatioMethod):

@@ -44,18 +44,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim import costs
-from vitrim.config import closest, normalise, require
+from vitrim.config import check_weights, closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
-from vitrim.methods.base import (
-    SHARES,
-    Method,
-    check_weights,
-    require_one_stage,
-    with_total,
-)
+from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
@@ -142,7 +136,6 @@ class SaiTConfig:
             f"attention_temperature is {self.attention_temperature}; expected more than 0",
         )
         check_weights(self, "classification", "attention", "distill")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @property
     def density_range(self) -> tuple[float, float]:

@@ -42,108 +42,52 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Scores, Selector, masked, package_of
-from vitrim.layers.stages import (
-    check_keep_ratio,
-    check_stages,
-    quarter_stages,
-    stage_ratios,
-    stretches,
-)
-from vitrim.methods.base import RatioMethod, check_weights, salient_teacher, selection_losses
+from vitrim.layers.stages import check_stages, quarter_stages, stretches
+from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
+from vitrim.methods.selection import SelectorConfig, check_scores, salient_teacher, selection_losses
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SPViTConfig:
-    """How SPViT is set up."""
+class SPViTConfig(SelectorConfig):
+    """How SPViT is set up. The authors keep 0.617, 0.369, 0.137 before blocks 3, 6, 9 of 12."""
 
-    keep_ratio: float | tuple[float, ...] = 0.7
-    """Kept share of the original patches: the target of the ratio loss, and with
-    ``inference="top_k"`` what is kept. One number r gives r, r^2, r^3 ... at the stages; a tuple
-    gives the share at each stage (the authors' code: 0.617, 0.369, 0.137)."""
-    stages: tuple[int, ...] | None = None
-    """Blocks before which tokens are dropped; None takes a quarter, a half and three quarters of
-    the depth: the authors' 3, 6, 9 of 12 blocks."""
     inference: Literal["argmax", "threshold", "top_k", "gumbel"] = "argmax"
     """How inference decides: the likelier class, per image (the paper); a keep score above
     ``threshold``, per image; a fixed number, the likeliest; or, as the authors' code does, a draw
     with noise, here from ``seed``."""
-    threshold: float = 0.5
-    """Of ``inference="threshold"``, on the mean of the heads' keep probabilities. In [0, 1)."""
     seed: int = 0
     """Of the noise of ``inference="gumbel"``, which starts afresh in every forward."""
     execution: Literal["gather", "mask"] = "gather"
     """Whether inference removes dropped tokens, or computes on all of them and hides them, as the
     authors' code does: the same logits, no saving, and a shape that no image changes."""
-    package_mode: Literal["keep_weighted", "mean", "sum"] = "keep_weighted"
-    """The package token: mean of the dropped tokens weighted by their keep scores; plain mean; or
-    weighted sum (the authors' last file)."""
     package_policy: Literal["append", "accumulate"] = "append"
     """Whether each stage brings a package token of its own (the authors' last file), or adds to the
     one that is there (their earlier ones)."""
-    share_heads: bool = True
-    """One selector MLP for all heads (the authors' code) or one per head."""
-    fuse: Literal["log", "prob"] = "log"
-    """What is averaged over the heads to decide: log-probabilities (the authors' code), or
-    probabilities, of which the logarithm is then taken (the paper's equation)."""
-    split: Literal["half", "shared"] = "half"
-    """Whether one half of a token's embedding is local and the other averaged over the image (the
-    authors' code), or the same, half as wide, is both (the paper's equation)."""
     sampling: Literal["gumbel", "argmax", "top_k"] = "gumbel"
     """How training decides: a draw with Gumbel noise (the paper); the likelier class; or, ours, a
     fixed number, gathered. Then ``score_weight`` teaches the selectors."""
-    temperature: float = 1.0
-    """Of the relaxed draw. Paper: 1, not annealed."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. Authors: 1."""
-    ratio_weight: float = 2.0
-    """Weight of the ratio loss, mean over stages. Authors: 2."""
-    distill_weight: float = 0.5
-    """Weight of KL(teacher || student) on the logits. Authors: 0.5."""
-    token_weight: float = 0.5
-    """Weight of the squared error on kept tokens after the final norm (LV-ViT: of the KL divergence
-    on their logits). Authors: 0.5."""
     score_weight: float = 0.0
     """Ours: weight of a loss that teaches the selectors to keep the tokens that matter most to the
     dense teacher's prediction (``ViT.saliency``), for adapting on few images. Authors: none."""
     score_noise: float = 0.0
     """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
     being kept when training chooses, so that the backbone meets other choices. Authors: none."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
-        check_keep_ratio(self.keep_ratio)
-        if self.stages is not None:
-            check_stages(self.stages)
-            self.ratios(len(self.stages))
-        threshold = self.threshold
-        require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
-        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        check_weights(self, "classification", "ratio", "distill", "token", "score")
-        noise = self.score_noise
-        require(noise >= 0, f"score_noise is {noise}; expected 0 or more")
-        require(
-            self.sampling != "top_k" or self.score_weight > 0,
-            'sampling="top_k" teaches the selectors by the score loss; set score_weight',
-        )
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
+        SelectorConfig.__post_init__(self)
+        check_scores(self)
 
     @classmethod
     def official(cls, **changes: Any) -> SPViTConfig:
         """The settings of the authors' last code, with ``changes``."""
         fields = {"keep_ratio": (0.617, 0.369, 0.137), "package_mode": "sum"}
         return cls(**fields | changes)
-
-    def ratios(self, num_stages: int) -> tuple[float, ...]:
-        """The kept share of the original patches at each stage."""
-        return stage_ratios(self.keep_ratio, num_stages)
 
 
 class SPViT(RatioMethod):

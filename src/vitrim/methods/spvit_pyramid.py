@@ -43,85 +43,49 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import require
 from vitrim.families import PiT, Swin
 from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Selector, masked, package_of
 from vitrim.layers.sparse_windows import sparse_block_macs, sparse_blocks
-from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios
-from vitrim.methods.base import RatioMethod, check_weights, with_total
+from vitrim.layers.stages import check_stages
+from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
+from vitrim.methods.selection import SelectorConfig
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SPViTPyramidConfig:
-    """How SPViT is set up on a pyramid."""
+class SPViTPyramidConfig(SelectorConfig):
+    """How SPViT is set up on a pyramid; ratios are shares of each stage's whole map."""
 
-    keep_ratio: float | tuple[float, ...] = 0.7
-    """Kept share of each stage's whole map: the target of the ratio loss, and with
-    ``inference="top_k"`` what is kept. One number r gives r, r^2, r^3 ... at the selectors; a tuple
-    gives the share at each (the authors' code: 0.617, 0.369, 0.137)."""
     stages: tuple[int, ...] | None = None
     """Blocks before which positions are dropped, counted through all stages, one per stage at most;
     None takes the middle of each stage on PiT and the start of each but the first on Swin."""
     inference: Literal["argmax", "threshold", "top_k"] = "argmax"
     """How inference decides: the likelier class, per image (the paper); a keep score above
     ``threshold``, per image; or a fixed number, the likeliest."""
-    threshold: float = 0.5
-    """Of ``inference="threshold"``, on the mean of the heads' keep probabilities. In [0, 1)."""
     execution: Literal["gather", "mask"] = "gather"
     """Whether inference computes only what is kept, or everything, and hides the rest: the same
     logits, no saving, and a shape that no image changes."""
     dropped: Literal["carry", "run"] = "carry"
     """What the next stage sees of a dropped position: its features when it was dropped (ours), or
     those after all blocks (the authors' code), which only ``execution="mask"`` computes."""
-    package_mode: Literal["keep_weighted", "mean", "sum"] = "keep_weighted"
-    """The package token: mean of the dropped tokens weighted by their keep scores (the authors'
-    code for PiT); plain mean; or weighted sum."""
     bounded_package: bool = True
     """Leave out of the weighted mean the gradient of its decisions, which knows no bound where few
     tokens are dropped. The authors keep it."""
-    share_heads: bool = True
-    """One selector MLP for all heads (the authors' code) or one per head."""
-    fuse: Literal["log", "prob"] = "log"
-    """What is averaged over the heads to decide: log-probabilities (the authors' code), or
-    probabilities (the paper's equation)."""
-    split: Literal["half", "shared"] = "half"
-    """Whether one half of a token's embedding is local and the other averaged over the image (the
-    authors' code), or the same, half as wide, is both (the paper's equation)."""
     sampling: Literal["gumbel", "argmax"] = "gumbel"
     """How training decides: a draw with Gumbel noise (the paper), or the likelier class."""
-    temperature: float = 1.0
-    """Of the relaxed draw. Paper: 1, not annealed."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. Authors: 1."""
-    ratio_weight: float = 2.0
-    """Weight of the ratio loss, mean over the selectors. Authors: 2."""
-    distill_weight: float = 0.5
-    """Weight of KL(teacher || student) on the logits. Authors: 0.5."""
-    token_weight: float = 0.5
-    """Weight of the squared error on the positions that the last stage kept. Authors: 0.5."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
-        check_keep_ratio(self.keep_ratio)
-        if self.stages is not None:
-            check_stages(self.stages)
-            self.ratios(len(self.stages))
-        threshold = self.threshold
-        require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
-        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
+        SelectorConfig.__post_init__(self)
         require(
             self.dropped == "carry" or self.execution == "mask",
             'dropped="run" computes dropped positions, so nothing can be removed; set '
             'execution="mask", or dropped="carry"',
         )
-        check_weights(self, "classification", "ratio", "distill", "token")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @classmethod
     def official(cls, **changes: Any) -> SPViTPyramidConfig:
@@ -133,10 +97,6 @@ class SPViTPyramidConfig:
             "bounded_package": False,
         }
         return cls(**fields | changes)
-
-    def ratios(self, num_selectors: int) -> tuple[float, ...]:
-        """The kept share of the map at each selector."""
-        return stage_ratios(self.keep_ratio, num_selectors)
 
 
 @dataclass(frozen=True)

@@ -40,24 +40,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import require
 from vitrim.families import ViT
 from vitrim.layers.pooling import POOLINGS
-from vitrim.methods.base import SemanticMethod, check_weights, require_one_stage
+from vitrim.methods.base import require_one_stage
 from vitrim.methods.records import Dial, Plan, PooledOutput, Recorder
+from vitrim.methods.semantic import SemanticConfig, SemanticMethod
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class STViTConfig:
+class STViTConfig(SemanticConfig):
     """How STViT is set up."""
 
     semantic_tokens: int | tuple[int, ...] = 16
@@ -68,42 +69,20 @@ class STViTConfig:
     the paper's 4 of 12."""
     generation_layers: int = 2
     """Blocks that make semantic tokens, 2 to 4. Paper: 2."""
-    pooling: Literal["max", "avg", "intra_inter"] = "max"
-    """How the map becomes initial centres: the largest value per channel and region (the released
-    code), the mean, or weights and places that are learned (our reading of the paper, not
-    verified)."""
-    global_centres: bool = True
-    """Learn centres G that are added to the second generation layer's queries. Paper: yes; the
-    released STViT-R weights have none."""
     centres_in_residual: bool = True
     """Whether that layer's residual holds G too, as in the released code."""
-    layer_scale: float | None = None
-    """Initial value of a learned scale per channel of each branch after the base layers; None has
-    none. The released code: 1e-5; ours: None, so that a trained model's blocks mean the same."""
     keep_prefix: bool = False
     """Ours: the class token (and registers) pass through all blocks, beside the semantic tokens
     from the generation layers on, and the backbone's own head reads them. After the generation
     layers each semantic token weighs as much in attention as the patches that it stands for (the
     proportional attention of ToMe, arXiv 2210.09461). Paper: no class token."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. The released code has this term alone."""
-    distill_weight: float = 0.5
-    """Ours: weight of KL(teacher || student) on the logits, where there is a teacher."""
-    feature_weight: float = 0.0
-    """Ours, for adapting on few images: weight of the squared error of what the classifier reads
-    against what the teacher's reads."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
+        SemanticConfig.__post_init__(self)
         _ = self.shape
         base, generation = self.base_layers, self.generation_layers
         require(base is None or base >= 0, f"base_layers is {base}; expected 0 or more")
         require(2 <= generation <= 4, f"generation_layers is {generation}; expected 2, 3 or 4")
-        scale = self.layer_scale
-        require(scale is None or scale > 0, f"layer_scale is {scale}; expected more than 0")
-        check_weights(self, "classification", "distill", "feature")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @property
     def shape(self) -> tuple[int, int]:

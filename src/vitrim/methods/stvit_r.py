@@ -54,20 +54,14 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import require
 from vitrim.families import Swin
 from vitrim.layers.pooling import POOLINGS
 from vitrim.layers.semantic_attention import Keys, WindowRecord
 from vitrim.layers.semantic_keys import Look, classification_look, dense_look, token_order
-from vitrim.layers.semantic_windows import (
-    Windows,
-    global_centres,
-    resized_centres,
-    tokens_side,
-    windows_of,
-)
-from vitrim.methods.base import WindowMethod, check_weights
+from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres, windows_of
 from vitrim.methods.records import PooledOutput, Recorder
+from vitrim.methods.semantic import WindowConfig, WindowMethod
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -79,17 +73,14 @@ GENERATION, AGAIN, LOCAL, GLOBAL, RECOVERY = range(1, UNIT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class STViTRConfig:
-    """How STViT-R is set up; the defaults are the released weights' settings."""
+class STViTRConfig(WindowConfig):
+    """How STViT-R is set up; the defaults are the released weights' settings. In the dense form
+    ``key_window`` is twice a window's side, if not given (authors: 14 for 7).
+    """
 
     form: Literal["classification", "dense"] = "classification"
     """Whether the blocks between map and semantic tokens look everywhere, as the authors classify,
     or at windows, as they detect."""
-    window_tokens: int = 9
-    """Semantic tokens per window: a square number. Authors: 9, whatever their options say."""
-    key_window: int | None = None
-    """Side of the larger window of the first generation block; None: 10/7 of a window's side in the
-    classification form, twice in the dense form. Authors: 10 and 14 for windows of 7."""
     second_key_window: int | None = None
     """Side of the larger window of the second generation block in the dense form; None: three times
     a window's. Authors: 21."""
@@ -108,8 +99,6 @@ class STViTRConfig:
     """Learn biases of the relative position in blocks 3 and 4."""
     layer_scale: float | None = 1e-5
     """Initial value of the learned scales per channel of blocks 1 to 5; None has none."""
-    pooling: Literal["max", "avg", "intra_inter"] = "max"
-    """How a window becomes initial centres; the released code: the largest value."""
     pad_mask: Literal["correct", "official", "off"] = "correct"
     """What the dense form hides of the padding where windows hang over the border: all of it, what
     the authors' masks hide of it, or nothing."""
@@ -118,19 +107,10 @@ class STViTRConfig:
     level_norms: bool = False
     """Learn a LayerNorm for each of the levels that ``features`` gives, as the authors' detector
     does."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. Authors: this term alone."""
-    distill_weight: float = 0.5
-    """Ours: weight of KL(teacher || student) on the logits, where there is a teacher."""
-    feature_weight: float = 0.0
-    """Ours, for adapting on few images: weight of the squared error of what the classifier reads
-    against what the teacher's reads."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
-        _ = self.side
-        for name in ("key_window", "second_key_window", "recovery_windows"):
+        WindowConfig.__post_init__(self)
+        for name in ("second_key_window", "recovery_windows"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}; expected 1 or more")
         windows = self.recovery_windows
@@ -139,21 +119,12 @@ class STViTRConfig:
             self.form == "dense" or (self.pad_mask == "correct" and self.second_key_window is None),
             'pad_mask and second_key_window belong to form="dense"',
         )
-        scale = self.layer_scale
-        require(scale is None or scale > 0, f"layer_scale is {scale}; expected more than 0")
-        check_weights(self, "classification", "distill", "feature")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
 
     @classmethod
     def dense_prediction(cls, **changes: Any) -> STViTRConfig:
         """The authors' backbone for detection, with correct masks."""
         preset: dict[str, Any] = {"form": "dense", "level_norms": True}
         return cls(**(preset | changes))
-
-    @property
-    def side(self) -> int:
-        """Semantic tokens per side of a window."""
-        return tokens_side(self.window_tokens)
 
 
 class BlockExtras(nn.Module):

@@ -37,26 +37,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import normalise, require
+from vitrim.config import require
 from vitrim.families import Swin
 from vitrim.layers.pooling import POOLINGS
 from vitrim.layers.semantic_attention import Keys, WindowRecord
 from vitrim.layers.semantic_keys import own_and_near
-from vitrim.layers.semantic_windows import (
-    Windows,
-    global_centres,
-    resized_centres,
-    tokens_side,
-    windows_of,
-)
-from vitrim.methods.base import WindowMethod, check_weights
+from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres, windows_of
 from vitrim.methods.records import Dial, PooledOutput, Recorder
+from vitrim.methods.semantic import WindowConfig, WindowMethod
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -66,53 +60,19 @@ EVERYTHING = Keys(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class STViTSwinConfig:
+class STViTSwinConfig(WindowConfig):
     """How STViT is set up on a Swin transformer."""
 
-    window_tokens: int = 9
-    """Semantic tokens per window: a square number. Paper: 9; also 16 and 4."""
     base_layers: int | None = None
     """Blocks of the third stage on the whole map, before the generation layers; None brings the
     blocks before these to 7/12 of all: 3 (Swin-T), 10 (Swin-S and Swin-B). Ours."""
-    key_window: int | None = None
-    """Side of the larger window that a window's semantic tokens look at; None: 10/7 of a window's
-    side, the released code's 10 for 7."""
-    pooling: Literal["max", "avg", "intra_inter"] = "max"
-    """How a window becomes initial centres: the largest value per channel and region (the released
-    code), the mean, or weights and places that are learned (our reading of the paper, not
-    verified)."""
-    global_centres: bool = True
-    """Learn centres G that are added to the second generation layer's queries. Paper: yes; the
-    released STViT-R weights have none."""
     centres_in_residual: bool = True
     """Whether that layer's residual holds G too, as in the released code."""
-    layer_scale: float | None = None
-    """Initial value of a learned scale per channel of each branch after the base layers; None has
-    none. The released code: 1e-5; ours: None, so that a trained model's blocks mean the same."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. The released code has this term alone."""
-    distill_weight: float = 0.5
-    """Ours: weight of KL(teacher || student) on the logits, where there is a teacher."""
-    feature_weight: float = 0.0
-    """Ours, for adapting on few images: weight of the squared error of what the classifier reads
-    against what the teacher's reads."""
-    version: int = 1
 
     def __post_init__(self) -> None:
-        normalise(self)
-        _ = self.side
-        base, key = self.base_layers, self.key_window
+        WindowConfig.__post_init__(self)
+        base = self.base_layers
         require(base is None or base >= 0, f"base_layers is {base}; expected 0 or more")
-        require(key is None or key >= 1, f"key_window is {key}; expected 1 or more")
-        scale = self.layer_scale
-        require(scale is None or scale > 0, f"layer_scale is {scale}; expected more than 0")
-        check_weights(self, "classification", "distill", "feature")
-        require(self.version == 1, f"version is {self.version}; this vitrim reads version 1")
-
-    @property
-    def side(self) -> int:
-        """Semantic tokens per side of a window."""
-        return tokens_side(self.window_tokens)
 
 
 class STViTSwin(WindowMethod):

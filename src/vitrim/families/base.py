@@ -99,12 +99,10 @@ class Family(ABC):
 
 
 class Pyramid(Family):
-    """A family whose backbones keep a map that shrinks from stage to stage.
+    """A family whose backbones pool their tokens, or shrink their map, from stage to stage.
 
     Every ``grid`` is that of the stem; :meth:`stage_grid` gives that of a stage.
     """
-
-    keeps_map = True
 
     @property
     @abstractmethod
@@ -117,49 +115,73 @@ class Pyramid(Family):
 
     @abstractmethod
     def stage_dim(self, stage: int) -> int:
-        """Channels of the map in a stage's blocks."""
+        """Channels in a stage's blocks."""
 
     @abstractmethod
     def stage_grid(self, grid: Grid, stage: int) -> Grid:
         """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
 
     @abstractmethod
-    def stem(self, images: Tensor) -> FeatureMap:
-        """The map before stage 0."""
+    def stem(self, images: Tensor) -> Any:
+        """The tokens, or the map, before stage 0."""
 
     @abstractmethod
-    def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
-        """The downsampling before a stage's blocks; the same map where there is none."""
+    def enter_stage(self, stage: int, state: Any, /) -> Any:
+        """The downsampling before a stage's blocks; the same state where there is none."""
 
     @abstractmethod
-    def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
+    def run_block(self, stage: int, index: int, state: Any, /) -> Any:
         """Block ``index`` of a stage on every position: timm's own forward."""
 
-    def run_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
-        """A whole stage: its downsampling and all its blocks."""
-        fmap = self.enter_stage(stage, fmap)
+    def run_stage(self, stage: int, state: Any, **options: Any) -> Any:
+        """A whole stage: its downsampling and all its blocks; ``options`` are the blocks'."""
+        state = self.enter_stage(stage, state)
         for index in range(self.depths[stage]):
-            fmap = self.run_block(stage, index, fmap)
-        return fmap
+            state = self.run_block(stage, index, state, **options)
+        return state
 
-    def dense(self, images: Tensor) -> FeatureMap:
-        """The map after the last block, every position fully computed."""
-        fmap = self.stem(images)
+    def dense(self, images: Tensor) -> Any:
+        """What leaves the last block, every position fully computed."""
+        state = self.stem(images)
         for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-        return fmap
+            state = self.run_stage(stage, state)
+        return state
+
+    @abstractmethod
+    def as_map(self, stage: int, state: Any, /) -> Tensor:
+        """(B, C, rows, columns): what a stage leaves, all positions present and in order."""
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
-        fmap, levels = self.stem(images), []
+        state, levels = self.stem(images), []
         for stage in range(len(self.depths)):
-            fmap = self.run_stage(stage, fmap)
-            levels.append(fmap.x_BHWC.permute(0, 3, 1, 2).contiguous())
+            state = self.run_stage(stage, state)
+            levels.append(self.as_map(stage, state).contiguous())
         return levels
 
     @abstractmethod
     def stem_macs(self, grid: Grid) -> int:
         """MACs of the stem."""
+
+    @abstractmethod
+    def level_macs(self, stage: int, grid: Grid) -> int:
+        """MACs of :meth:`run_stage`."""
+
+    @abstractmethod
+    def head_macs(self) -> int:
+        """MACs of the classifier."""
+
+    def dense_steps(self, grid: Grid) -> list[Step]:
+        return costs.pyramid_steps(self, grid, costs.dense_levels(self, grid))
+
+
+class MapPyramid(Pyramid):
+    """A pyramid that keeps a map from stem to head."""
+
+    keeps_map = True
+
+    def as_map(self, stage: int, fmap: FeatureMap) -> Tensor:
+        return fmap.x_BHWC.permute(0, 3, 1, 2)
 
     @abstractmethod
     def downsample_macs(self, stage: int, grid: Grid) -> int:
@@ -173,23 +195,14 @@ class Pyramid(Family):
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of the rest of a block on ``num_positions`` positions (a number or a tensor)."""
 
-    @abstractmethod
-    def head_macs(self) -> int:
-        """MACs of the classifier."""
-
     def block_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of a whole block."""
         positions = math.prod(self.stage_grid(grid, stage))
         return self.mix_macs(stage, index, grid) + int(self.channel_macs(stage, index, positions))
 
     def level_macs(self, stage: int, grid: Grid) -> int:
-        """MACs of :meth:`run_stage`."""
         blocks = (self.block_macs(stage, index, grid) for index in range(self.depths[stage]))
         return self.downsample_macs(stage, grid) + sum(blocks)
-
-    def dense_steps(self, grid: Grid) -> list[Step]:
-        """What the backbone alone computes for one image of ``grid`` patches."""
-        return costs.pyramid_steps(self, grid, costs.dense_levels(self, grid))
 
 
 def check_channels(images: Tensor, channels: int) -> None:

@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrim.costs.macs import linear_macs
 from vitrim.errors import InputError
-from vitrim.families.base import Pyramid, check_channels
+from vitrim.families.base import MapPyramid, check_channels
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
 
-class ConvNeXt(Pyramid):
+class ConvNeXt(MapPyramid):
     """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
 
     name = "convnext"
@@ -35,12 +35,10 @@ class ConvNeXt(Pyramid):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
         return type(model) is TimmConvNeXt
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if [type(module) for module in model.stem][:1] != [nn.Conv2d] or len(model.stem) != 2:
             yield f"a stem of {len(model.stem)} layers (served: stem_type='patch', one convolution)"
         if model.head.global_pool.is_identity():
@@ -62,15 +60,12 @@ class ConvNeXt(Pyramid):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Blocks of each stage."""
         return tuple(len(stage.blocks) for stage in self.backbone.stages)
 
     def block(self, stage: int, index: int) -> Any:
-        """Timm's block ``index`` of ``stage``."""
         return self.backbone.stages[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
-        """Channels of the map in ``stage``."""
         return int(self.backbone.feature_info[stage]["num_chs"])
 
     @property
@@ -99,7 +94,6 @@ class ConvNeXt(Pyramid):
         return None if isinstance(downsample, nn.Identity) else downsample[1]
 
     def check_images(self, images: Tensor) -> None:
-        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
         check_channels(images, self.backbone.in_chans)
         shape = tuple(images.shape)
         if min(self.stage_grid(self.grid((shape[2], shape[3])), len(self.depths) - 1)) < 1:
@@ -119,7 +113,6 @@ class ConvNeXt(Pyramid):
         return _map(self.backbone.stages[stage].downsample(_nchw(fmap.x_BHWC)))
 
     def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
-        """Block ``index`` of ``stage``: timm's own forward."""
         block: Callable[[Tensor], Tensor] = self.block(stage, index)
         if self.backbone.stages[stage].grad_checkpointing and torch.is_grad_enabled():
             return _map(checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False))
@@ -157,7 +150,6 @@ class ConvNeXt(Pyramid):
         return features
 
     def stem_macs(self, grid: Grid) -> int:
-        """MACs of the stem."""
         return int(self.backbone.stem[0].weight.numel()) * math.prod(grid)
 
     def downsample_macs(self, stage: int, grid: Grid) -> int:
@@ -176,7 +168,6 @@ class ConvNeXt(Pyramid):
         return linear_macs(self.block(stage, index).mlp) * num_positions
 
     def head_macs(self) -> int:
-        """MACs of the classifier."""
         return linear_macs(self.backbone.head)
 
 

@@ -30,12 +30,10 @@ class LVViT(ViT):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's class; subclasses with own forwards are not."""
         return type(model) is LVVisionTransformer
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if type(model.patch_embed) is not ConvStem:
             yield f"patch embedding {type(model.patch_embed).__name__} (served: ConvStem)"
         if not isinstance(model.head, nn.Linear) or not isinstance(model.aux_head, nn.Linear):

@@ -21,16 +21,15 @@ from timm.models.pit import ConvEmbedding, Pooling, PoolingVisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitrim import costs
 from vitrim.costs.macs import linear_macs, transformer_block_macs
 from vitrim.errors import InputError
 from vitrim.families import blocks
-from vitrim.families.base import Family, check_channels
+from vitrim.families.base import Pyramid, check_channels
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
 
-class PiT(Family):
+class PiT(Pyramid):
     """Runs one timm pooling-based vision transformer piece by piece; holds no weights of its own.
 
     Between two stages the tokens must be a whole map again: none masked, each in its place.
@@ -41,12 +40,10 @@ class PiT(Family):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's class; subclasses with own forwards are not."""
         return type(model) is PoolingVisionTransformer
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if type(model.patch_embed) is not ConvEmbedding:
             yield f"patch embedding {type(model.patch_embed).__name__} (served: ConvEmbedding)"
         if model.global_pool != "token":
@@ -69,7 +66,6 @@ class PiT(Family):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Number of blocks of each stage."""
         return tuple(len(stage.blocks) for stage in self.backbone.transformers)
 
     @property
@@ -79,16 +75,13 @@ class PiT(Family):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the backbone was created for."""
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
     def block(self, stage: int, index: int) -> Any:
-        """Timm's block ``index`` of a stage."""
         return self.backbone.transformers[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
-        """Channels of the tokens in a stage's blocks."""
         return int(self.block(stage, 0).norm1.weight.numel())
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
@@ -99,11 +92,9 @@ class PiT(Family):
         return int(rows), int(columns)
 
     def stage_grid(self, grid: Grid, stage: int) -> Grid:
-        """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
         return -(-grid[0] // 2**stage), -(-grid[1] // 2**stage)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
         check_channels(images, self.backbone.in_chans)
         shape = tuple(images.shape)
         if self.grid((shape[2], shape[3])) != self.grid():
@@ -139,22 +130,6 @@ class PiT(Family):
         """Block ``index`` of a stage: timm's own (fused) forward, masked, or packed."""
         return blocks.run_block(self.block(stage, index), tokens, has_class=True)
 
-    def run_stage(self, stage: int, tokens: Tokens) -> Tokens:
-        """A whole stage: its pooling and all its blocks."""
-        tokens = self.enter_stage(stage, tokens)
-        for index in range(self.depths[stage]):
-            out = self.run_block(stage, index, tokens)
-            assert isinstance(out, Tokens)
-            tokens = out
-        return tokens
-
-    def dense(self, images: Tensor) -> Tokens:
-        """All tokens after the last block, nothing dropped."""
-        tokens = self.stem(images)
-        for stage in range(len(self.depths)):
-            tokens = self.run_stage(stage, tokens)
-        return tokens
-
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): the final norm of the model's prefix tokens, and the classifier."""
         model = self.backbone
@@ -173,20 +148,7 @@ class PiT(Family):
         """(B, N, C): the patch tokens after the last block; the model has no norm for them."""
         return tokens.patches
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
-        tokens, levels = self.stem(images), []
-        for stage in range(len(self.depths)):
-            tokens = self.run_stage(stage, tokens)
-            levels.append(self.as_map(stage, tokens))
-        return levels
-
-    def dense_steps(self, grid: Grid) -> list[costs.Step]:
-        """What the backbone alone computes for one image of ``grid`` patches."""
-        return costs.pyramid_steps(self, grid, costs.dense_levels(self, grid))
-
     def level_macs(self, stage: int, grid: Grid) -> int:
-        """MACs of :meth:`run_stage`."""
         num_tokens = math.prod(self.stage_grid(grid, stage)) + self.num_prefix
         blocks = (self.block_macs(stage, index, num_tokens) for index in range(self.depths[stage]))
         return int(self.downsample_macs(stage, grid, self.num_prefix) + sum(blocks))

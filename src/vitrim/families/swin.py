@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrim.costs.macs import linear_macs
-from vitrim.families.base import Pyramid, check_patched_images
+from vitrim.families.base import MapPyramid, check_patched_images
 from vitrim.layers.semantic_attention import (
     Keys,
     WindowRecord,
@@ -46,7 +46,7 @@ from vitrim.tokens.plain import Grid
 _STEMS = (PatchEmbed, SwinConvStem)
 
 
-class Swin(Pyramid):
+class Swin(MapPyramid):
     """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
 
     name = "swin"
@@ -54,12 +54,10 @@ class Swin(Pyramid):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's class; subclasses with own forwards are not."""
         return type(model) is SwinTransformer
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if type(model.patch_embed) not in _STEMS:
             name = type(model.patch_embed).__name__
             yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
@@ -87,21 +85,17 @@ class Swin(Pyramid):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Number of blocks of each stage."""
         return tuple(len(stage.blocks) for stage in self.backbone.layers)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the backbone was created for."""
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
     def block(self, stage: int, index: int) -> Any:
-        """Timm's block ``index`` of a stage."""
         return self.backbone.layers[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
-        """Channels of the map in a stage's blocks."""
         return int(self.block(stage, 0).dim)
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
@@ -111,11 +105,9 @@ class Swin(Pyramid):
         return int(rows), int(columns)
 
     def stage_grid(self, grid: Grid, stage: int) -> Grid:
-        """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
         return -(-grid[0] // 2**stage), -(-grid[1] // 2**stage)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
         check_patched_images(images, self.backbone, not self.backbone.patch_embed.strict_img_size)
 
     def stem(self, images: Tensor) -> FeatureMap:
@@ -186,13 +178,6 @@ class Swin(Pyramid):
         query, memory = block.norm1(query_BWQC), block.norm1(memory_BMC)
         return window_cross_attention(block.attn, query, memory, keys, bias_HQK, project_once)
 
-    def run_stage(self, stage: int, fmap: FeatureMap, pad_first: bool = False) -> FeatureMap:
-        """A whole stage: its downsampling and all its blocks."""
-        fmap = self.enter_stage(stage, fmap)
-        for index in range(self.depths[stage]):
-            fmap = self.run_block(stage, index, fmap, pad_first)
-        return fmap
-
     def head(self, fmap: FeatureMap) -> Tensor:
         """Logits (B, classes): final norm, pooling and classifier."""
         model = self.backbone
@@ -247,7 +232,6 @@ class Swin(Pyramid):
         return window_cross_attention_macs(attention, num_queries, num_rows, num_keys)
 
     def head_macs(self) -> int:
-        """MACs of the classifier."""
         return linear_macs(self.backbone.head)
 
 

@@ -43,12 +43,10 @@ class ViT(Family):
 
     @staticmethod
     def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
         return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
         if type(model.patch_embed) is not PatchEmbed:
             name = type(model.patch_embed).__name__
             yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
@@ -82,7 +80,6 @@ class ViT(Family):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the backbone was created for."""
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
@@ -93,7 +90,6 @@ class ViT(Family):
         return int(rows), int(columns)
 
     def check_images(self, images: Tensor) -> None:
-        """Raise :class:`InputError` unless the backbone takes ``images`` (B, channels, H, W)."""
         check_patched_images(images, self.backbone, self.backbone.dynamic_img_size)
 
     def stem(self, images: Tensor) -> Tokens:
@@ -270,7 +266,6 @@ class ViT(Family):
         return tokens.with_x(tokens.x.detach()), saliency
 
     def dense_steps(self, grid: Grid) -> list[costs.Step]:
-        """What the backbone alone computes for one image of ``grid`` patches."""
         return costs.plain_steps(self, grid)
 
     def stem_macs(self, num_patches: int) -> int:

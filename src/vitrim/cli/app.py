@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from vitrim.cli.profile import profile_command
 from vitrim.cli.schedule import schedule_command
 from vitrim.config import to_plain
 from vitrim.errors import InputError, UnsupportedBackboneError
-from vitrim.families import family_of
+from vitrim.families import FAMILIES, family_of
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
 
@@ -95,23 +95,12 @@ def list_command(
         _list_capabilities()
 
 
-# Where timm and vitrim keep the backbones of the families; one block of a plain transformer tells.
-_MODULES: dict[str, dict[str, Any]] = {
-    "vision_transformer": {"depth": 1},
-    "deit": {"depth": 1},
-    "lvvit": {},
-    "pit": {},
-    "swin_transformer": {},
-    "conv_stem_swin": {},
-    "convnext": {},
-}
-
-
 def _list_models(pattern: str) -> None:
     """Timm's names whose architecture a family accepts; found by building each, without weights."""
     names = {
-        name: options
-        for module, options in _MODULES.items()
+        name: family.smallest
+        for family in FAMILIES
+        for module in family.modules
         for name in timm.list_models(pattern, module=module)
     }
     if not names:
@@ -119,8 +108,8 @@ def _list_models(pattern: str) -> None:
     console = common.out()
     with common.progress("looking at timm's models", len(names)) as advance:
         served = []
-        for number, (name, options) in enumerate(names.items(), 1):
-            if _is_served(name, options):
+        for number, (name, smallest) in enumerate(names.items(), 1):
+            if _is_served(name, smallest):
                 served.append(name)
             advance(number)
     for name in served:
@@ -128,9 +117,9 @@ def _list_models(pattern: str) -> None:
     common.note(f"{len(served)} models, by their timm names; and digits_vit, which is shipped")
 
 
-def _is_served(name: str, options: dict[str, Any]) -> bool:
+def _is_served(name: str, smallest: Mapping[str, Any]) -> bool:
     with torch.device("meta"):
-        model = timm.create_model(name, **options)
+        model = timm.create_model(name, **smallest)
     try:
         family_of(model)
     except UnsupportedBackboneError:

@@ -19,6 +19,7 @@ from torch import nn
 
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError
+from vitrim.families import FAMILIES
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
@@ -120,9 +121,8 @@ def _close_model(name: str) -> str:
     """Likely meanings of a misspelt name; the part before the patch size may stand alone."""
     from vitrim.train.shipped import DIGITS_NAME
 
-    models = [
-        m for module in ("deit", "vision_transformer") for m in timm.list_models(module=module)
-    ]
+    modules = [module for family in FAMILIES for module in family.modules]
+    models = [model for module in modules for model in timm.list_models(module=module)]
     starts = {full.partition("_patch")[0]: full for full in [*reversed(models), DIGITS_NAME]}
     near = get_close_matches(name, models) or [
         starts[start] for start in get_close_matches(name, starts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.costs import Step, total_macs
 from vitrim.errors import InputError
-from vitrim.families.inside import OnlyLevels, WithoutBlocks
+from vitrim.families.inside import Instead, OnlyLevels, WithoutBlocks
 from vitrim.layers import losses
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid, Tokens
@@ -28,6 +28,10 @@ class Family(ABC):
     name: ClassVar[str]
     serves: ClassVar[str]
     """The backbones that it runs, in words."""
+    modules: ClassVar[Sequence[str]]
+    """Of timm's registry, where models of its classes are."""
+    smallest: ClassVar[Mapping[str, Any]] = {}
+    """Arguments that make a model in little time, enough to see whether it can be run."""
     labels_patches: ClassVar[bool] = False
     """Whether its patch tokens have a classifier of their own."""
     keeps_map: ClassVar[bool] = False
@@ -68,9 +72,11 @@ class Family(ABC):
         """Features (B, N, C) or (B, H, W, C) as the tokens, or the map, between two blocks."""
         return FeatureMap(features) if self.keeps_map else Tokens.of(features, self.num_prefix)
 
-    def without_blocks(self) -> WithoutBlocks:
-        """A plain vision transformer whose blocks do nothing, on features in place of images."""
-        return WithoutBlocks(self)
+    def without_blocks(self, instead: Instead, with_mlp: bool) -> WithoutBlocks:
+        """A plain vision transformer with something else for its blocks, on features in place of
+        images; see :class:`WithoutBlocks`.
+        """
+        return WithoutBlocks(self, instead, with_mlp)
 
     def only(self, levels: Sequence[int]) -> OnlyLevels:
         """A backbone in levels of which only these have blocks, on the features that enter them."""

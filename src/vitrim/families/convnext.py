@@ -31,6 +31,7 @@ class ConvNeXt(MapPyramid):
     """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
 
     name = "convnext"
+    modules = ("convnext",)
     serves = "timm ConvNeXt, version 1 (convnext_tiny, _small, _base, _large, _xlarge and kin)"
 
     @staticmethod

@@ -6,13 +6,16 @@ of a pyramid: that is what latency tables time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
+
+Instead = Callable[[Sequence[int], Any], Any]
+"""Takes the indices of blocks and the tokens that enter them; gives those that leave."""
 
 
 class Inside:
@@ -41,13 +44,22 @@ class Inside:
 
 
 class WithoutBlocks(Inside):
-    """A plain vision transformer whose blocks do nothing."""
+    """A plain vision transformer without its blocks: ``instead`` of some it has something else. The
+    MLP of a block in which a method chooses is there, if ``with_mlp``.
+    """
+
+    def __init__(self, whole: Any, instead: Instead, with_mlp: bool) -> None:
+        super().__init__(whole)
+        self.instead, self.with_mlp = instead, with_mlp
 
     def run_block(self, index: int, tokens: Any) -> Any:
-        return tokens
+        return self.instead((index,), tokens)
 
     def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
-        return tokens
+        return self.instead(indices, tokens)
+
+    def mlp_half(self, index: int, tokens: Any) -> Any:
+        return self.whole.mlp_half(index, tokens) if self.with_mlp else tokens
 
     def patch_head(self, x_BNC: Tensor) -> Tensor:
         return x_BNC

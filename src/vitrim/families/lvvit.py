@@ -25,6 +25,7 @@ class LVViT(ViT):
     """Runs one LV-ViT piece by piece; holds no weights of its own."""
 
     name = "lvvit"
+    modules = ("lvvit",)
     serves = "vitrim's own lvvit_s and lvvit_m, and what timm.create_model makes of these names"
     labels_patches = True
 

@@ -36,6 +36,7 @@ class PiT(Pyramid):
     """
 
     name = "pit"
+    modules = ("pit",)
     serves = "timm PoolingVisionTransformer (pit_ti, pit_xs, pit_s, pit_b and their distilled kin)"
 
     @staticmethod

@@ -50,6 +50,7 @@ class Swin(MapPyramid):
     """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
 
     name = "swin"
+    modules = ("swin_transformer", "conv_stem_swin")
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
 
     @staticmethod

@@ -9,9 +9,9 @@ so (other block, attention or pooling types) is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
@@ -36,6 +36,8 @@ class ViT(Family):
     """Runs one timm vision transformer piece by piece; holds no weights of its own."""
 
     name = "vit"
+    modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit")
+    smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
         "timm VisionTransformer and VisionTransformerDistilled with standard blocks "
         "(vit_*, deit_*, deit3_*, dinov2, clip, siglip and kin)"

@@ -43,7 +43,7 @@ from vitrim.tools.benchmark import (
     keep_memory,
     limited_threads,
 )
-from vitrim.tools.hardware import hardware
+from vitrim.tools.hardware import hardware, synchronise
 
 _READY = 30
 """Percent of the work that are done when everything is ready to be timed."""
@@ -271,17 +271,12 @@ def _milliseconds_after(before: runners.Call) -> Callable[[runners.Call, float, 
 
 
 def _seconds(call: runners.Call, repeats: int, clock: Clock) -> float:
-    _synchronise()
+    synchronise()
     start = clock()
     for _ in range(repeats):
         call()
-    _synchronise()
+    synchronise()
     return clock() - start
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _curves(probes: Sequence[Probe], samples: Samples) -> dict[str, Curve]:

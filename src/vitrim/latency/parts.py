@@ -21,7 +21,7 @@ from vitrim import costs
 from vitrim.budget import Curve
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
-from vitrim.families.inside import WithoutBlocks, features_of
+from vitrim.families.inside import features_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.tokens.packed import Layout, PackedTokens
@@ -120,7 +120,7 @@ class Whole(Part):
         return self.model(images)  # type: ignore[no-any-return]
 
 
-class _Chain(Part):
+class Blocks(Part):
     """Block after block. Packed images have just been selected, and run only to the next stage."""
 
     def __init__(self, backbone: nn.Module, packed: bool = False) -> None:
@@ -129,43 +129,37 @@ class _Chain(Part):
         self.repeats = max(1, depth // 4) if packed else depth
         self.cold = packed
 
-
-class Blocks(_Chain):
-    """Whole blocks."""
-
     def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.family.run_blocks(range(self.repeats), self.tokens(images)).x
-        return x
+        tokens = self.tokens(images)
+        for block in range(self.repeats):
+            tokens = self.run(block, tokens)
+        return features_of(tokens)
+
+    def run(self, block: int, tokens: Any) -> Any:
+        """What the curve is of; other parts have others in its place."""
+        return self.family.run_blocks((block,), tokens)
 
 
-class AttentionHalves(_Chain):
+class AttentionHalves(Blocks):
     """The first halves of blocks."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.tokens(images)
-        for block in range(self.repeats):
-            tokens, _ = self.family.attention_half(block, tokens)
-        return tokens.x  # type: ignore[no-any-return]
+    def run(self, block: int, tokens: Any) -> Any:
+        return self.family.attention_half(block, tokens)[0]
 
 
-class MlpHalves(_Chain):
+class MlpHalves(Blocks):
     """The second halves of blocks."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.tokens(images)
-        for block in range(self.repeats):
-            tokens = self.family.mlp_half(block, tokens)
-        return tokens.x  # type: ignore[no-any-return]
+    def run(self, block: int, tokens: Any) -> Any:
+        return self.family.mlp_half(block, tokens)
 
 
-class CrossBlocks(_Chain):
+class CrossBlocks(Blocks):
     """All blocks on semantic tokens that are weighted by what each stands for."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        x, bias = images, images.new_ones(images.shape[1])
-        for block in range(self.repeats):
-            x, _ = self.family.cross_block(block, x, x, x, bias)
-        return x
+    def run(self, block: int, tokens: Any) -> Any:
+        x, bias = tokens.x, tokens.x.new_ones(tokens.x.shape[1])
+        return tokens.with_x(self.family.cross_block(block, x, x, x, bias)[0])
 
 
 class Selecting(Part):
@@ -180,7 +174,8 @@ class Selecting(Part):
         self.method = method = new_method(backbone, config)
         family, grid = self.family, self.family.grid()
         steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
-        self.inside = _Unmixed(self, runs_mlp=all(step.part != "mlp" for step in steps))
+        with_mlp = all(step.part != "mlp" for step in steps)  # it is no step of its own
+        self.inside: Any = family.without_blocks(self._between, with_mlp)
         self.adaptive = method.counts(family, grid) is None
         part = costs.select_part(method.name, self.adaptive)
         self.part = costs.packed_part(part) if packed else part
@@ -197,6 +192,17 @@ class Selecting(Part):
     def forward(self, images: Tensor) -> Tensor:
         x: Tensor = self.method.infer(self.inside, images)
         return x
+
+    def _between(self, blocks: Sequence[int], tokens: Any) -> Any:
+        """What is done for blocks that are not there: what was packed is divided for attention, and
+        packed images come from those before the stage.
+        """
+        if self.packed and _STAGE not in blocks:
+            return self.packed(tokens.x)
+        if isinstance(tokens, PackedTokens):
+            attention: Any = self.family.backbone.blocks[_STAGE].attn
+            tokens.layout.buckets(tokens.x.dtype, attention.num_heads)
+        return tokens
 
     @torch.no_grad()
     def _keep_some(self, like: Tensor) -> None:
@@ -220,27 +226,6 @@ class Selecting(Part):
         curve = Curve(dial, kept)
         place = curve.search(KEPT, tolerance=math.inf, near_enough=0.02, tries=20)
         self.method.turn(dial.at(place))
-
-
-class _Unmixed(WithoutBlocks):
-    """What a method's inference runs on here: its own work is left, and dividing for attention what
-    it packed. The MLP too, of the block in which it chooses, if that is not a step of its own.
-    """
-
-    def __init__(self, part: Selecting, runs_mlp: bool) -> None:
-        super().__init__(part.family)
-        self.packed, self.runs_mlp = part.packed, runs_mlp
-
-    def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
-        if self.packed and _STAGE not in indices:
-            return self.packed(tokens.x)
-        if isinstance(tokens, PackedTokens):
-            attention: Any = self.whole.backbone.blocks[_STAGE].attn
-            tokens.layout.buckets(tokens.x.dtype, attention.num_heads)
-        return tokens
-
-    def mlp_half(self, index: int, tokens: Any) -> Any:
-        return self.whole.mlp_half(index, tokens) if self.runs_mlp else tokens
 
 
 def new_method(backbone: nn.Module, config: Any) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios
-from vitrim.methods.base import with_total
+from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import Decision, DenseOutput, SelectionOutput
 
 
@@ -76,6 +76,27 @@ class SelectorConfig(RatioConfig):
         RatioConfig.__post_init__(self)
         threshold = self.threshold
         require(0 <= threshold < 1, f"threshold is {threshold}; expected a probability in [0, 1)")
+
+
+class SelectorMethod(RatioMethod):
+    """Either form of SPViT: how inference chooses is its config's ``inference``."""
+
+    fixed_by = 'inference="top_k"'
+
+    @classmethod
+    def decides(cls, config: Any) -> bool:
+        return bool(config.inference != "top_k")
+
+    @classmethod
+    def kinds(cls) -> tuple[Any, ...]:
+        return cls.config_class(inference="top_k"), cls.config_class()
+
+    @property
+    def _threshold(self) -> float:
+        return float(self.config.threshold) if self.config.inference == "threshold" else 0.5
+
+    def _with_threshold(self, value: float) -> Any:
+        return replace(self.config, inference="threshold", threshold=value)
 
 
 def check_scores(config: Any) -> None:

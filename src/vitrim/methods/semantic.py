@@ -6,9 +6,9 @@ Chang et al., "Making Vision Transformers Efficient from A Token Sparsification 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,13 @@ from torch import Tensor
 from vitrim.config import check_weights, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.layers import losses
-from vitrim.layers.semantic_windows import tokens_side
+from vitrim.layers.semantic_windows import Windows, tokens_side, windows_of
 from vitrim.methods.base import Method, with_total
 from vitrim.methods.records import DenseOutput, PooledOutput, StageTrace
 from vitrim.tokens.plain import Grid
+
+STAGE = 2
+"""Of a backbone with windows, where semantic tokens are made; stages are counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +127,20 @@ class SemanticMethod(Method):
 class WindowMethod(SemanticMethod):
     """A method that makes semantic tokens window by window: ``window_tokens`` of its config."""
 
+    families = ("swin",)
+    refusals: ClassVar[Mapping[str, str]] = {
+        "vit": "a plain transformer has no windows: use stvit",
+        "lvvit": "it has no windows",
+        "pit": "it has no windows",
+        "convnext": "it has no attention",
+    }
     window: Grid
     """Rows and columns of a window."""
+
+    def _windows(self, family: Any, grid: Grid) -> Windows:
+        """The windows of the map of :data:`STAGE`, of an image of ``grid`` patches."""
+        map_grid = family.stage_grid(grid, STAGE)
+        return windows_of(map_grid, self.window, self.config.window_tokens)
 
     def variants(self, ratios: Sequence[float]) -> list[Any]:
         """The semantic tokens as set, and fewer and more, as a window has room for them."""

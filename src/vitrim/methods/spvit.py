@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -46,9 +46,14 @@ from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Scores, Selector, masked, package_of
 from vitrim.layers.stages import check_stages, quarter_stages, stretches
-from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
-from vitrim.methods.selection import SelectorConfig, check_scores, salient_teacher, selection_losses
+from vitrim.methods.selection import (
+    SelectorConfig,
+    SelectorMethod,
+    check_scores,
+    salient_teacher,
+    selection_losses,
+)
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -90,7 +95,7 @@ class SPViTConfig(SelectorConfig):
         return cls(**fields | changes)
 
 
-class SPViT(RatioMethod):
+class SPViT(SelectorMethod):
     """The method on a plain vision transformer, and on LV-ViT."""
 
     name = "spvit"
@@ -102,7 +107,6 @@ class SPViT(RatioMethod):
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     needs_training = "spvit-adapt"
-    fixed_by = 'inference="top_k"'
     config: SPViTConfig
 
     def __init__(
@@ -121,14 +125,6 @@ class SPViT(RatioMethod):
         for selector in selectors:
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
-
-    @classmethod
-    def decides(cls, config: SPViTConfig) -> bool:
-        return config.inference != "top_k"
-
-    @classmethod
-    def kinds(cls) -> tuple[SPViTConfig, ...]:
-        return SPViTConfig(inference="top_k"), SPViTConfig()
 
     def _drops_nothing(self, stage: int, num_patches: int) -> bool:
         """Whether inference is bound to keep everything at ``stage``, which is then skipped."""
@@ -291,10 +287,3 @@ class SPViT(RatioMethod):
                     patches = counts[stage]
             steps.append(costs.block(family, block, patches + prefix, part))
         return [*steps, costs.head(family, patches + prefix, prefix - family.num_prefix)]
-
-    @property
-    def _threshold(self) -> float:
-        return self.config.threshold if self.config.inference == "threshold" else 0.5
-
-    def _with_threshold(self, value: float) -> SPViTConfig:
-        return replace(self.config, inference="threshold", threshold=value)

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -49,9 +49,9 @@ from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Selector, masked, package_of
 from vitrim.layers.sparse_windows import sparse_block_macs, sparse_blocks
 from vitrim.layers.stages import check_stages
-from vitrim.methods.base import RatioMethod, with_total
+from vitrim.methods.base import with_total
 from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
-from vitrim.methods.selection import SelectorConfig
+from vitrim.methods.selection import SelectorConfig, SelectorMethod
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Grid, Tokens
@@ -131,7 +131,7 @@ class PyramidOutput(TrainingOutput):
         return [keep_BN.sum(1) for keep_BN in self.keeps]
 
 
-class SPViTPyramid(RatioMethod):
+class SPViTPyramid(SelectorMethod):
     """The method on backbones that pool their map between stages."""
 
     name = "spvit_pyramid"
@@ -143,7 +143,6 @@ class SPViTPyramid(RatioMethod):
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
-    fixed_by = 'inference="top_k"'
     config: SPViTPyramidConfig
 
     def __init__(
@@ -167,14 +166,6 @@ class SPViTPyramid(RatioMethod):
         for selector in selectors:
             selector.reset_parameters(generator)
         self.selectors = nn.ModuleList(selectors)
-
-    @classmethod
-    def decides(cls, config: SPViTPyramidConfig) -> bool:
-        return config.inference != "top_k"
-
-    @classmethod
-    def kinds(cls) -> tuple[SPViTPyramidConfig, ...]:
-        return SPViTPyramidConfig(inference="top_k"), SPViTPyramidConfig()
 
     def target_counts(self, family: PiT | Swin, grid: Grid) -> tuple[int, ...]:
         maps = (math.prod(family.stage_grid(grid, stage)) for stage in self._places)
@@ -371,13 +362,6 @@ class SPViTPyramid(RatioMethod):
             'the model sparse with execution="gather" to change its cost',
         )
         return super().dial
-
-    @property
-    def _threshold(self) -> float:
-        return self.config.threshold if self.config.inference == "threshold" else 0.5
-
-    def _with_threshold(self, value: float) -> SPViTPyramidConfig:
-        return replace(self.config, inference="threshold", threshold=value)
 
 
 def default_stages(family: PiT | Swin) -> tuple[int, ...]:

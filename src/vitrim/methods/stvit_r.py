@@ -45,9 +45,9 @@ gradients of the code on fixed weights; training was not re-run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.swin_transformer import get_relative_position_index
@@ -59,14 +59,12 @@ from vitrim.families import Swin
 from vitrim.layers.pooling import POOLINGS
 from vitrim.layers.semantic_attention import Keys, WindowRecord
 from vitrim.layers.semantic_keys import Look, classification_look, dense_look, token_order
-from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres, windows_of
+from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres
 from vitrim.methods.records import PooledOutput, Recorder
-from vitrim.methods.semantic import WindowConfig, WindowMethod
+from vitrim.methods.semantic import STAGE, WindowConfig, WindowMethod
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
-STAGE = 2
-"""The stage whose blocks work in units; stages are counted from 0."""
 UNIT = 6
 GENERATION, AGAIN, LOCAL, GLOBAL, RECOVERY = range(1, UNIT)
 """The blocks of a unit after its first."""
@@ -175,13 +173,6 @@ class STViTR(WindowMethod):
     name = "stvit_r"
     config_class = STViTRConfig
     needs_training = "stvit_r-t"
-    families = ("swin",)
-    refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain transformer has no windows: use stvit",
-        "lvvit": "it has no windows",
-        "pit": "it has no windows",
-        "convnext": "it has no attention",
-    }
     config: STViTRConfig
 
     def __init__(
@@ -224,11 +215,6 @@ class STViTR(WindowMethod):
         self.level_norms = nn.ModuleList(
             nn.LayerNorm(family.stage_dim(stage), eps=1e-5) for stage in stages
         )
-
-    def _windows(self, family: Swin, grid: Grid) -> Windows:
-        """The windows of the third stage's map of an image of ``grid`` patches."""
-        map_grid = family.stage_grid(grid, STAGE)
-        return windows_of(map_grid, self.window, self.config.window_tokens)
 
     @property
     def _sees_padding(self) -> bool:

@@ -35,9 +35,9 @@ reproduce the costs; training on ImageNet was not re-run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,12 @@ from vitrim.families import Swin
 from vitrim.layers.pooling import POOLINGS
 from vitrim.layers.semantic_attention import Keys, WindowRecord
 from vitrim.layers.semantic_keys import own_and_near
-from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres, windows_of
+from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres
 from vitrim.methods.records import Dial, PooledOutput, Recorder
-from vitrim.methods.semantic import WindowConfig, WindowMethod
+from vitrim.methods.semantic import STAGE, WindowConfig, WindowMethod
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
-STAGE = 2
-"""The stage in which semantic tokens are made; stages are counted from 0."""
 EVERYTHING = Keys(None)
 
 
@@ -81,13 +79,6 @@ class STViTSwin(WindowMethod):
     name = "stvit_swin"
     config_class = STViTSwinConfig
     needs_training = "stvit_swin-t"
-    families = ("swin",)
-    refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain transformer has no windows: use stvit",
-        "lvvit": "it has no windows",
-        "pit": "it has no windows",
-        "convnext": "it has no attention",
-    }
     config: STViTSwinConfig
 
     def __init__(
@@ -130,11 +121,6 @@ class STViTSwin(WindowMethod):
             for stage in range(STAGE, len(family.depths))
             for index in range(firsts.get(stage, 0), family.depths[stage])
         ]
-
-    def _windows(self, family: Swin, grid: Grid) -> Windows:
-        """The windows of the third stage's map of an image of ``grid`` patches."""
-        map_grid = family.stage_grid(grid, STAGE)
-        return windows_of(map_grid, self.window, self.config.window_tokens)
 
     def _reach(self, windows: Windows) -> Grid:
         return windows.reach(self.config.key_window, 10 / 7)

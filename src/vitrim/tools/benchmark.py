@@ -26,7 +26,7 @@ from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
 from vitrim.model import SparseModel
 from vitrim.tools.evaluate import dense_macs
-from vitrim.tools.hardware import hardware
+from vitrim.tools.hardware import hardware, synchronise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WARM_UP_CALLS = 3
@@ -243,12 +243,11 @@ def keep_memory() -> None:
 def _seconds_per_call(
     run: Callable[[Tensor], Any], batches: Sequence[Tensor], calls: int, clock: Clock
 ) -> float:
-    device = batches[0].device
-    _synchronise(device)
+    synchronise()
     start = clock()
     for call in range(calls):
         run(batches[call % len(batches)])
-    _synchronise(device)
+    synchronise()
     return (clock() - start) / calls
 
 
@@ -344,8 +343,3 @@ def _inputs(
     if count == 0:
         raise InputError(f"{len(images)} images do not make one batch of {batch}; give more")
     return [part.to(device, dtype) for part in torch.split(images[: count * batch], batch)]
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

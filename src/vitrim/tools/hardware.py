@@ -33,6 +33,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return stamp
 
 
+def synchronise() -> None:
+    """Wait until a CUDA device, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def cpu_name() -> str:
     """The processor's name, as the system tells it."""
     try:

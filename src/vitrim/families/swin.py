@@ -161,19 +161,8 @@ class Swin(MapPyramid):
         bias_HQK: Tensor | None = None,
         project_once: bool = True,
     ) -> tuple[Tensor, WindowRecord]:
-        """A block's norm and attention between other windows than its own; no residual.
-
-        Args:
-            stage: of the block.
-            index: of the block in its stage.
-            query_BWQC: what asks, window by window.
-            memory_BMC: rows that are looked at.
-            keys: which rows each window looks at.
-            bias_HQK: added to the logits of every window; the block's own biases are not used.
-            project_once: see ``window_cross_attention``.
-
-        Returns:
-            the layer's output (B, W, Q, C), and its inner values.
+        """A block's norm and attention between other windows than its own, without a residual; see
+        ``window_cross_attention``.
         """
         block = self.block(stage, index)
         query, memory = block.norm1(query_BWQC), block.norm1(memory_BMC)

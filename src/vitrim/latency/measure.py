@@ -15,6 +15,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def profile(
         if min(map(len, samples.values())) < rounds:
             report = progress or (lambda percent: None)
             calls = _calls(probes, runtime, dtype, threads, device, report)
-            save = _saver(side_file, stamp)
+            save = partial(_save, side_file, stamp)
             with torch.inference_mode():
                 _measure(calls, probes, samples, rounds, min_seconds, clock, save, report)
     return LatencyTable(stamp, _curves(probes, samples))
@@ -173,13 +174,10 @@ def _settings(stamp: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _saver(side_file: Path | None, stamp: Mapping[str, Any]) -> Callable[[Samples], None]:
-    def save(samples: Samples) -> None:
-        if side_file is not None:
-            content = {"settings": _settings(stamp), "samples": samples}
-            write_atomic(side_file, json.dumps(content).encode())
-
-    return save
+def _save(side_file: Path | None, stamp: Mapping[str, Any], samples: Samples) -> None:
+    if side_file is not None:
+        content = {"settings": _settings(stamp), "samples": samples}
+        write_atomic(side_file, json.dumps(content).encode())
 
 
 def _key(probe: Probe) -> str:

@@ -13,13 +13,13 @@ def quarter_stages(depth: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
 
 
-def check_keep_ratio(keep_ratio: float | tuple[float, ...]) -> None:
-    """Raise :class:`ConfigError` unless the ratios are in (0, 1] and never rise."""
+def check_keep_ratio(keep_ratio: float | tuple[float, ...], may_rise: bool = False) -> None:
+    """Raise :class:`ConfigError` unless the ratios are in (0, 1], and fall if they must."""
     ratios = keep_ratio if isinstance(keep_ratio, tuple) else (keep_ratio,)
     require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per stage")
     for ratio in ratios:
         require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
-    falling = all(a >= b for a, b in pairwise(ratios))
+    falling = may_rise or all(a >= b for a, b in pairwise(ratios))
     require(falling, f"keep_ratio is {ratios}; a later stage cannot keep more than an earlier")
 
 

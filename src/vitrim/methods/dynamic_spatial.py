@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.config import check_weights, normalise, require
+from vitrim.config import require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ConvNeXt, Swin
 from vitrim.layers import losses
@@ -48,6 +48,7 @@ from vitrim.layers.sampling import hard_keep
 from vitrim.layers.stages import check_stages
 from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
+from vitrim.methods.selection import RatioConfig
 from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -56,7 +57,7 @@ STEP = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DynamicSpatialConfig:
+class DynamicSpatialConfig(RatioConfig):
     """How dynamic spatial sparsification is set up."""
 
     keep_ratio: float | tuple[float, ...] = 0.7
@@ -69,32 +70,15 @@ class DynamicSpatialConfig:
     """Which of the backbone's stages is made sparse, from 0. Paper: 2, the third."""
     sampling: Literal["gumbel", "argmax"] = "gumbel"
     """How training decides: a draw with Gumbel noise (the paper), or the likelier class."""
-    temperature: float = 1.0
-    """Of the relaxed draw. Paper: 1, not annealed."""
     fast_scale: float = 1e-6
     """First value of the fast path's layer scale, which ConvNeXt has. Paper: 1e-6."""
-    classification_weight: float = 1.0
-    """Weight of the cross entropy. Paper: 1."""
     ratio_weight: float = 10.0
     """Weight of the ratio loss, mean over predictors. Paper: 10."""
-    distill_weight: float = 0.5
-    """Weight of KL(teacher || student) on the logits. Paper: 0.5."""
-    token_weight: float = 0.5
-    """Weight of the squared error on the final map after the norm. Paper: 0.5."""
-    version: int = 1
+    may_rise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        normalise(self)
-        ratios = self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,)
-        require(len(ratios) > 0, "keep_ratio is empty; give a number or one number per predictor")
-        for ratio in ratios:
-            require(0 < ratio <= 1, f"keep_ratio is {ratio}; expected a number in (0, 1]")
-        if self.stages is not None:
-            check_stages(self.stages)
-            self.ratios(len(self.stages))
+        RatioConfig.__post_init__(self)
         require(self.level >= 0, f"level is {self.level}; expected 0 or more")
-        require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
-        check_weights(self, "classification", "ratio", "distill", "token")
 
     def ratios(self, num_stages: int) -> tuple[float, ...]:
         """The share of the slow path after each predictor, in the authors' arithmetic: 0.7 - 0.2

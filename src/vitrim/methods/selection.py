@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,10 +39,12 @@ class RatioConfig:
     """Weight of the squared error on what is kept to the end, after the final norm (LV-ViT: of the
     KL divergence on their logits). Papers: 0.5."""
     version: int = 1
+    may_rise: ClassVar[bool] = False
+    """Whether a later stage may keep more than an earlier one."""
 
     def __post_init__(self) -> None:
         normalise(self)
-        check_keep_ratio(self.keep_ratio)
+        check_keep_ratio(self.keep_ratio, self.may_rise)
         if self.stages is not None:
             check_stages(self.stages)
             self.ratios(len(self.stages))

@@ -13,13 +13,13 @@ from timm.data import ImageNetInfo
 from tests.training import write_images
 from vitrim import ConfigError, InputError
 from vitrim.train.data import (
-    UnreadableImageError,
     check_label_space,
     digits_data_config,
     eval_loader,
     eval_transform,
     open_dataset,
 )
+from vitrim.train.samples import UnreadableImageError
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -101,7 +101,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return _convert_union(value, get_args(hint), path)
     if origin is Literal:
         choices = get_args(hint)
-        require(value in choices, f"{path} is {value!r}; use one of {_listed(choices)}")
+        listed = ", ".join(map(repr, choices))
+        require(value in choices, f"{path} is {value!r}; use one of {listed}")
         return value
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{path} is {value!r}; a list was expected")
@@ -136,7 +137,3 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
             continue
     names = [getattr(option, "__name__", str(option)) for option in options]
     raise ConfigError(f"{path} is {value!r}; expected one of: {', '.join(names)}")
-
-
-def _listed(choices: Iterable[Any]) -> str:
-    return ", ".join(repr(choice) for choice in choices)

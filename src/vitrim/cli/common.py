@@ -135,16 +135,12 @@ def _pretrained(name: str) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises errors of many libraries
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise InputError(
             f"timm cannot fetch the pretrained weights of {name!r} "
-            f"({type(error).__name__}: {_first_line(error)}); give a file with --weights"
+            f"({type(error).__name__}: {reason}); give a file with --weights"
         ) from error
     return model
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
 
 
 def require_sparse(model: nn.Module, source: str) -> SparseModel:

@@ -35,23 +35,8 @@ from vitrim.train.samples import (
     TarReader,
     Transform,
     Unreadable,
-    UnreadableImageError,
     collate,
 )
-
-__all__ = [
-    "EvalLoader",
-    "FolderReader",
-    "ReaderDataset",
-    "Unreadable",
-    "UnreadableImageError",
-    "check_label_space",
-    "digits_data_config",
-    "eval_loader",
-    "eval_transform",
-    "is_digits",
-    "open_dataset",
-]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")
@@ -119,9 +104,11 @@ def open_dataset(
             f"({', '.join(kinds)})"
         )
     if not labelled:
-        return ReaderDataset(
-            FolderReader([(image, UNLABELLED) for image in _all_images(path)]), transform, None
-        )
+        images = _images_in(path)
+        if not images:
+            raise InputError(f"the data folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        reader = FolderReader([(image, UNLABELLED) for image in images])
+        return ReaderDataset(reader, transform, None)
     return _open_folder(path, transform, num_classes, class_map)
 
 
@@ -155,14 +142,11 @@ def _open_reader(
         ) from error
     if isinstance(dataset, ImageDataset):
         # timm's own dataset puts the next image in the place of a damaged one.
-        return ReaderDataset(dataset.reader, transform, _reader_classes(dataset.reader))
+        numbers = getattr(dataset.reader, "class_to_idx", None)
+        classes = sorted(numbers, key=numbers.__getitem__) if numbers else None
+        return ReaderDataset(dataset.reader, transform, classes)
     dataset.transform = transform
     return dataset
-
-
-def _reader_classes(reader: Any) -> list[str] | None:
-    numbers = getattr(reader, "class_to_idx", None)
-    return sorted(numbers, key=numbers.__getitem__) if numbers else None
 
 
 def _open_folder(
@@ -251,13 +235,6 @@ def _images_in(folder: Path) -> list[Path]:
 def _natural(name: str) -> list[str | int]:
     """Sorts ``class_2`` before ``class_10``, as timm orders class folders."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
-
-
-def _all_images(path: Path) -> list[Path]:
-    images = _images_in(path)
-    if not images:
-        raise InputError(f"the data folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return images
 
 
 def _first(names: Sequence[str], count: int = 5) -> str:

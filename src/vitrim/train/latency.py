@@ -13,7 +13,7 @@ this form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,26 +125,18 @@ def start_config(sparse: SparseModel, budget: BudgetRecipe) -> Any:
     if len(choices) == 1:
         return choices[0]
 
-    def cost(changed: Any) -> float:
-        method.config = changed
-        return float(predict(table, method, family, grid, method.target_counts(family, grid)))
-
     try:
-        return _nearest(choices, cost, milliseconds, method.name)
+        costs = []
+        for method.config in choices:
+            counts = method.target_counts(family, grid)
+            costs.append(float(predict(table, method, family, grid, counts)))
     finally:
         method.config = config
-
-
-def _nearest(
-    choices: Sequence[Any], cost: Callable[[Any], float], milliseconds: float, name: str
-) -> Any:
-    """The config whose cost is nearest to the budget."""
-    costs = [cost(choice) for choice in choices]
     floor = min(costs)
     require(
         milliseconds >= floor,
-        f"a budget of {milliseconds:g} ms is under the floor: {name} as the recipe sets it takes "
-        f"{floor:.4g} ms by prediction at its cheapest. Ask for more, drop tokens earlier "
+        f"a budget of {milliseconds:g} ms is under the floor: {method.name} as the recipe sets it "
+        f"takes {floor:.4g} ms by prediction at its cheapest. Ask for more, drop tokens earlier "
         "(method.stages, method.schedule), or take a smaller model",
     )
     return min(zip(costs, choices, strict=True), key=lambda pair: abs(pair[0] - milliseconds))[1]

@@ -21,11 +21,11 @@ from vitrim import (
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
+    calibrate,
     from_pretrained,
     sparsify,
 )
 from vitrim.budget import Curve
-from vitrim.budgets import calibrate
 from vitrim.budgets.calibrate import MAX_BYTES
 from vitrim.methods import METHODS
 from vitrim.methods.records import Dial

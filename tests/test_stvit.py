@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import images, seeded, tiny_vit
-from vitrim import ConfigError, InputError, STViTConfig, from_pretrained, sparsify
-from vitrim.budgets import calibrate
+from vitrim import ConfigError, InputError, STViTConfig, calibrate, from_pretrained, sparsify
 from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.pooling import POOLINGS

@@ -15,10 +15,10 @@ from vitrim import (
     STViTConfig,
     STViTSwinConfig,
     UnsupportedBackboneError,
+    calibrate,
     from_pretrained,
     sparsify,
 )
-from vitrim.budgets import calibrate
 from vitrim.costs.macs import counting
 from vitrim.families import family_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -141,7 +140,7 @@ def test_no_more_images_than_asked_for_are_taken(monkeypatch):
     assert calibrate(made(SaiTConfig()), endless(), 0.7, max_images=20).images == 20
     assert taken == 3
     assert MAX_BYTES >= 256 * 3 * 224 * 224 * 4
-    monkeypatch.setattr(sys.modules["vitrim.calibrate"], "MAX_BYTES", images(16).nbytes)
+    monkeypatch.setattr("vitrim.budgets.calibrate.MAX_BYTES", images(16).nbytes)
     assert calibrate(made(SaiTConfig()), endless(), 0.7).images == 16
 
 

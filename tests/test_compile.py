@@ -10,6 +10,7 @@ import vitrim
 from tests.conftest import images, seeded, tiny_vit
 from tests.test_methods import FIRST, is_fixed, sparse_model
 from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+from vitrim.tokens.graphs import exporting
 
 ADAPTIVE = {
     "dynamicvit": DynamicViTConfig(threshold=0.45),
@@ -72,3 +73,15 @@ def test_counts_of_images_share_their_graphs(name, batch):
                 seen.add(tuple(tuple(stage.counts.tolist()) for stage in stages))
     assert counter.frame_count == graphs
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_compiled_graph_is_not_an_exported_one(strict):
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if exporting() else x
+
+    asks, x = Asks(), torch.zeros(2)
+    assert torch.compile(asks, backend="eager", fullgraph=True)(x).sum() == 0
+    assert torch.export.export(asks, (x,), strict=strict).module()(x).sum() == 2
+    assert asks(x).sum() == 0

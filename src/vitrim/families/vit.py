@@ -25,6 +25,7 @@ from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
 from vitrim.families.blocks import SomeTokens
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -324,7 +325,7 @@ def _plain_in_graphs(pool: Any) -> Iterator[None]:
     """Without the fused kernel where an exporter looks on: of a number of tokens that is found at
     run time, some want to know whether it is 1.
     """
-    if not torch.compiler.is_exporting() or not pool.fused_attn:
+    if not exporting() or not pool.fused_attn:
         yield
         return
     pool.fused_attn = False

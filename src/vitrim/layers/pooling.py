@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrim.tokens.graphs import exporting
+
 
 class Pooling(nn.Module, ABC):
     """How a map becomes initial centres."""
@@ -38,7 +40,7 @@ class MaxPooling(Pooling):
     """The largest value of each channel in a region."""
 
     def forward(self, map_BCHW: Tensor, shape: tuple[int, int]) -> Tensor:
-        if torch.compiler.is_exporting():  # runtimes know pooling by adaptive means, but no maximum
+        if exporting():  # runtimes know pooling by adaptive means, but no maximum
             return _max_of_regions(map_BCHW, shape)
         return _sequence(F.adaptive_max_pool2d(map_BCHW, shape))
 

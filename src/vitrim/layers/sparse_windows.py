@@ -19,6 +19,7 @@ from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
 from vitrim.costs.macs import linear_macs
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import in_slices
 from vitrim.tokens.plain import Grid
 
@@ -168,7 +169,7 @@ def _attend(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> T
         scale=attention.scale,
     )
     context = context.transpose(1, 2)
-    if torch.compiler.is_exporting():  # a runtime's attention may lay its result out otherwise
+    if exporting():  # a runtime's attention may lay its result out otherwise
         context = context.clone(memory_format=torch.contiguous_format)
     context = context.reshape(-1, attention.proj.in_features)
     out: Tensor = attention.proj(context.index_select(0, plan.place_T))

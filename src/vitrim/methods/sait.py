@@ -51,6 +51,7 @@ from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -466,7 +467,7 @@ class SaiT(Method):
 
 def _ranking(score_BN: Tensor) -> Tensor:
     """(B, N): positions from best to worst; of equal scores the earlier position first."""
-    if torch.compiler.is_exporting():  # runtimes know no stable sort
+    if exporting():  # runtimes know no stable sort
         return score_BN.topk(score_BN.shape[1], dim=1).indices
     return score_BN.argsort(dim=1, descending=True, stable=True)
 

@@ -250,8 +250,10 @@ class SPViTPyramid(SelectorMethod):
     ) -> Tokens:
         """The blocks of a stage of PiT, from its whole map to its whole map."""
         number, place = self._places.get(stage, (0, -1))
-        prefix, packages = entered.prefix_BPC.tensor_split([family.num_prefix], 1)
-        tokens: AnyTokens = entered.with_prefix(prefix)
+        own, packages, patches = entered.x.tensor_split([family.num_prefix, entered.num_prefix], 1)
+        # Not with_prefix, which may be a graph of its own: before torch 2.15 a graph that is handed
+        # a tensor and a view of it fails once their sizes change.
+        tokens: AnyTokens = Tokens.of(torch.cat([own, patches], 1), family.num_prefix)
         before, choice = entered, None
         for index in range(family.depths[stage]):
             if index == place:

@@ -216,7 +216,8 @@ class STViT(SemanticMethod):
     ) -> tuple[Tensor, AttentionRecord]:
         if not len(self.layer_scales):
             return family.cross_block(block, query, residual, memory, bias_N)
-        scale1, scale2 = self.layer_scales[2 * (block - self.base_layers) :][:2]
+        first = 2 * (block - self.base_layers)
+        scale1, scale2 = self.layer_scales[first], self.layer_scales[first + 1]
         x, record = family.cross_half(block, query, residual, memory, bias_N)
         x = residual + scale1 * (x - residual)
         after = family.mlp_half(block, Tokens.of(x, 0))

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
+from vitrim.tokens.graphs import exporting
+
 EPS = 1e-6
 _MAX_EXPONENT = -math.log(EPS)
 
@@ -118,7 +120,7 @@ def recorded_attention(
     if keep_BN is None:
         dropout = attention.attn_drop.p if attention.training else 0.0
         context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    elif torch.compiler.is_exporting():
+    elif exporting():
         # Plain products: of fused attention some exporters want to know the number of tokens.
         visible = keep_BN > 0.5
         logits = q * attention.scale @ k.transpose(-2, -1)

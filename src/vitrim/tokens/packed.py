@@ -36,6 +36,7 @@ from vitrim.tokens.bucketing import (
     divide,
     make_bucket,
 )
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.padding import select_padded
 from vitrim.tokens.plain import Tokens
 
@@ -287,7 +288,7 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
     num_images = len(keep_BN)
     if num_images == 1 and isinstance(tokens, Tokens):
         return _select_one(tokens, keep_BN[0], packages_BPC)
-    if torch.compiler.is_exporting():
+    if exporting():
         assert isinstance(tokens, Tokens)
         return select_padded(tokens, keep_BN, packages_BPC)
     return _select_many(tokens, keep_BN, packages_BPC)

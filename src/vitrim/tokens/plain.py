@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vitrim.tokens.graphs import exporting
+
 Grid = tuple[int, int]
 """Rows and columns of a grid of positions."""
 
@@ -87,7 +89,7 @@ class Tokens:
 
     def max_per_image(self, values: Tensor) -> Tensor:
         """(B, ...): largest of each image's patch tokens of ``values``; -inf of none."""
-        if not torch.compiler.is_exporting() and self.num_patches == 0:
+        if not exporting() and self.num_patches == 0:
             return values.new_full((self.num_images, *values.shape[2:]), -math.inf)
         if self.keep_BN is not None:
             shape = (*self.keep_BN.shape, *[1] * (values.ndim - 2))

@@ -70,7 +70,8 @@ def as_methods_run_them(
         points: how many numbers of positions, about.
     """
     family: Any = family_of(backbone)
-    grid, shares = family.grid(), _shares(points)
+    grid = family.grid()
+    shares = [LEAST + (MOST - LEAST) * point / max(points - 1, 1) for point in range(points)]
     dense = {step.part for step in family.dense_steps(grid)}
     found: dict[tuple[str, int], Level] = {}
     for variant in new_method(backbone, config).variants(shares):
@@ -86,10 +87,6 @@ def as_methods_run_them(
             for positions, each in chosen.items():
                 found.setdefault((step.part, positions), each)
     return found
-
-
-def _shares(points: int) -> list[float]:
-    return [LEAST + (MOST - LEAST) * point / max(points - 1, 1) for point in range(points)]
 
 
 def _deciding(level: Level, shape: tuple[int, ...], shares: Sequence[float]) -> dict[int, Level]:

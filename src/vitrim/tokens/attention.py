@@ -123,8 +123,9 @@ def recorded_attention(
     elif exporting():
         # Plain products: of fused attention some exporters want to know the number of tokens.
         visible = keep_BN > 0.5
-        logits = q * attention.scale @ k.transpose(-2, -1)
-        logits = logits.masked_fill(~visible[:, None, None, :], -math.inf)
+        token_N = torch.arange(q.shape[2], device=q.device)
+        seen = visible[:, None, None, :] | (token_N.unsqueeze(1) == token_N)  # itself in any case
+        logits = (q * attention.scale @ k.transpose(-2, -1)).masked_fill(~seen, -math.inf)
         context = logits.softmax(-1) @ v
     else:
         weights = masked_softmax(q * attention.scale @ k.transpose(-2, -1), keep_BN)

@@ -139,11 +139,11 @@ class Pyramid(Family):
     def run_block(self, stage: int, index: int, state: Any, /) -> Any:
         """Block ``index`` of a stage on every position: timm's own forward."""
 
-    def run_stage(self, stage: int, state: Any, **options: Any) -> Any:
+    def run_stage(self, stage: int, state: Any, *options: Any) -> Any:
         """A whole stage: its downsampling and all its blocks; ``options`` are the blocks'."""
         state = self.enter_stage(stage, state)
         for index in range(self.depths[stage]):
-            state = self.run_block(stage, index, state, **options)
+            state = self.run_block(stage, index, state, *options)
         return state
 
     def dense(self, images: Tensor) -> Any:

@@ -86,8 +86,8 @@ class OnlyLevels(Inside):
     def enter_stage(self, stage: int, state: Any) -> Any:
         return self.whole.enter_stage(stage, state) if stage in self.levels else state
 
-    def run_stage(self, stage: int, state: Any, **options: Any) -> Any:
-        return self.whole.run_stage(stage, state, **options) if stage in self.levels else state
+    def run_stage(self, stage: int, state: Any, *options: Any) -> Any:
+        return self.whole.run_stage(stage, state, *options) if stage in self.levels else state
 
 
 def features_of(state: Any) -> Tensor:

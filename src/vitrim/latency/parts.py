@@ -186,7 +186,8 @@ class Selecting(Part):
     def made(self) -> int | None:
         """Tokens that it makes out of all patches; None where it chooses among them."""
         family, grid = self.family, self.family.grid()
-        steps = self.method.steps(family, grid, self.method.counts(family, grid) or (1,))
+        counts = self.method.counts(family, grid) or [1] * len(self.method.stages)
+        steps = self.method.steps(family, grid, counts)
         return next((step.tokens for step in steps if step.memory is not None), None)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Method(nn.Module, ABC):
         """``config`` with a single stage, before ``block`` of ``depth``, that drops a part of the
         tokens: what a latency table has a curve of.
         """
-        return replace(config, stages=(block,))
+        return replace(config, stages=(block,)) if hasattr(config, "stages") else config
 
     @classmethod
     def says_where(cls, config: Any) -> bool:

@@ -270,7 +270,7 @@ class STViTR(WindowMethod):
                 for first in self.units:
                     fmap = self._unit(family, first, fmap, look, recorder)
             else:
-                fmap = family.run_stage(stage, fmap, pad_first=dense)
+                fmap = family.run_stage(stage, fmap, dense)
             levels.append(fmap)
         return levels
 

@@ -7,7 +7,7 @@ DeiT-S, 12 blocks and head. The counts of the batch spread by 25 tokens around t
 the uniform batch keeps 111 of every image. The ways take turns, and each is compared with the
 uniform batch right before and right after it: two virtual processors may share a core for seconds,
 and then all times are half as long again. ``--fit`` measures the constants of the cost model
-instead (``vitrim/bucketing.py``).
+instead (``vitrim/tokens/bucketing.py``).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from vitrim.layers import losses
 from vitrim.layers.sampling import top_k
 from vitrim.layers.stages import check_keep_ratio, quarter_stages, stage_ratios, stretches
 from vitrim.methods import METHODS, register
-from vitrim.methods.base import RatioMethod
+from vitrim.methods.base import Method, RatioMethod
 from vitrim.methods.records import TrainingOutput
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe
@@ -95,12 +95,13 @@ class RandomDrop(RatioMethod):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-    monkeypatch.setitem(METHODS, "random_drop", None)  # gone when the test is over
     register(RandomDrop)
     config = RandomDropConfig(stages=(1, 2), keep_ratio=0.6)
     monkeypatch.setitem(contract.CASES, "random_drop", config)
     kept = RandomDropConfig(stages=(1, 2), keep_ratio=1.0)
     monkeypatch.setitem(contract.KEEPS_ALL, "random_drop", kept)
+    yield
+    METHODS.pop("random_drop")
 
 
 PROMISES = [
@@ -128,6 +129,34 @@ def test_it_keeps_the_contract(promise, backbone):
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
     contract.test_saved_and_loaded_it_is_the_same("random_drop", "class token", tmp_path)
+
+
+class Unfinished(Method):
+    name = "unfinished"
+    config_class = RandomDropConfig
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (type("Mine", (RandomDrop,), {"name": "mine"}), "lacks config_class"),
+        (type("Mine", (RandomDrop,), {"config_class": dict}), "lacks name"),
+        (
+            type("Mine", (RandomDrop,), {"name": "mine", "config_class": RandomDropConfig}),
+            "already",
+        ),
+        (type("Mine", (RandomDrop,), {"name": "sait", "config_class": dict}), "is SaiT already"),
+        (type("M", (RandomDrop,), {"name": "m", "config_class": dict, "families": ("x",)}), "x"),
+        (Unfinished, "lacks counts, infer, losses"),
+    ],
+    ids=["config", "name", "taken config", "taken name", "family", "abstract"],
+)
+def test_what_is_not_whole_or_taken_is_refused(method, words):
+    before = dict(METHODS)
+    with pytest.raises(vitrim.ConfigError, match=words):
+        register(method)
+    assert before == METHODS
+    register(RandomDrop)  # again, as when its module is loaded anew
 
 
 def test_it_is_listed_with_where_it_runs():

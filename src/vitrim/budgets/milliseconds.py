@@ -254,7 +254,8 @@ def sparsify_to(
     grid = family.grid()
     check_milliseconds(milliseconds, table, family, grid)
     method = method_of_config(config)
-    solves = isinstance(family, ViT) and method.unscheduled is None
+    able = method.follows_schedules and method.unscheduled is None
+    solves = isinstance(family, ViT) and able
     if schedule is None and solves and not method.says_where(config):
         costs = Costs(family, grid, config, table)
         check_reach(costs, milliseconds)

@@ -73,12 +73,12 @@ class Schedule(Plan):
     def fitted(self, config: Any) -> tuple[Any, str | None]:
         """What :meth:`apply` returns, and what the user should know of it: None if it is exact."""
         method = method_of_config(config)
-        if not method.runs_on_plain():
-            able = [each.config_class.__name__ for each in METHODS.values() if each.runs_on_plain()]
-            raise ConfigError(
-                f"{method.name} cannot follow a schedule: it does not drop patch tokens of a plain "
-                f"vision transformer. {', '.join(able)} can"
-            )
+        able = [each.config_class.__name__ for each in METHODS.values() if each.follows_schedules]
+        require(
+            method.follows_schedules,
+            f"{method.name} cannot follow a schedule: it does not drop patch tokens of a plain "
+            f"vision transformer. {', '.join(able)} can",
+        )
         return method.follow(config, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

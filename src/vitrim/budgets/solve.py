@@ -195,11 +195,8 @@ def find_schedule(
 def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None) -> None:
     """Raise :class:`ConfigError` unless a schedule is needed for ``budget``, and can meet it."""
     method, unit = method_of_config(costs.config), "of the dense MACs"
-    require(
-        method.unscheduled is None,
-        f"no schedule is solved for {method.name}: {method.unscheduled}; vitrim sparsify "
-        "--milliseconds sets it",
-    )
+    why = method.unscheduled if method.follows_schedules else "it cannot follow one"
+    require(why is None, f"no schedule is solved for {method.name}: {why}")
     if costs.table is not None:
         unit = "ms"
     if counts is None:

@@ -266,7 +266,7 @@ def _data_overrides(data: str | None) -> list[str]:
 @app.command("convert")
 def convert_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pth file.")],
-    system: Annotated[str, typer.Option("--from", help="Whose code wrote it: dynamicvit.")],
+    system: Annotated[str, typer.Option("--from", help=f"{', '.join(convert.SYSTEMS)}.")],
     output: OutputOption,
     keep_ratio: Annotated[
         float | None, typer.Option(help="That it was trained for; the file does not say.")

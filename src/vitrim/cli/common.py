@@ -106,7 +106,14 @@ def _load_dense(
             "see: vitrim list models"
         )
     if weights is None and pretrained:
-        return _pretrained(name).eval()
+        try:
+            return timm.create_model(name, pretrained=True).eval()
+        except Exception as error:  # the hub's client raises errors of many libraries
+            reason = next(iter(str(error).strip().splitlines()), "no reason given")
+            raise InputError(
+                f"timm cannot fetch the pretrained weights of {name!r} "
+                f"({type(error).__name__}: {reason}); give a file with --weights"
+            ) from error
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         model: nn.Module = timm.create_model(name, **size)
@@ -128,19 +135,6 @@ def _close_model(name: str) -> str:
         starts[start] for start in get_close_matches(name, starts)
     ]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _pretrained(name: str) -> nn.Module:
-    """With timm's own weights, from its cache or fetched by it."""
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client raises errors of many libraries
-        reason = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise InputError(
-            f"timm cannot fetch the pretrained weights of {name!r} "
-            f"({type(error).__name__}: {reason}); give a file with --weights"
-        ) from error
-    return model
 
 
 def require_sparse(model: nn.Module, source: str) -> SparseModel:

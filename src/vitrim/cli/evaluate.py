@@ -97,7 +97,9 @@ def eval_command(
         check_plot(plot)
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     budgets = budgets_of(macs)
-    precision, where = _dtype(dtype), common.device_of(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}{closest(dtype, DTYPES)}; use {' or '.join(DTYPES)}")
+    precision, where = DTYPES[dtype], common.device_of(device)
     subject = common.load_model(model, weights if not Path(model).is_dir() else None).to(where)
     _check_together(model, subject, ratios, budgets, plot)
 
@@ -251,12 +253,6 @@ def _reference(
     dense = create_backbone(describe_backbone(subject.backbone))
     load_strict(dense, read_weights(weights), str(weights))
     return dense.eval().to(device)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}{closest(name, DTYPES)}; use {' or '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _length(loader: Any, limit: int | None) -> int | None:

@@ -76,12 +76,11 @@ def load_official(
         CheckpointError: keys or shapes do not fit; every missing and unexpected key is named.
         ConfigError: unknown system, architecture or option.
     """
-    if system not in _CONVERTERS:
+    if system not in SYSTEMS:
         raise ConfigError(
-            f"unknown system {system!r}{closest(system, _CONVERTERS)}; "
-            f"known: {', '.join(_CONVERTERS)}"
+            f"unknown system {system!r}{closest(system, SYSTEMS)}; known: {', '.join(SYSTEMS)}"
         )
-    model = _CONVERTERS[system](_weights_of(state_dict), architecture, method_options)
+    model = SYSTEMS[system](_weights_of(state_dict), architecture, method_options)
     return model.eval()
 
 
@@ -326,7 +325,7 @@ def _lvvit(weights: StateDict, architecture: str | None) -> nn.Module:
     return create_backbone({"name": architecture, "kwargs": kwargs})
 
 
-_CONVERTERS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {
+SYSTEMS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {
     "dynamicvit": _dynamicvit,
     "asvit": _asvit,
     "spvit": _spvit,

@@ -17,21 +17,3 @@ from vitrim.costs.steps import (
     stem,
     total_macs,
 )
-
-__all__ = [
-    "Step",
-    "attention_macs",
-    "block",
-    "dense_levels",
-    "head",
-    "level",
-    "mlp",
-    "packed_part",
-    "plain_steps",
-    "pyramid_steps",
-    "select",
-    "select_part",
-    "sparse_levels",
-    "stem",
-    "total_macs",
-]

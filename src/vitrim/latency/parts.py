@@ -198,10 +198,11 @@ class Selecting(Part):
         """What is done for blocks that are not there: what was packed is divided for attention, and
         packed images come from those before the stage.
         """
-        if self.packed and _STAGE not in blocks:
+        stage = self.method.stages[0]
+        if self.packed and stage not in blocks:
             return self.packed(tokens.x)
         if isinstance(tokens, PackedTokens):
-            attention: Any = self.family.backbone.blocks[_STAGE].attn
+            attention: Any = self.family.backbone.blocks[stage].attn
             tokens.layout.buckets(tokens.x.dtype, attention.num_heads)
         return tokens
 

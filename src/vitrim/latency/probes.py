@@ -120,7 +120,8 @@ def _plain_probes(
                 plain["cross"] = CrossBlocks(backbone), few
         elif in_torch:
             plain[selecting.part] = selecting, few
-            if packs and selecting.adaptive and selecting.method.most_stages != 1:
+            chooses_again = hasattr(config, "stages") and selecting.method.most_stages != 1
+            if packs and selecting.adaptive and chooses_again:
                 again = Selecting(backbone, config, packed=True)
                 plain[again.part] = again, few
         else:  # a graph keeps a fixed number, so there is one graph for each number that enters

@@ -226,6 +226,7 @@ class ASViT(Method):
         "spvit_pyramid, stvit_swin or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
     }
+    follows_schedules = True
     config: ASViTConfig
 
     def __init__(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
-from vitrim.families import FAMILIES, Family, ViT
+from vitrim.families import Family
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.plain import Grid
@@ -26,7 +26,9 @@ SHARES = tuple(step / 400 for step in range(1, 401))
 class Method(nn.Module, ABC):
     """One way of sparsifying: its parameters, its loop over the blocks, its losses.
 
-    A method never holds the backbone: it is handed the family that runs it.
+    A method never holds the backbone: it is handed the family that runs it. It is made by
+    ``(family, config, generator)``; its config is a frozen dataclass that checks itself
+    (``config.normalise``) and can be made without arguments.
     """
 
     name: ClassVar[str]
@@ -41,12 +43,15 @@ class Method(nn.Module, ABC):
     """Whether the trained backbone is meant to be used dense too, so that validation looks."""
     most_stages: ClassVar[int | None] = None
     """At how many stages a schedule may have it drop patches; None: any number."""
+    follows_schedules: ClassVar[bool] = False
+    """Whether it drops patches of plain vision transformers where, and as many as, it is told."""
     unscheduled: ClassVar[str | None] = None
-    """Why no schedule is solved for it on a plain vision transformer; None: one can be."""
+    """Why no schedule is solved for it, though it follows some; None: one can be."""
     keeps_its_cost: ClassVar[bool] = False
     """Whether what a trained model costs stays as it is when training goes on."""
     config: Any
     stages: tuple[int, ...]
+    """Set when it is made: blocks before which it acts; ``counts`` has a number for each."""
 
     @classmethod
     def check_family(cls, family: Family) -> None:
@@ -57,11 +62,6 @@ class Method(nn.Module, ABC):
                 f"{cls.name} does not run on the family {family.name!r}"
                 f"{f' ({why})' if why else ''}; it serves {', '.join(cls.families)}"
             )
-
-    @classmethod
-    def runs_on_plain(cls) -> bool:
-        """Whether it runs on plain vision transformers, so that schedules are for it."""
-        return any(issubclass(each, ViT) for each in FAMILIES if each.name in cls.families)
 
     @classmethod
     def must_learn(cls, config: Any) -> bool:
@@ -118,7 +118,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[Step]:
         """What is computed for one image of ``grid`` patches, given the kept count after each stage
-        (numbers or tensors).
+        (numbers or tensors). Choosing is a step too (``costs.select``), though it may cost no MACs.
         """
 
     def macs(self, family: Any, grid: Grid, counts: Sequence[Any]) -> Any:
@@ -210,6 +210,7 @@ class RatioMethod(Method):
     unless a setting lets every image decide.
     """
 
+    follows_schedules = True
     fixed_by: ClassVar[str] = "other settings"
     """With what setting the images do not decide, as a user writes it."""
 

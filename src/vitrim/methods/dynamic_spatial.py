@@ -171,6 +171,7 @@ class DynamicSpatial(RatioMethod):
     config_class = DynamicSpatialConfig
     needs_training = "dynamic_spatial-swin-t"
     families = ("swin", "convnext")
+    follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("vit", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
     ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}

@@ -176,6 +176,7 @@ class SaiT(Method):
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
     }
     serves_dense = True
+    follows_schedules = True
     most_stages = 1
     config: SaiTConfig
 

@@ -138,6 +138,7 @@ class SPViTPyramid(SelectorMethod):
     config_class = SPViTPyramidConfig
     needs_training = "spvit_pyramid-pit-s"
     families = ("pit", "swin")
+    follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = {
         "vit": "a plain vision transformer has no pooling; use spvit",
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",

@@ -113,7 +113,11 @@ class STViT(SemanticMethod):
         "patches' place, were never taught to use",
     }
     needs_training = "stvit-adapt"
-    unscheduled = "it drops no patches, and its cost goes by its semantic tokens"
+    follows_schedules = True
+    unscheduled = (
+        "it drops no patches, and its cost goes by its semantic tokens, which vitrim sparsify "
+        "--milliseconds sets"
+    )
     config: STViTConfig
 
     def __init__(

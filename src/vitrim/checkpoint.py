@@ -215,15 +215,16 @@ def load_strict(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 def read(
     folder: str | os.PathLike[str], method_options: Mapping[str, Any]
-) -> tuple[dict[str, Any], nn.Module, Any, tuple[Calibration, ...]]:
-    """What a checkpoint's ``config.json`` describes, checked: the description itself, its backbone
-    (without the weights), the method's config with ``method_options``, and its calibration.
+) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module, Any, tuple[Calibration, ...]]:
+    """A checkpoint, checked: its description, its weights, and what the description says: the
+    backbone (without weights), the method's config with ``method_options``, and the calibration.
 
     Raises:
         CheckpointError: damaged, foreign, or of another version.
         ConfigError: the method's fields are not valid.
     """
     description = read_config(folder)
+    weights = read_weights(Path(folder) / WEIGHTS_FILE)
     try:
         method = method_by_name(description["method"]["name"])
         fields = description["method"]["config"] | method_options
@@ -236,7 +237,7 @@ def read(
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}/{CONFIG_FILE} is damaged: {error!r}") from error
-    return description, backbone, config, calibration
+    return description, weights, backbone, config, calibration
 
 
 def read_calibration(description: Mapping[str, Any]) -> tuple[Calibration, ...]:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,11 +277,9 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         CheckpointError: damaged, foreign, of another version, or of another architecture.
         ConfigError: the method's fields are not valid.
     """
-    path = Path(folder) / checkpoint.WEIGHTS_FILE
-    description, backbone, config, calibration = checkpoint.read(folder, method_options)
-    weights = checkpoint.read_weights(path)
+    description, weights, backbone, config, calibration = checkpoint.read(folder, method_options)
     model = SparseModel(backbone, config)
-    checkpoint.load_strict(model, weights, str(path))
+    checkpoint.load_strict(model, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}")
     model.origin = description.get("origin")
     model.data_config = description["data"]
     if not method_options:  # other settings, other costs

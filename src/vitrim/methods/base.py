@@ -166,7 +166,7 @@ class Method(nn.Module, ABC):
         raise ConfigError(f"{cls.name} cannot follow a schedule; its config says what it drops")
 
     def fit(self, family: Any, plan: Plan, batches: Sequence[Tensor]) -> None:
-        """Find on images what :meth:`follow` could not set; called without gradients, to evaluate."""
+        """Find on images what :meth:`follow` could not set; in evaluation, without gradients."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before each training epoch, counted from 0; methods with a schedule listen."""

@@ -267,7 +267,8 @@ def run(folder: Path, images: Tensor) -> np.ndarray:
     if bundle["runtime"] in ("onnxruntime", "openvino"):
         return Bundle(folder)(images.numpy())
     if bundle["runtime"] == "torch":
-        program: Any = torch.export.load(network).module()
+        with formats.quiet():  # torch 2.11 remarks on a buffer of its own
+            program: Any = torch.export.load(network).module()
     else:
         program = formats.load_executorch(network)
     size = bundle["batch"] or len(images)

@@ -38,7 +38,7 @@ def write_onnx(program: Program, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError("export to ONNX", error.name or "onnx", "export") from error
-    with _quiet():
+    with quiet():
         try:
             written = torch.onnx.export(
                 program,
@@ -154,7 +154,7 @@ def write_executorch(program: Program, path: Path, dtype: str) -> None:
         raise MissingExtraError(
             "export to ExecuTorch", error.name or "executorch", "export-executorch"
         ) from error
-    with _quiet():
+    with quiet():
         try:
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             written = edge.to_executorch()
@@ -210,7 +210,7 @@ def quantize(path: Path, images: Tensor, batch: int | None) -> None:
             return None if part is None else {"images": part.numpy()}
 
     single = path.with_name("single.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(path, single, skip_optimization=True, skip_symbolic_shape=True)
         try:
             quantization.quantize_static(
@@ -240,7 +240,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporters' remarks on their own progress and deprecations."""
     logging.disable(logging.WARNING)
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 
@@ -54,9 +55,13 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dense(monkeypatch) -> list[str]:
-    """Arguments that name a small dense model."""
-    model = tiny_vit(patch_size=4)
-    monkeypatch.setattr("vitrim.cli.common._pretrained", lambda name: model)
+    """Arguments that name a small dense model, as if timm had fetched its weights."""
+    model, create = tiny_vit(patch_size=4), timm.create_model
+
+    def fetched(name, pretrained=False, **options):
+        return model if pretrained else create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", fetched)
     return ["vit_tiny_patch16_224"]
 
 

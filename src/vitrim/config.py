@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import numbers
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vitrim.errors import ConfigError
+from vitrim.errors import ConfigError, VitrimError
 
 Config = TypeVar("Config")
+
+MOST_JSON = 64 * 2**20
+"""Bytes of the largest JSON file that is read; ours are a thousand times smaller."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -35,6 +40,24 @@ def closest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean ...?)`` for a misspelt name, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def read_json(path: Path, error: type[VitrimError] = ConfigError) -> Any:
+    """What the JSON file ``path`` holds, whatever a stranger may have written into it.
+
+    Raises:
+        error: no file of its own (a folder, a pipe, a device), too large, or not JSON.
+    """
+    if not path.is_file():
+        raise error(f"{path} is no file")
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise error(f"{path} is larger than {MOST_JSON >> 20} MB; a small JSON file is due")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as found:
+        raise error(f"{path} cannot be read: {found.strerror}") from found
+    except (ValueError, RecursionError) as found:  # not UTF-8, not JSON, nested without end
+        raise error(f"{path} is damaged: {found}") from found
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """``text`` on a terminal: control characters, which could command it, as Python writes them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class VitrimError(Exception):
     """Base of every error that vitrim raises on purpose; the command line exits with code 2."""
 

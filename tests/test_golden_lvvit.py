@@ -9,24 +9,16 @@ import timm
 import torch
 
 from tests import test_golden_asvit, test_golden_dynamicvit, test_golden_spvit
-from tests.conftest import golden, golden_input, golden_weights, watch_blocks
+from tests.conftest import golden, golden_input, golden_weights
 from tests.golden_checks import assert_feature, assert_gradients, taught
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.convert import load_dense
 
 
-def features_of(model, monkeypatch):
+def features_of(model):
     """What the backbone's parts return, by the authors' names, once the model runs."""
-    kept, mlp_half = {}, model.family.mlp_half
-
-    def second_half(index, tokens):  # a block that scores runs in halves
-        after = mlp_half(index, tokens)
-        kept[f"blocks.{index}"] = after.x
-        return after
-
-    monkeypatch.setattr(model.family, "mlp_half", second_half)
-    watch_blocks(model, monkeypatch, lambda i, _, after: kept.update({f"blocks.{i}": after.x}))
-    for name in ("patch_embed", "norm"):
+    kept, blocks = {}, range(len(model.backbone.blocks))
+    for name in ("patch_embed", "norm", *(f"blocks.{block}" for block in blocks)):
         module = model.backbone.get_submodule(name)
         module.register_forward_hook(lambda _m, _i, out, name=name: kept.__setitem__(name, out))
     return kept
@@ -45,10 +37,10 @@ def assert_kept(trace, expected):
         assert [places.tolist() for places in stage.kept] == kept
 
 
-def assert_training(case, model, official_name, monkeypatch):
+def assert_training(case, model, official_name):
     """The golden numbers of a training step, terms of the loss by our names excepted."""
     outputs, tolerance = case["outputs"], case["tolerance"]
-    features = features_of(model, monkeypatch)
+    features = features_of(model)
     output = model.method.train_forward(model.family, golden_input(case))
     found = model.method.losses(output, *taught(case))
     found["total"].backward()
@@ -91,7 +83,7 @@ def test_spvit_evaluation(monkeypatch):
     case = golden("spvit_lvvit-s_eval")
     outputs, tolerance, x = case["outputs"], case["tolerance"], golden_input(case)
     model = load_official(golden_weights(case), "spvit", execution="mask")
-    features, head, last = features_of(model, monkeypatch), model.family.head, []
+    features, head, last = features_of(model), model.family.head, []
     monkeypatch.setattr(model.family, "head", lambda tokens: (last.append(tokens), head(tokens))[1])
     masked = model.trace(x)
     assert_kept(masked, outputs["kept_indices"])
@@ -108,11 +100,11 @@ def test_spvit_evaluation(monkeypatch):
     assert (gathered.logits - theirs).abs().max() > 10 * allowed["atol"]
 
 
-def test_spvit_training(monkeypatch):
+def test_spvit_training():
     case = golden("spvit_lvvit-s_train")
     model = load_official(golden_weights(case), "spvit", sampling="argmax").train()
     official_name = test_golden_spvit.official_name
-    output, found = assert_training(case, model, official_name, monkeypatch)
+    output, found = assert_training(case, model, official_name)
     for decision, kept in zip(output.decisions, case["outputs"]["kept_indices"], strict=True):
         assert [row.nonzero().flatten().tolist() for row in decision.keep_BN > 0.5] == kept
     loss = case["outputs"]["loss"]
@@ -127,12 +119,12 @@ def test_spvit_training(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "batch_mean", "mask"])
-def test_asvit_evaluation_of_single_images(mode, monkeypatch):
+def test_asvit_evaluation_of_single_images(mode):
     case = golden("asvit_lvvit-s_eval_b1_adaptive")
     model = load_official(golden_weights(case), "asvit", mode=mode)
     assert model.method.stages == tuple(case["official"]["kwargs"]["pruning_loc"])
     outputs, tolerance, x = case["outputs"], case["tolerance"], golden_input(case)
-    features = features_of(model, monkeypatch)
+    features = features_of(model)
     for row, image in enumerate(case["input"]["images"]):
         trace = model.trace(x[image : image + 1])
         expected = torch.tensor(outputs["logits"][row : row + 1])
@@ -157,13 +149,13 @@ def test_asvit_evaluation_of_single_images(mode, monkeypatch):
         assert macs == pytest.approx(stats["gmacs_eval_batch1"] * 1e9, rel=1e-7)
 
 
-def test_asvit_training(monkeypatch):
+def test_asvit_training():
     case = golden("asvit_lvvit-s_train")
     budget = case["train"]["loss_kwargs"]["keep_ratio"]
     options = {"counting": "elementwise", "monotone": False, "budget": budget}
     model = load_official(golden_weights(case), "asvit", **options).train()
     official_name = test_golden_asvit.official_name
-    output, found = assert_training(case, model, official_name, monkeypatch)
+    output, found = assert_training(case, model, official_name)
     for keep_BN, kept in zip(output.keeps, case["outputs"]["kept_indices"], strict=True):
         assert [row.nonzero().flatten().tolist() for row in keep_BN > 0.5] == kept
     gmacs = (output.macs_B / 1e9).tolist()

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitrim import budget, checkpoint
+from vitrim.as_timm import TimmModel
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
-from vitrim.errors import ConfigError
-from vitrim.families import family_of
+from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
+from vitrim.families import Family, family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace
+from vitrim.tokens.calls import called
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Grid
 
 
@@ -35,32 +40,89 @@ class Trace:
     grid: Grid
     """Rows and columns of the patch grid."""
 
+    def of_nothing(self) -> Trace:
+        """The same of none of its images."""
+        stages = [stage.of_nothing() for stage in self.stages]
+        return Trace(self.logits[:0], stages, self.macs[:0], self.grid)
 
-class SparseModel(nn.Module):
+
+class SparseModel(TimmModel):
     """A timm model that computes only the tokens that matter; made by :func:`sparsify`.
 
     ``backbone`` is the timm model itself, with its own weights and names; ``method`` adds what the
     method learns. Calling it gives logits (B, classes), in training mode by the differentiable
-    forward, so it drops into any loop, DDP or exporter that takes a timm model.
+    forward, so it drops into any loop, DDP or exporter that takes a timm model. Parameters of the
+    backbone that the method never uses require no gradient until :meth:`unwrap`.
+
+    Threads may run one model together, while another one turns its dial: a forward has the settings
+    that it began with. Whether it trains is one fact for all of them.
     """
+
+    method: Method
 
     def __init__(
         self, backbone: nn.Module, config: Any, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.family = family_of(backbone)
+        self._family = family = family_of(backbone)
         method_class: Any = method_of_config(config)
-        method_class.check_family(self.family)
+        method_class.check_family(family)
         self.backbone = backbone
-        self.method: Method = method_class(self.family, config, generator)
+        self.method = method_class(family, config, generator)
+        self._traits = family.traits()
+        self._unused = [p for p in self.method.unused(family) if p.requires_grad]
+        for unused in self._unused:
+            unused.requires_grad_(False)
         parameter = next(backbone.parameters())
         self.method.to(device=parameter.device, dtype=parameter.dtype)
         self.train(backbone.training)
         self.origin: str | None = None
         self.data_config: dict[str, Any] = {}
-        self.calibration: tuple[Calibration, ...] = ()
-        """Budgets that :func:`vitrim.calibrate` met with the present weights."""
+        self.calibration = ()
         self._newborn = _samples(self.method)
+
+    @property
+    def family(self) -> Family:
+        """What runs the backbone piece by piece, as it is now.
+
+        Raises:
+            UnsupportedBackboneError: it was replaced by one, or changed into one, that cannot be
+                run so, or that the method was not made for.
+        """
+        if self._family.backbone is not self.backbone:  # another one, or a replica's
+            found = family_of(self.backbone)
+            type(self.method).check_family(found)
+            self._family = found
+        if torch.compiler.is_compiling():
+            return self._family
+        obstacles = list(self._family.obstacles(self.backbone))
+        traits = self._family.traits() if not obstacles else self._traits
+        obstacles += [
+            f"{name}: {traits[name]}, and {value} when it was made sparse"
+            for name, value in self._traits.items()
+            if traits.get(name) != value
+        ]
+        if obstacles:
+            raise UnsupportedBackboneError(
+                f"the backbone has changed since it was made sparse: {'; '.join(obstacles)}. "
+                "Change it back, or make it sparse again"
+            )
+        return self._family
+
+    @property
+    def calibration(self) -> tuple[Calibration, ...]:
+        """Budgets that :func:`vitrim.calibrate` met, with the weights that it found."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, found: tuple[Calibration, ...]) -> None:
+        self._calibration = found
+        self._calibrated = checkpoint.fingerprint(self.state_dict()) if found else None
+
+    @property
+    def _is_calibrated(self) -> bool:
+        """Whether the record of a calibration is of the weights that the model has now."""
+        return self._calibrated == checkpoint.fingerprint(self.state_dict())
 
     @property
     def config(self) -> Any:
@@ -69,9 +131,21 @@ class SparseModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of ``images`` (B, channels, H, W)."""
-        if self.training:
-            return self.method.train_forward(self.family, images).logits
-        return self.method.infer(self.family, images)
+        if not exporting() and images.ndim and len(images) == 0:
+            with _eval_mode(self):
+                return self(images.new_zeros(1, *images.shape[1:]))[:0]
+        family, method = self.family, self._settled()
+
+        def run(images: Tensor) -> Tensor:
+            if self.training:
+                return method.train_forward(family, images).logits
+            return method.infer(family, images)
+
+        return called(self.backbone, partial(called, method, run), images)
+
+    def _settled(self) -> Method:
+        """The method with the settings that it has now, whatever another thread turns meanwhile."""
+        return self.method if torch.compiler.is_compiling() else copy.copy(self.method)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The feature pyramid of ``images`` (B, channels, H, W) for heads of dense prediction: the
@@ -87,18 +161,16 @@ class SparseModel(nn.Module):
 
         Deterministic: a model in training mode is put into evaluation mode for it, and back.
         """
-        if self.training:
-            self.eval()
-            try:
-                return self.trace(images)
-            finally:
-                self.train()
-        with torch.no_grad():
-            grid = self.family.grid((images.shape[-2], images.shape[-1]))
+        if images.ndim and len(images) == 0:
+            return self.trace(images.new_zeros(1, *images.shape[1:])).of_nothing()
+        family, method = self.family, self._settled()
+        with torch.no_grad(), _eval_mode(self):
+            grid = family.grid((images.shape[-2], images.shape[-1]))
             recorder = Recorder(grid)
-            logits = self.method.infer(self.family, images, recorder)
+            run = partial(method.infer, family, recorder=recorder)
+            logits = called(self.backbone, partial(called, method, run), images)
         counts = [stage.counts.double() for stage in recorder.stages]
-        macs = self.method.macs(self.family, grid, counts)
+        macs = method.macs(family, grid, counts)
         macs = torch.as_tensor(macs, dtype=torch.float64, device=logits.device)
         return Trace(logits, recorder.stages, macs.expand(len(images)), grid)
 
@@ -111,15 +183,17 @@ class SparseModel(nn.Module):
     ) -> dict[str, Tensor]:
         """The method's loss terms by name and their weighted sum, ``"total"``.
 
-        The record of a calibration is forgotten: it holds for the weights that it was made with.
-
         Args:
             images: (B, channels, H, W).
             target: class numbers (B,) or soft targets (B, classes); None leaves labels out.
             teacher: what the dense model says of the same images; None leaves distillation out.
             generator: source of the method's noise; None uses torch's global one.
+
+        Raises:
+            InputError: the batch is empty.
         """
-        self.calibration = ()
+        if len(images) == 0:
+            raise InputError("the batch is empty; a loss is a mean over at least one image")
         output = self.method.train_forward(self.family, images, generator)
         return self.method.losses(output, target, teacher)
 
@@ -151,33 +225,34 @@ class SparseModel(nn.Module):
             tolerance: relative difference that still meets a budget, where a formula is used.
 
         Raises:
-            ConfigError: the budget cannot be reached, nothing was calibrated around it, or the
-                method has no dial. The model is left as it was.
+            ConfigError: the budget cannot be reached, nothing was calibrated around it, the weights
+                have changed since, or the method has no dial. The model is left as it was.
         """
         budget.check_budget(macs)
-        restore = self.snapshot()
-        try:
-            dial = self.method.dial
-            if self.macs() is None:
-                value = budget.value_by_record(self.calibration, dial, macs)
-            else:
-                value = budget.value_by_formula(dial, self._fraction_at, macs, tolerance)
-            self.method.turn(value)
-        except BaseException:
-            restore()
-            raise
-
-    def _fraction_at(self, value: float) -> float:
-        """The share of the dense MACs with the dial at ``value``, by formula; turns the dial."""
+        trial, grid = copy.copy(self.method), self.family.grid()
+        if self.macs() is None:
+            if self.calibration and not self._is_calibrated:
+                raise ConfigError(
+                    "the weights have changed since vitrim.calibrate met its budgets; calibrate "
+                    "again"
+                )
+            value = budget.value_by_record(self.calibration, trial.dial, macs)
+        else:
+            fraction = partial(self._fraction_at, trial, grid)
+            value = budget.value_by_formula(trial.dial, fraction, macs, tolerance)
         self.method.turn(value)
-        macs = self.macs()
-        if macs is None:
-            raise ConfigError(f"{self.method.name} at {value:g} keeps counts that no formula gives")
-        return macs / self.dense_macs()
+
+    def _fraction_at(self, trial: Method, grid: Grid, value: float) -> float:
+        """The share of the dense MACs with the dial at ``value``, by formula; turns the trial's."""
+        trial.turn(value)
+        counts = trial.counts(self._family, grid)
+        if counts is None:
+            raise ConfigError(f"{trial.name} at {value:g} keeps counts that no formula gives")
+        return int(trial.macs(self._family, grid, counts)) / self._family.dense_macs(grid)
 
     def snapshot(self) -> Callable[[], None]:
         """What puts the method's settings and parameters, and the record, back as they are now."""
-        method, record = self.method, self.calibration
+        method, record = self.method, (self._calibration, self._calibrated)
         settings = {name: value for name, value in vars(method).items() if name not in _OF_TORCH}
         parameters = {name: tensor.clone() for name, tensor in method.state_dict().items()}
 
@@ -186,7 +261,7 @@ class SparseModel(nn.Module):
                 delattr(method, name)
             vars(method).update(settings)
             method.load_state_dict(parameters)
-            self.calibration = record
+            self._calibration, self._calibrated = record
 
         return restore
 
@@ -197,7 +272,7 @@ class SparseModel(nn.Module):
         Judged by a sample of each; weights that were loaded count as learned.
         """
         now = _samples(self.method)
-        return bool(now) and all(
+        return bool(self._newborn) and all(
             torch.allclose(sample.float(), now[name].to(sample).float(), rtol=1e-2, atol=1e-4)
             for name, sample in self._newborn.items()
         )
@@ -214,6 +289,8 @@ class SparseModel(nn.Module):
 
     def unwrap(self) -> nn.Module:
         """The plain timm model, with the weights that it has now."""
+        for unused in self._unused:
+            unused.requires_grad_()
         return self.backbone
 
     def save_pretrained(
@@ -230,40 +307,78 @@ class SparseModel(nn.Module):
             origin: where the weights came from, for the record.
 
         Raises:
-            CheckpointError: timm did not make the backbone, or no file can say how.
+            CheckpointError: what would be read back is not this model: timm did not make the
+                backbone, something in it was replaced, adapted, tied, quantised or sharded, or a
+                weight is not finite.
         """
-        description = {
+        weights = checkpoint.plain_weights(self.state_dict())
+        records = self.calibration if self.calibration and self._is_calibrated else ()
+        known = {
             "data": checkpoint.describe_data(self.backbone) | self.data_config,
             "method": {"name": self.method.name, "config": to_plain(self.config)},
-            "calibration": [to_plain(record) for record in self.calibration],
+            "calibration": [to_plain(record) for record in records],
             "origin": origin or self.origin,
             "metrics": metrics or {},
         }
-        checkpoint.write(folder, self.backbone, description, self.state_dict())
+        description = checkpoint.described(self.backbone, known)
+        self._check_rebuilt(description, weights)
+        checkpoint.write(folder, description, weights)
+
+    def _check_rebuilt(self, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Raise :class:`CheckpointError` unless a checkpoint would be read back as this model."""
+        advice = (
+            "what is in a model besides timm's own arguments must be undone or merged before "
+            "(reset_classifier for another head, merge for adapters, prune.remove for pruning)"
+        )
+        try:
+            twin = _made(checkpoint.checked(description), weights, "the model", {})
+        except (CheckpointError, ConfigError) as error:
+            raise CheckpointError(f"no checkpoint could hold this model: {error}\n{advice}") from error
+        parameter = next(self.backbone.parameters())
+        size = (2, self.family.in_channels, *self.family.image_size)
+        images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        with evaluating(self, twin):
+            here, there = self(images).float(), twin.to(images.device)(images).float()
+        if not torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
+            raise CheckpointError(
+                f"read back, this model would answer otherwise (by {(here - there).abs().max():.3g} "
+                f"in a logit of random images): no file says what was changed in it; {advice}"
+            )
 
 
 _OF_TORCH = set(vars(nn.Module()))
 
 
 def _samples(method: Method) -> dict[str, Tensor]:
-    """The first values of each parameter, where a selector must be learned."""
+    """The first values of each parameter, where a selector must be learned, and there are any."""
     if method.needs_training is None:
         return {}
-    return {name: p.detach().flatten()[:8].clone() for name, p in method.named_parameters()}
+    return {
+        name: parameter.detach().flatten()[:8].clone()
+        for name, parameter in method.named_parameters()
+        if not parameter.is_meta
+    }
+
+
+@contextmanager
+def _eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    modes = [(module, training) for module, training in modes if training]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation and inference mode; afterwards every module is as it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with _eval_mode(*models), torch.inference_mode():
+        yield
 
 
 def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
@@ -277,14 +392,29 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         CheckpointError: damaged, foreign, of another version, or of another architecture.
         ConfigError: the method's fields are not valid.
     """
-    description, weights, backbone, config, calibration = checkpoint.read(folder, method_options)
-    model = SparseModel(backbone, config)
-    checkpoint.load_strict(model, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}")
+    description, weights = checkpoint.read(folder)
+    model = _made(description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options)
     model.origin = description.get("origin")
     model.data_config = description["data"]
     if not method_options:  # other settings, other costs
-        model.calibration = calibration
+        model.calibration = checkpoint.read_calibration(description)
     return model.eval()
+
+
+def _made(
+    description: dict[str, Any], weights: dict[str, Tensor], source: str, options: dict[str, Any]
+) -> SparseModel:
+    """The model of a checkpoint, with its ``weights`` themselves: nothing is computed, and hardly
+    any memory is taken, before they are known to fit.
+    """
+    config = checkpoint.method_config(description, options)
+    with torch.device("meta"):
+        backbone = checkpoint.create_backbone(description["backbone"], len(weights))
+        model = SparseModel(backbone, config)
+    checkpoint.check_fit(model.state_dict(), weights, source)
+    model.load_state_dict(weights, assign=True)
+    checkpoint.fill_buffers(model.backbone, description["backbone"])
+    return model
 
 
 def sparsify(

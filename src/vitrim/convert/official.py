@@ -171,10 +171,9 @@ def _asvit(weights: StateDict, architecture: str | None, options: dict[str, Any]
         )
     model = SparseModel(backbone, from_plain(ASViTConfig, options))
     _check_stages(model, len(found), "thresholds", f"stages=(...) with {len(found)} blocks")
-    renamed = {}
-    for key, tensor in weights.items():
-        match = pattern.fullmatch(key)
-        renamed[f"method.thresholds.{match[1]}" if match else f"backbone.{key}"] = tensor
+    renamed = {f"backbone.{key}": weights[key] for key in weights if key not in found}
+    in_order = sorted(found, key=lambda key: int(key.split(".")[1]))
+    renamed["method.thresholds"] = torch.stack([weights[key].reshape(()) for key in in_order])
     load_strict(model, renamed, "the authors' AS-ViT file")
     model.origin = "converted from a checkpoint of the authors' AS-ViT code"
     return model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,8 +19,24 @@ Count = TypeVar("Count", int, float, Tensor)
 
 
 def linear_macs(module: nn.Module) -> int:
-    """MACs of all linear layers in ``module`` for one token."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """MACs of all linear layers in ``module`` for one token, adapters and quantised ones too."""
+    return sum(_own_macs(layer) for layer in module.modules())
+
+
+def _own_macs(layer: Any) -> int:
+    """Of a layer itself: with numbers of features in and out, and none inside that counts."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if not all(isinstance(number, int) for number in shape):
+        return 0
+    inside = any(_own_macs(part) for part in layer.modules() if part is not layer)
+    return 0 if inside else shape[0] * shape[1]
+
+
+def conv_macs(module: nn.Module) -> int:
+    """MACs of all convolutions in ``module`` for one place of their output."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 def attention_macs(num_tokens: Count, width: int) -> Count:

@@ -15,6 +15,7 @@ from vitrim.families.lvvit import LVViT
 from vitrim.families.pit import PiT
 from vitrim.families.swin import Swin
 from vitrim.families.vit import ViT
+from vitrim.tokens.calls import bare
 
 FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
 __all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
@@ -27,6 +28,10 @@ def family_of(backbone: nn.Module) -> Family:
         UnsupportedBackboneError: no family can run it without changing its numbers.
     """
     name = type(backbone).__name__
+    if bare(backbone) is not backbone:
+        raise UnsupportedBackboneError(
+            "this model is compiled; make the model sparse first, and compile the sparse model"
+        )
     for family in FAMILIES:
         if family.accepts(backbone):
             obstacles = list(family.obstacles(backbone))

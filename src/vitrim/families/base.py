@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vitrim.costs import Step, total_macs
 from vitrim.errors import InputError
 from vitrim.families.inside import Instead, OnlyLevels, WithoutBlocks
 from vitrim.layers import losses
+from vitrim.tokens.calls import called, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -37,10 +38,13 @@ class Family(ABC):
     keeps_map: ClassVar[bool] = False
     """Whether its blocks run on a map, from which nothing can be taken out, and not on tokens."""
 
-    @staticmethod
-    @abstractmethod
-    def accepts(model: nn.Module) -> bool:
-        """Whether ``model`` is of this family's classes; subclasses with own forwards are not."""
+    classes: ClassVar[tuple[type[nn.Module], ...]]
+    """Of its backbones; subclasses with forwards of their own are others."""
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family's classes."""
+        return kind(model) in cls.classes
 
     @staticmethod
     @abstractmethod
@@ -51,9 +55,20 @@ class Family(ABC):
         self.backbone = backbone
 
     @property
+    def in_channels(self) -> int:
+        """Channels of an image."""
+        return int(self.backbone.in_chans)
+
+    @property
     def num_prefix(self) -> int:
         """Tokens before the patch tokens, which are never dropped; a map has none."""
         return 0
+
+    @abstractmethod
+    def traits(self) -> dict[str, Any]:
+        """What methods rely on once they are made, by name: a backbone in which one of these has
+        changed is another one.
+        """
 
     @property
     @abstractmethod
@@ -86,6 +101,14 @@ class Family(ABC):
     def head(self, state: Any, /) -> Tensor:
         """Logits (B, classes): what the model answers, given what left its last block."""
 
+    @abstractmethod
+    def normed(self, state: Any, /) -> Tensor:
+        """What the backbone's own ``forward_head`` makes :meth:`head` of, where it can.
+
+        Raises:
+            ConfigError: it cannot: the tokens of some images are more than those of others.
+        """
+
     def training_head(self, state: Any, /) -> Tensor:
         """Logits (B, classes) that losses look at; for most backbones, those of :meth:`head`."""
         return self.head(state)
@@ -114,6 +137,10 @@ class Pyramid(Family):
     @abstractmethod
     def depths(self) -> tuple[int, ...]:
         """Number of blocks of each stage."""
+
+    def traits(self) -> dict[str, Any]:
+        dims = tuple(self.stage_dim(stage) for stage in range(len(self.depths)))
+        return {"depths": self.depths, "channels": dims, "prefix tokens": self.num_prefix}
 
     @abstractmethod
     def block(self, stage: int, index: int) -> Any:
@@ -188,6 +215,12 @@ class MapPyramid(Pyramid):
 
     def as_map(self, stage: int, fmap: FeatureMap) -> Tensor:
         return fmap.x_BHWC.permute(0, 3, 1, 2)
+
+    def in_name_of(
+        self, stage: int, index: int, run: Callable[[Tensor], Tensor], x_BHWC: Tensor
+    ) -> Tensor:
+        """``run(x)`` as a block's own forward: whoever hooked the block sees it."""
+        return called(self.block(stage, index), run, x_BHWC)
 
     @abstractmethod
     def downsample_macs(self, stage: int, grid: Grid) -> int:

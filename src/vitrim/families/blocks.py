@@ -5,16 +5,19 @@ Every piece is the block's own sub-module, called as timm calls it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrim.tokens.attention import Score, recorded_attention
+from vitrim.tokens.calls import bare, called, is_hooked
 from vitrim.tokens.packed import AnyTokens, PackedTokens, in_slices, packed_attention
 
 SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
+Between = Callable[[AnyTokens, Tensor], AnyTokens]
+"""Takes the tokens between the halves of a block and their score; gives those that go on."""
 
 
 def run_blocks(
@@ -36,8 +39,41 @@ def run_blocks(
 def run_block(block: Any, tokens: AnyTokens, has_class: bool) -> AnyTokens:
     """A ``Block``: timm's own (fused) forward, or by halves, masked under a mask or packed."""
     if isinstance(tokens, PackedTokens) or tokens.keep_BN is not None:
-        return mlp_half(block, attention_half(block, tokens, has_class)[0])
+
+        def run(x: Tensor) -> Tensor:
+            return mlp_half(block, attention_half(block, tokens.with_x(x), has_class)[0]).x
+
+        return tokens.with_x(called(block, run, tokens.x))
     return tokens.with_x(block(tokens.x))
+
+
+def split_block(
+    block: Any, tokens: AnyTokens, has_class: bool, score: Score, between: Between | None = None
+) -> tuple[AnyTokens, Tensor]:
+    """A ``Block`` with a score read off its attention, and something done between its halves.
+
+    Args:
+        block: a ``timm.models.vision_transformer.Block``.
+        tokens: what enters it.
+        has_class: whether token 0 is a class token.
+        score: of the patch tokens.
+        between: what is done; None does nothing.
+
+    Returns:
+        the tokens that leave the block, and the score, (B, N) or, packed, (patch rows,).
+    """
+    left: list[tuple[AnyTokens, Tensor]] = []
+
+    def run(x: Tensor) -> Tensor:
+        half, scores = attention_half(block, tokens.with_x(x), has_class, score)
+        assert scores is not None
+        after = mlp_half(block, half if between is None else between(half, scores))
+        left.append((after, scores))
+        return after.x
+
+    x = called(block, run, tokens.x)
+    after, scores = left[0]
+    return after.with_x(x), scores
 
 
 def attention_half(
@@ -66,11 +102,12 @@ def attention_half(
 
 def mlp_half(block: Any, tokens: AnyTokens) -> AnyTokens:
     """The MLP with its norm and residual."""
+    block = bare(block)
 
     def half(x: Tensor) -> Tensor:
         out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return out
 
-    if isinstance(tokens, PackedTokens):
+    if isinstance(tokens, PackedTokens) and not is_hooked(block.mlp):
         return tokens.with_x(in_slices(half, tokens.x))
     return tokens.with_x(half(tokens.x))

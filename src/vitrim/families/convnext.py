@@ -20,9 +20,10 @@ from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.costs.macs import linear_macs
+from vitrim.costs.macs import conv_macs, linear_macs
 from vitrim.errors import InputError
 from vitrim.families.base import MapPyramid, check_channels
+from vitrim.tokens.calls import called, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -31,30 +32,27 @@ class ConvNeXt(MapPyramid):
     """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
 
     name = "convnext"
+    classes = (TimmConvNeXt,)
     modules = ("convnext",)
     serves = "timm ConvNeXt, version 1 (convnext_tiny, _small, _base, _large, _xlarge and kin)"
 
     @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return type(model) is TimmConvNeXt
-
-    @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if [type(module) for module in model.stem][:1] != [nn.Conv2d] or len(model.stem) != 2:
+        if [kind(module) for module in model.stem][:1] != [nn.Conv2d] or len(model.stem) != 2:
             yield f"a stem of {len(model.stem)} layers (served: stem_type='patch', one convolution)"
         if model.head.global_pool.is_identity():
             yield "global_pool='' (its forward returns a map; create the model with a pool)"
         for stage in model.stages:
-            if type(stage) is not ConvNeXtStage:
-                yield f"stage type {type(stage).__name__} (served: ConvNeXtStage)"
+            if kind(stage) is not ConvNeXtStage:
+                yield f"stage type {kind(stage).__name__} (served: ConvNeXtStage)"
                 return
             for block in stage.blocks:
-                if type(block) is not ConvNeXtBlock:
-                    yield f"block type {type(block).__name__} (served: ConvNeXtBlock)"
+                if kind(block) is not ConvNeXtBlock:
+                    yield f"block type {kind(block).__name__} (served: ConvNeXtBlock)"
                 elif block.use_conv_mlp:
                     yield "conv_mlp=True (served: MLPs of linear layers, conv_mlp=False)"
-                elif type(block.mlp) is not Mlp:
-                    yield f"MLP type {type(block.mlp).__name__} (served: Mlp; so no ConvNeXt-V2)"
+                elif kind(block.mlp) is not Mlp:
+                    yield f"MLP type {kind(block.mlp).__name__} (served: Mlp; so no ConvNeXt-V2)"
                 else:
                     continue
                 return
@@ -119,6 +117,14 @@ class ConvNeXt(MapPyramid):
             return _map(checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False))
         return _map(block(_nchw(fmap.x_BHWC)))
 
+    def in_name_of(
+        self, stage: int, index: int, run: Callable[[Tensor], Tensor], x_BHWC: Tensor
+    ) -> Tensor:
+        def forward(x_BCHW: Tensor) -> Tensor:
+            return _nchw(run(_map(x_BCHW).x_BHWC))
+
+        return _map(called(self.block(stage, index), forward, _nchw(x_BHWC))).x_BHWC
+
     def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
         """The part of a block that mixes positions: its depthwise convolution, nothing else."""
         block = self.block(stage, index)
@@ -140,8 +146,13 @@ class ConvNeXt(MapPyramid):
 
     def head(self, fmap: FeatureMap) -> Tensor:
         """Logits (B, classes): pooling, norm and classifier, in the model's own order."""
-        logits: Tensor = self.backbone.forward_head(self.backbone.norm_pre(_nchw(fmap.x_BHWC)))
+        logits: Tensor = self.backbone.forward_head(self.normed(fmap))
         return logits
+
+    def normed(self, fmap: FeatureMap) -> Tensor:
+        """(B, C, H, W)"""
+        features: Tensor = self.backbone.norm_pre(_nchw(fmap.x_BHWC))
+        return features
 
     def patch_features(self, fmap: FeatureMap) -> Tensor:
         """(B, N, C): each position after the final norm, wherever the model keeps that norm."""
@@ -151,18 +162,18 @@ class ConvNeXt(MapPyramid):
         return features
 
     def stem_macs(self, grid: Grid) -> int:
-        return int(self.backbone.stem[0].weight.numel()) * math.prod(grid)
+        return conv_macs(self.backbone.stem[0]) * math.prod(grid)
 
     def downsample_macs(self, stage: int, grid: Grid) -> int:
         """MACs of the downsampling before the blocks of ``stage``."""
         down = self._downsample(stage)
         positions = math.prod(self.stage_grid(grid, stage))
-        return 0 if down is None else int(down.weight.numel()) * positions
+        return 0 if down is None else conv_macs(down) * positions
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix` on the whole map."""
         block = self.block(stage, index)
-        return int(block.conv_dw.weight.numel()) * math.prod(self.stage_grid(grid, stage))
+        return conv_macs(block.conv_dw) * math.prod(self.stage_grid(grid, stage))
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of :meth:`channel` on ``num_positions`` positions."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrim.errors import ConfigError
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -18,16 +19,32 @@ Instead = Callable[[Sequence[int], Any], Any]
 """Takes the indices of blocks and the tokens that enter them; gives those that leave."""
 
 
-class Inside:
-    """A family that takes features for images, and gives features for logits; in all else the
-    ``whole`` one.
-    """
+class Changed:
+    """A family that is in all but what a class below says the ``whole`` one."""
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["whole"], name)
+
+
+class WithoutHead(Changed):
+    """A family that gives what the backbone's head reads, for logits."""
+
+    def head(self, state: Any) -> Tensor:
+        features: Tensor = self.whole.normed(state)
+        return features
+
+    def patch_head(self, x_BNC: Tensor) -> Tensor:
+        raise ConfigError(
+            "without prefix tokens this method pools its tokens itself, so the backbone's "
+            "forward_head could not go on from forward_features; call the model"
+        )
+
+
+class Inside(Changed):
+    """A family that takes features for images, and gives features for logits."""
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Of the images that the backbone was created for: features do not tell."""
@@ -60,6 +77,12 @@ class WithoutBlocks(Inside):
 
     def mlp_half(self, index: int, tokens: Any) -> Any:
         return self.whole.mlp_half(index, tokens) if self.with_mlp else tokens
+
+    def split_block(
+        self, index: int, tokens: Any, score: Any, between: Any = None
+    ) -> tuple[Any, Tensor]:
+        half, scores = self.whole.attention_half(index, tokens, score)
+        return self.mlp_half(index, half if between is None else between(half, scores)), scores
 
     def patch_head(self, x_BNC: Tensor) -> Tensor:
         return x_BNC

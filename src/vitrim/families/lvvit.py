@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim.costs.macs import linear_macs
+from vitrim.costs.macs import conv_macs, linear_macs
+from vitrim.errors import ConfigError
 from vitrim.families.vit import ViT, block_obstacles
 from vitrim.layers import losses
 from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
+from vitrim.tokens.calls import kind
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Tokens
 
@@ -25,19 +27,16 @@ class LVViT(ViT):
     """Runs one LV-ViT piece by piece; holds no weights of its own."""
 
     name = "lvvit"
+    classes = (LVVisionTransformer,)
     modules = ("lvvit",)
     serves = "vitrim's own lvvit_s and lvvit_m, and what timm.create_model makes of these names"
     labels_patches = True
 
     @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return type(model) is LVVisionTransformer
-
-    @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if type(model.patch_embed) is not ConvStem:
-            yield f"patch embedding {type(model.patch_embed).__name__} (served: ConvStem)"
-        if not isinstance(model.head, nn.Linear) or not isinstance(model.aux_head, nn.Linear):
+        if kind(model.patch_embed) is not ConvStem:
+            yield f"patch embedding {kind(model.patch_embed).__name__} (served: ConvStem)"
+        if isinstance(model.head, nn.Identity) or isinstance(model.aux_head, nn.Identity):
             yield "num_classes=0 (both classifiers are needed)"
         yield from block_obstacles(model)
 
@@ -55,6 +54,13 @@ class LVViT(ViT):
         normed = tokens.with_x(self.backbone.norm(tokens.x))
         best = normed.max_per_image(self.backbone.aux_head(normed.patches))
         return self._class_logits(normed) + AUX_WEIGHT * best.where(best > -torch.inf, 0)
+
+    def normed(self, tokens: AnyTokens) -> Tensor:
+        if tokens.num_prefix > self.num_prefix:
+            raise ConfigError(
+                "LV-ViT's forward_head would take the package token for a patch; call the model"
+            )
+        return super().normed(tokens)
 
     def training_head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes) of the class token alone: the authors' losses see nothing else of
@@ -81,9 +87,9 @@ class LVViT(ViT):
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the convolutions; all but the last run at half of the image's resolution."""
         stem = self.backbone.patch_embed
-        around = sum(conv.weight.numel() for conv in (stem.conv1, stem.conv2, stem.conv3))
+        around = sum(conv_macs(conv) for conv in (stem.conv1, stem.conv2, stem.conv3))
         places = (stem.patch_size[0] // 2) * (stem.patch_size[1] // 2)
-        return num_patches * int(places * around + stem.proj.weight.numel())
+        return num_patches * (places * around + conv_macs(stem.proj))
 
     def head_macs(self, num_tokens: Any, num_packages: Any = 0) -> Any:
         """MACs of both classifiers; the second one reads neither prefix nor package tokens."""

@@ -21,10 +21,11 @@ from timm.models.pit import ConvEmbedding, Pooling, PoolingVisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitrim.costs.macs import linear_macs, transformer_block_macs
+from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
 from vitrim.errors import InputError
 from vitrim.families import blocks
 from vitrim.families.base import Pyramid, check_channels
+from vitrim.tokens.calls import kind
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -36,33 +37,30 @@ class PiT(Pyramid):
     """
 
     name = "pit"
+    classes = (PoolingVisionTransformer,)
     modules = ("pit",)
     serves = "timm PoolingVisionTransformer (pit_ti, pit_xs, pit_s, pit_b and their distilled kin)"
 
     @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return type(model) is PoolingVisionTransformer
-
-    @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if type(model.patch_embed) is not ConvEmbedding:
-            yield f"patch embedding {type(model.patch_embed).__name__} (served: ConvEmbedding)"
+        if kind(model.patch_embed) is not ConvEmbedding:
+            yield f"patch embedding {kind(model.patch_embed).__name__} (served: ConvEmbedding)"
         if model.global_pool != "token":
             yield f"global_pool={model.global_pool!r} (served: token)"
         if model.distilled_training:
             yield "distilled_training=True (its forward returns two logits; switch it off)"
         stages = model.transformers
         all_blocks = [block for stage in stages for block in stage.blocks]
-        kinds = {
+        parts = {
             "pooling": (Pooling, [stage.pool for stage in stages][1:]),
             "block": (Block, all_blocks),
             "attention": (Attention, [getattr(block, "attn", None) for block in all_blocks]),
             "MLP": (Mlp, [getattr(block, "mlp", None) for block in all_blocks]),
         }
-        for kind, (served, modules) in kinds.items():
-            strangers = sorted({type(m).__name__ for m in modules if type(m) is not served})
+        for part, (served, modules) in parts.items():
+            strangers = sorted({kind(m).__name__ for m in modules if kind(m) is not served})
             if strangers:
-                yield f"{kind} type {', '.join(strangers)} (served: {served.__name__})"
+                yield f"{part} type {', '.join(strangers)} (served: {served.__name__})"
                 return
 
     @property
@@ -133,16 +131,17 @@ class PiT(Pyramid):
 
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): the final norm of the model's prefix tokens, and the classifier."""
-        model = self.backbone
-        prefix = tokens.prefix_BPC[:, : self.num_prefix]
-        logits: Tensor = model.forward_head(model.norm(prefix))
+        logits: Tensor = self.backbone.forward_head(self.normed(tokens))
         return logits
+
+    def normed(self, tokens: AnyTokens) -> Tensor:
+        """(B, P, C): the model's prefix tokens alone, as timm gives them."""
+        features: Tensor = self.backbone.norm(tokens.prefix_BPC[:, : self.num_prefix])
+        return features
 
     def pool(self, tokens: AnyTokens) -> Tensor:
         """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
-        model = self.backbone
-        prefix = tokens.prefix_BPC[:, : self.num_prefix]
-        features: Tensor = model.forward_head(model.norm(prefix), pre_logits=True)
+        features: Tensor = self.backbone.forward_head(self.normed(tokens), pre_logits=True)
         return features
 
     def patch_features(self, tokens: Tokens) -> Tensor:
@@ -156,7 +155,7 @@ class PiT(Pyramid):
 
     def stem_macs(self, grid: Grid) -> int:
         """MACs of the patch embedding."""
-        return math.prod(grid) * int(self.backbone.patch_embed.conv.weight.numel())
+        return math.prod(grid) * conv_macs(self.backbone.patch_embed.conv)
 
     def downsample_macs(self, stage: int, grid: Grid, num_prefix: int) -> int:
         """MACs of a stage's pooling, given the prefix tokens that pass; 0 for stage 0."""
@@ -164,7 +163,7 @@ class PiT(Pyramid):
         if pool is None:
             return 0
         positions = math.prod(self.stage_grid(grid, stage))
-        return positions * int(pool.conv.weight.numel()) + num_prefix * linear_macs(pool.fc)
+        return positions * conv_macs(pool.conv) + num_prefix * linear_macs(pool.fc)
 
     def block_macs(self, stage: int, index: int, num_tokens: Any) -> Any:
         """MACs of a block on ``num_tokens`` tokens, prefix tokens included."""

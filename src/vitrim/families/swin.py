@@ -31,7 +31,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.costs.macs import linear_macs
+from vitrim.costs.macs import conv_macs, linear_macs
 from vitrim.families.base import MapPyramid, check_patched_images
 from vitrim.layers.semantic_attention import (
     Keys,
@@ -40,6 +40,7 @@ from vitrim.layers.semantic_attention import (
     window_cross_attention_macs,
 )
 from vitrim.models.conv_stem_swin import SwinConvStem
+from vitrim.tokens.calls import in_features, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -50,36 +51,33 @@ class Swin(MapPyramid):
     """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
 
     name = "swin"
+    classes = (SwinTransformer,)
     modules = ("swin_transformer", "conv_stem_swin")
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
 
     @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return type(model) is SwinTransformer
-
-    @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if type(model.patch_embed) not in _STEMS:
-            name = type(model.patch_embed).__name__
+        if kind(model.patch_embed) not in _STEMS:
+            name = kind(model.patch_embed).__name__
             yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
-        if type(model.head) is not ClassifierHead:
-            yield f"head {type(model.head).__name__} (served: ClassifierHead)"
+        if kind(model.head) is not ClassifierHead:
+            yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
         parts = {
             "stage": (SwinTransformerStage, model.layers),
             "downsampling": (PatchMerging, [stage.downsample for stage in model.layers[1:]]),
             "block": (SwinTransformerBlock, [b for stage in model.layers for b in stage.blocks]),
         }
-        for kind, (served, modules) in parts.items():
-            strangers = {type(m).__name__ for m in modules if type(m) is not served}
+        for part, (served, modules) in parts.items():
+            strangers = {kind(m).__name__ for m in modules if kind(m) is not served}
             if strangers:
                 found = ", ".join(sorted(strangers))
-                yield f"{kind} type {found} (served: {served.__name__})"
+                yield f"{part} type {found} (served: {served.__name__})"
                 return
         for block in parts["block"][1]:
-            if type(block.attn) is not WindowAttention:
-                yield f"attention type {type(block.attn).__name__} (served: WindowAttention)"
-            elif type(block.mlp) is not Mlp:
-                yield f"MLP type {type(block.mlp).__name__} (served: Mlp)"
+            if kind(block.attn) is not WindowAttention:
+                yield f"attention type {kind(block.attn).__name__} (served: WindowAttention)"
+            elif kind(block.mlp) is not Mlp:
+                yield f"MLP type {kind(block.mlp).__name__} (served: Mlp)"
             else:
                 continue
             return
@@ -170,14 +168,17 @@ class Swin(MapPyramid):
 
     def head(self, fmap: FeatureMap) -> Tensor:
         """Logits (B, classes): final norm, pooling and classifier."""
-        model = self.backbone
-        logits: Tensor = model.forward_head(model.norm(fmap.x_BHWC))
+        logits: Tensor = self.backbone.forward_head(self.normed(fmap))
         return logits
+
+    def normed(self, fmap: FeatureMap) -> Tensor:
+        """(B, H, W, C)"""
+        features: Tensor = self.backbone.norm(fmap.x_BHWC)
+        return features
 
     def pool(self, fmap: FeatureMap) -> Tensor:
         """(B, C): what the classifier of :meth:`head` reads."""
-        model = self.backbone
-        features: Tensor = model.forward_head(model.norm(fmap.x_BHWC), pre_logits=True)
+        features: Tensor = self.backbone.forward_head(self.normed(fmap), pre_logits=True)
         return features
 
     def patch_features(self, fmap: FeatureMap) -> Tensor:
@@ -190,7 +191,7 @@ class Swin(MapPyramid):
         modules = self.backbone.patch_embed.proj.modules()
         positions, total = math.prod(grid), 0
         for convolution in reversed([m for m in modules if isinstance(m, nn.Conv2d)]):
-            total += positions * convolution.weight.numel()
+            total += positions * conv_macs(convolution)
             positions *= math.prod(convolution.stride)
         return total
 
@@ -207,7 +208,7 @@ class Swin(MapPyramid):
         block = self.block(stage, index)
         sides = zip(self.stage_grid(grid, stage), block.window_size, strict=True)
         positions: int = math.prod(-(-length // window) * window for length, window in sides)
-        width = int(block.attn.proj.in_features)
+        width = in_features(block.attn.proj)
         return positions * (linear_macs(block.attn) + 2 * width * int(block.window_area))
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:

@@ -20,11 +20,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.costs.macs import linear_macs, transformer_block_macs
+from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
+from vitrim.errors import ConfigError
 from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
-from vitrim.families.blocks import SomeTokens
+from vitrim.families.blocks import Between, SomeTokens
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
+from vitrim.tokens.calls import bare, called, kind
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Tokens
@@ -37,6 +39,7 @@ class ViT(Family):
     """Runs one timm vision transformer piece by piece; holds no weights of its own."""
 
     name = "vit"
+    classes = (VisionTransformer, VisionTransformerDistilled)
     modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit")
     smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
@@ -45,13 +48,9 @@ class ViT(Family):
     )
 
     @staticmethod
-    def accepts(model: nn.Module) -> bool:
-        return type(model) in (VisionTransformer, VisionTransformerDistilled)
-
-    @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if type(model.patch_embed) is not PatchEmbed:
-            name = type(model.patch_embed).__name__
+        if kind(model.patch_embed) is not PatchEmbed:
+            name = kind(model.patch_embed).__name__
             yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
         if model.global_pool not in _POOLS:
             yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
@@ -74,12 +73,21 @@ class ViT(Family):
     @property
     def has_class(self) -> bool:
         """Whether token 0 is a class token (registers alone are none)."""
-        return getattr(self.backbone, "cls_token", None) is not None
+        return bool(self.backbone.has_class_token)
 
     @property
     def pools_patches(self) -> bool:
         """Whether the head pools patch tokens, and so needs at least one."""
         return bool(self.backbone.global_pool != "token")
+
+    def traits(self) -> dict[str, Any]:
+        return {
+            "depth": self.depth,
+            "channels": self.embed_dim,
+            "prefix tokens": self.num_prefix,
+            "has a class token": self.has_class,
+            "pools patches": self.pools_patches,
+        }
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -125,19 +133,14 @@ class ViT(Family):
         """The second half of block ``index``: the MLP with its norm and residual."""
         return blocks.mlp_half(self.backbone.blocks[index], tokens)
 
-    def cross_half(
-        self,
-        index: int,
-        query_BSC: Tensor,
-        residual_BSC: Tensor,
-        memory_BNC: Tensor,
-        bias_N: Tensor | None = None,
-    ) -> tuple[Tensor, AttentionRecord]:
-        """The first half of :meth:`cross_block`: attention with its norm and residual."""
+    def split_block(
+        self, index: int, tokens: AnyTokens, score: Score, between: Between | None = None
+    ) -> tuple[AnyTokens, Tensor]:
+        """Block ``index`` with a score of the patch tokens read off its attention, and something
+        done between its halves; see :func:`vitrim.families.blocks.split_block`.
+        """
         block = self.backbone.blocks[index]
-        query, memory = block.norm1(query_BSC), block.norm1(memory_BNC)
-        out, record = cross_attention(block.attn, query, memory, bias_N)
-        return residual_BSC + block.drop_path1(block.ls1(out)), record
+        return blocks.split_block(block, tokens, self.has_class, score, between)
 
     def cross_block(
         self,
@@ -146,6 +149,7 @@ class ViT(Family):
         residual_BSC: Tensor,
         memory_BNC: Tensor,
         bias_N: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
         """Block ``index`` between two sequences: its norms, projections and MLP, none new.
 
@@ -155,12 +159,25 @@ class ViT(Family):
             residual_BSC: what the attention's output is added to.
             memory_BNC: tokens that give keys and values; not changed.
             bias_N: added to the attention logits of each token of the memory.
+            scales: (C,) each, of what attention and MLP add, besides the block's own.
 
         Returns:
             (B, S, C), and what its attention did.
         """
-        x, record = self.cross_half(index, query_BSC, residual_BSC, memory_BNC, bias_N)
-        return self.mlp_half(index, Tokens.of(x, 0)).x, record
+        block = bare(self.backbone.blocks[index])
+        records: list[AttentionRecord] = []
+        scale1, scale2 = scales or (None, None)
+
+        def run(query_BSC: Tensor) -> Tensor:
+            query, memory = block.norm1(query_BSC), block.norm1(memory_BNC)
+            out, record = cross_attention(block.attn, query, memory, bias_N)
+            records.append(record)
+            out = block.drop_path1(block.ls1(out))
+            x = residual_BSC + (out if scale1 is None else scale1 * out)
+            out = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            return x + (out if scale2 is None else scale2 * out)
+
+        return called(block, run, query_BSC), records[0]
 
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
@@ -180,6 +197,20 @@ class ViT(Family):
         pooled = self._masked_pool(x, tokens)
         logits = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
+
+    def normed(self, tokens: AnyTokens) -> Tensor:
+        """(B, P + K, C); where images keep different numbers, the others' places hold no token, and
+        only the class token may be read.
+        """
+        if isinstance(tokens, PackedTokens):
+            tokens = tokens.padded()
+        if tokens.keep_BN is not None and self.pools_patches:
+            raise ConfigError(
+                "images of this batch keep different numbers of tokens, and the head pools them; "
+                "give forward_features one image, or call the model"
+            )
+        x: Tensor = self.backbone.norm(tokens.x)
+        return x
 
     def patch_head(self, x_BNC: Tensor) -> Tensor:
         """Logits (B, classes) where no prefix token is left: the final norm, then the mean of all
@@ -273,7 +304,7 @@ class ViT(Family):
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""
-        return num_patches * int(self.backbone.patch_embed.proj.weight.numel())
+        return num_patches * conv_macs(self.backbone.patch_embed.proj)
 
     def block_macs(self, index: int, num_tokens: Any) -> Any:
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
@@ -283,7 +314,7 @@ class ViT(Family):
     def cross_block_macs(self, index: int, num_queries: Any, num_memory: Any) -> Any:
         """MACs of :meth:`cross_block`: ``num_queries`` tokens look at ``num_memory`` tokens."""
         block = self.backbone.blocks[index]
-        keys_and_values = 2 * block.attn.qkv.weight.numel() // 3
+        keys_and_values = 2 * linear_macs(block.attn.qkv) // 3
         per_query = linear_macs(block) - keys_and_values
         attention = 2 * block.attn.attn_dim * num_queries * num_memory
         return per_query * num_queries + keys_and_values * num_memory + attention
@@ -340,12 +371,12 @@ def block_obstacles(model: Any) -> Iterator[str]:
     if not isinstance(model.patch_drop, nn.Identity):
         yield "patch_drop_rate > 0 (it drops tokens at random; create the model without it)"
     for block in model.blocks:
-        if type(block) is not Block:
-            yield f"block type {type(block).__name__} (served: Block)"
-        elif type(block.attn) is not Attention:
-            yield f"attention type {type(block.attn).__name__} (served: Attention)"
-        elif type(block.mlp) not in _MLPS:
-            yield f"MLP type {type(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
+        if kind(block) is not Block:
+            yield f"block type {kind(block).__name__} (served: Block)"
+        elif kind(block.attn) is not Attention:
+            yield f"attention type {kind(block.attn).__name__} (served: Attention)"
+        elif kind(block.mlp) not in _MLPS:
+            yield f"MLP type {kind(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
         else:
             continue
         return

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 from vitrim.costs.macs import linear_macs
 from vitrim.layers.semantic_windows import Windows
+from vitrim.tokens.attention import attend, scale_of
+from vitrim.tokens.calls import called, in_features, linear_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,11 @@ class WindowRecord:
     mask: Tensor | None
     """Added to the logits."""
     keys: Keys
+    scale: float
 
     def weights(self) -> Tensor:
         """(B, W, H, Q, K)"""
-        q = self.q_BWHQD * self.q_BWHQD.shape[-1] ** -0.5
-        logits = q @ self.k_BWHKD.transpose(-2, -1)
+        logits = (self.q_BWHQD * self.scale) @ self.k_BWHKD.transpose(-2, -1)
         if self.mask is not None:
             logits = logits + self.mask
         weights: Tensor = logits.softmax(-1)
@@ -87,35 +88,53 @@ def window_cross_attention(
     Returns:
         the layer's output (B, W, Q, C), and its inner values.
     """
+    records: list[WindowRecord] = []
+
+    def run(query_BWQC: Tensor) -> Tensor:
+        context, record = _contexts(
+            attention, query_BWQC, memory_BMC, keys, bias_HQK, project_once
+        )
+        records.append(record)
+        projected: Tensor = attention.proj_drop(attention.proj(context))
+        return projected
+
+    return called(attention, run, query_BWQC), records[0]
+
+
+def _contexts(
+    attention: WindowAttention,
+    query_BWQC: Tensor,
+    memory_BMC: Tensor,
+    keys: Keys,
+    bias_HQK: Tensor | None,
+    project_once: bool,
+) -> tuple[Tensor, WindowRecord]:
+    """(B, W, Q, C): what the heads find, one behind the other."""
     batch, windows, queries, _ = query_BWQC.shape
-    width, heads = attention.proj.in_features, attention.num_heads
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = F.linear(query_BWQC, weight[:width], bias_q)
-    kv = F.linear(memory_BMC, weight[width:], bias_kv) if project_once else memory_BMC
+    width, heads = in_features(attention.proj), attention.num_heads
+
+    def keys_and_values(memory: Tensor) -> Tensor:
+        return linear_part(attention.qkv, memory, width, 3 * width)
+
+    q = linear_part(attention.qkv, query_BWQC, 0, width)
+    kv = keys_and_values(memory_BMC) if project_once else memory_BMC
     if keys.index_WK is None:
         kv = kv.unsqueeze(1)
     else:
         gathered = kv.index_select(1, keys.index_WK.flatten())
         kv = gathered.view(batch, *keys.index_WK.shape, -1)
     if not project_once:
-        kv = F.linear(kv, weight[width:], bias_kv)
+        kv = keys_and_values(kv)
     q = q.view(batch, windows, queries, heads, -1).transpose(2, 3)
     k, v = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
     mask = _mask(keys, bias_HQK, q.dtype)
     spread = mask
     if mask is not None and len(mask) > 1:
         spread = mask.expand(batch, *mask.shape).flatten(0, 1)
-    context = F.scaled_dot_product_attention(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        attn_mask=None if spread is None else spread.expand(-1, -1, queries, -1),
-        dropout_p=attention.attn_drop.p if attention.training else 0.0,
-    )
-    out = context.transpose(1, 2).reshape(batch, windows, queries, width)
-    out = attention.proj_drop(attention.proj(out))
-    return out, WindowRecord(q, k, mask, keys)
+    spread = None if spread is None else spread.expand(-1, -1, queries, -1)
+    context = attend(attention, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spread)
+    record = WindowRecord(q, k, mask, keys, scale_of(attention, q))
+    return context.transpose(1, 2).reshape(batch, windows, queries, width), record
 
 
 def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -138,7 +157,7 @@ def window_cross_attention_macs(
             windows if each projects its own.
         num_keys: that each query looks at.
     """
-    per_row = 2 * attention.qkv.weight.numel() // 3
+    per_row = 2 * linear_macs(attention.qkv) // 3
     per_query = linear_macs(attention) - per_row
-    attending = 2 * attention.proj.in_features * num_queries * num_keys
+    attending = 2 * in_features(attention.proj) * num_queries * num_keys
     return per_query * num_queries + per_row * num_rows + attending

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
 from vitrim.costs.macs import linear_macs
+from vitrim.tokens.attention import attend
+from vitrim.tokens.calls import called, in_features, of_zeros
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import in_slices
 from vitrim.tokens.plain import Grid
@@ -135,43 +138,42 @@ def sparse_block(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan)
         whole: Tensor = path(images)  # it drops whole images
         return whole.flatten(0, 1)
 
-    out = _attend(block, block.norm1(x_TC), block.norm1(package_BC), plan)
-    x_TC = x_TC + drop(block.drop_path1, out)
-    out = in_slices(lambda part: block.mlp(block.norm2(part)), x_TC)
-    return x_TC + drop(block.drop_path2, out)
+    def run(x_TC: Tensor) -> Tensor:
+        out = _attend(block, block.norm1(x_TC), block.norm1(package_BC), plan)
+        x_TC = x_TC + drop(block.drop_path1, out)
+        out = in_slices(lambda part: block.mlp(block.norm2(part)), x_TC)
+        return x_TC + drop(block.drop_path2, out)
+
+    return called(block, run, x_TC)
 
 
 def sparse_block_macs(block: Any, grid: Grid, num_rows: Any) -> Any:
     """MACs of :func:`sparse_block` for one image, given how many positions are computed."""
     attention, places = block.attn, math.prod(_whole(block, grid))
-    keys = 2 * int(attention.proj.in_features) * places * (int(block.window_area) + 1)
+    keys = 2 * in_features(attention.proj) * places * (int(block.window_area) + 1)
     return linear_macs(block) * num_rows + linear_macs(attention.qkv) + keys
 
 
 def _attend(block: Any, x_TC: Tensor, package_BC: Tensor, plan: WindowPlan) -> Tensor:
     """(T, C): what the block's window attention adds to the positions that are computed."""
+    return called(block.attn, partial(_attention, block, package_BC, plan), x_TC)
+
+
+def _attention(block: Any, package_BC: Tensor, plan: WindowPlan, x_TC: Tensor) -> Tensor:
     attention, area = block.attn, block.window_area
     qkv, package = attention.qkv(x_TC), attention.qkv(package_BC)
-    absent, bias = qkv.new_zeros(1, qkv.shape[1]), attention.qkv.bias
-    padding = absent if bias is None else bias.to(qkv.dtype).unsqueeze(0)  # timm pads with zeros
+    absent = qkv.new_zeros(1, qkv.shape[1])
+    padding = of_zeros(attention.qkv, x_TC).to(qkv.dtype)
     qkv = torch.cat([qkv, absent, padding]).index_select(0, plan.slot_P)
     qkv = qkv.reshape(-1, area, 3, attention.num_heads, qkv.shape[1] // 3 // attention.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     package = package.reshape(plan.num_images, 1, 3, attention.num_heads, 1, q.shape[-1])
     package = package.expand(-1, plan.windows, -1, -1, -1, -1).flatten(0, 1)
     k, v = torch.cat([k, package[:, 1]], 2), torch.cat([v, package[:, 2]], 2)
-    context = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=_bias(block, plan).to(q.dtype),
-        dropout_p=attention.attn_drop.p if attention.training else 0.0,
-        scale=attention.scale,
-    )
-    context = context.transpose(1, 2)
+    context = attend(attention, q, k, v, _bias(block, plan).to(q.dtype)).transpose(1, 2)
     if exporting():  # a runtime's attention may lay its result out otherwise
         context = context.clone(memory_format=torch.contiguous_format)
-    context = context.reshape(-1, attention.proj.in_features)
+    context = context.reshape(-1, in_features(attention.proj))
     out: Tensor = attention.proj(context.index_select(0, plan.place_T))
     dropped: Tensor = attention.proj_drop(out)
     return dropped

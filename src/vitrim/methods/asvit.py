@@ -38,7 +38,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -52,6 +51,7 @@ from vitrim.layers.stages import check_stages, stretches
 from vitrim.methods.base import Method, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.calls import in_features
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -191,7 +191,7 @@ def authors_block_cost(family: ViT, block: int, num_tokens: Any, elementwise: bo
     if not elementwise:
         return macs
     part = family.backbone.blocks[block]
-    per_token = 14 * family.embed_dim + 9 * part.mlp.fc1.out_features
+    per_token = 14 * family.embed_dim + 9 * in_features(part.mlp.fc2)
     return macs + per_token * num_tokens + 6 * part.attn.num_heads * num_tokens * num_tokens
 
 
@@ -245,10 +245,7 @@ class ASViT(Method):
         rows, columns = family.grid()
         self.native_patches = rows * columns
         start = config.start(len(stages), self.native_patches)
-        self.thresholds = nn.ParameterList(
-            nn.Parameter(torch.tensor(value), requires_grad=config.learn_thresholds)
-            for value in start
-        )
+        self.thresholds = nn.Parameter(torch.tensor(start), requires_grad=config.learn_thresholds)
 
     @property
     def score_name(self) -> str:
@@ -271,24 +268,20 @@ class ASViT(Method):
         *others, last = stretches(self.stages, family.depth)
         tokens = cast(AnyTokens, stem)
         for stage, (*whole, block) in enumerate(others):  # tokens leave in the middle of a block
-            before, score = self._attend(family, block, family.run_blocks(whole, tokens))
-            tokens = self._drop(family, before, score, stem.num_patches, stage)
-            if recorder:
-                recorder.add(block + 1, before, score, tokens)
-            tokens = family.mlp_half(block, tokens)
+
+            def drop(before: AnyTokens, score: Tensor, stage: int = stage) -> AnyTokens:
+                kept = self._drop(family, before, score, stem.num_patches, stage)
+                if recorder:
+                    recorder.add(self.stages[stage], before, score, kept)
+                return kept
+
+            tokens = family.run_blocks(whole, tokens)
+            tokens, _ = family.split_block(block, tokens, self._score, drop)
         return family.head(family.run_blocks(last, tokens))
 
-    def _attend(self, family: ViT, block: int, tokens: AnyTokens) -> tuple[AnyTokens, Tensor]:
-        """The attention half of a block, and its score of the patch tokens."""
-        config = self.config
-        score = partial(
-            token_score,
-            head_weighting=config.head_weighting,
-            value_weighting=config.value_weighting,
-        )
-        tokens, scores = family.attention_half(block, tokens, score)
-        assert scores is not None
-        return tokens, scores
+    def _score(self, record: AttentionRecord) -> Tensor:
+        head_weighting, value_weighting = self.config.head_weighting, self.config.value_weighting
+        return token_score(record, head_weighting, value_weighting)
 
     def _drop(
         self, family: ViT, tokens: AnyTokens, score: Tensor, num_patches: int, stage: int
@@ -317,9 +310,10 @@ class ASViT(Method):
             if block + 1 not in self.stages:
                 tokens = family.run_blocks((block,), tokens)
                 continue
-            attended, score = self._attend(family, block, tokens)
-            keeps.append(self._mask(family, tokens, score, self.threshold(len(keeps), num_patches)))
-            tokens = cast(Tokens, family.mlp_half(block, attended)).with_keep(keeps[-1])
+            before = tokens
+            after, score = family.split_block(block, before, self._score)
+            keeps.append(self._mask(family, before, score, self.threshold(len(keeps), num_patches)))
+            tokens = cast(Tokens, after).with_keep(keeps[-1])
         macs_B, dense_macs = self.budget_macs(family, num_patches, [keep.sum(1) for keep in keeps])
         features = family.patch_features(tokens) if family.labels_patches else None
         logits, token_loss = family.training_head(tokens), family.token_loss

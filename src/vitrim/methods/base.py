@@ -85,6 +85,10 @@ class Method(nn.Module, ABC):
     ) -> TrainingOutput:
         """The differentiable forward, with the method's noise."""
 
+    def unused(self, family: Any) -> list[nn.Parameter]:
+        """Parameters of the backbone that no forward of this method uses."""
+        return []
+
     def features(self, family: Any, images: Tensor) -> list[Tensor]:
         """The map after each of the backbone's stages (B, C, H, W), computed as :meth:`infer` does;
         methods that keep a hierarchical backbone's map have them.

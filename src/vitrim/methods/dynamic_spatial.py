@@ -49,6 +49,7 @@ from vitrim.layers.stages import check_stages
 from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
 from vitrim.methods.selection import RatioConfig
+from vitrim.tokens.calls import bare, is_hooked
 from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -273,7 +274,7 @@ class DynamicSpatial(RatioMethod):
         """A block at inference where all positions take its MLP: timm's own, or the same numbers
         in less time.
         """
-        if not pays_in_slices(fmap.x_BHWC):
+        if is_hooked(bare(family.block(level, block))) or not pays_in_slices(fmap.x_BHWC):
             return family.run_block(level, block, fmap)
         mixed = family.mix(level, block, fmap.x_BHWC)
         base = fmap.x_BHWC if self.form.one_residual else mixed
@@ -283,10 +284,14 @@ class DynamicSpatial(RatioMethod):
         self, family: Swin | ConvNeXt, block: int, fmap: FeatureMap, partition: Partition
     ) -> FeatureMap:
         """A block at inference: mixing on the whole map, then each position on its own path."""
-        mixed = family.mix(self.config.level, block, fmap.x_BHWC)
-        slow = partial(family.channel, self.config.level, block)
-        branch = partition.run(mixed, slow, self.fast_paths[block - self.stages[0]])
-        return FeatureMap((fmap.x_BHWC if self.form.one_residual else mixed) + branch)
+        level = self.config.level
+
+        def run(x_BHWC: Tensor) -> Tensor:
+            mixed, slow = family.mix(level, block, x_BHWC), partial(family.channel, level, block)
+            branch = partition.run(mixed, slow, self.fast_paths[block - self.stages[0]])
+            return (x_BHWC if self.form.one_residual else mixed) + branch
+
+        return FeatureMap(family.in_name_of(level, block, run, fmap.x_BHWC))
 
     def train_forward(
         self, family: Swin | ConvNeXt, images: Tensor, generator: torch.Generator | None = None
@@ -333,12 +338,19 @@ class DynamicSpatial(RatioMethod):
         """
         level, keep = self.config.level, maps.keep_BHW1
         drop_path = family.drop_path(level, block)
-        mixed = family.mix(level, block, maps.merged())
-        slow = family.channel(level, block, mixed * keep + maps.slow_BHWC * (1 - keep))
-        fast_path = self.fast_paths[block - self.stages[0]]
-        fast = fast_path(mixed * (1 - keep) + maps.fast_BHWC * keep)
-        bases = (maps.slow_BHWC, maps.fast_BHWC) if self.form.one_residual else (mixed, mixed)
-        return TwoMaps(bases[0] + drop_path(slow), bases[1] + drop_path(fast), keep)
+        left: list[Tensor] = []
+
+        def run(x_BHWC: Tensor) -> Tensor:
+            mixed = family.mix(level, block, x_BHWC)
+            slow = family.channel(level, block, mixed * keep + maps.slow_BHWC * (1 - keep))
+            fast_path = self.fast_paths[block - self.stages[0]]
+            fast = fast_path(mixed * (1 - keep) + maps.fast_BHWC * keep)
+            bases = (maps.slow_BHWC, maps.fast_BHWC) if self.form.one_residual else (mixed, mixed)
+            left.append(bases[1] + drop_path(fast))
+            return bases[0] + drop_path(slow)
+
+        slow = family.in_name_of(level, block, run, maps.merged())
+        return TwoMaps(slow, left[0], keep)
 
     def losses(
         self, output: SpatialOutput, target: Tensor | None, teacher: DenseOutput | None

@@ -33,6 +33,11 @@ class StageTrace:
     """(B, S, N): how much each semantic token looks at each original patch, the mean over heads,
     where semantic tokens replace the patches."""
 
+    def of_nothing(self) -> StageTrace:
+        """The same for a batch without images."""
+        looks = None if self.assignment is None else self.assignment[:0]
+        return StageTrace(self.block, self.scores[:0], self.grid, [], self.counts[:0], looks)
+
 
 @dataclass
 class Recorder:

@@ -34,7 +34,7 @@ US 2023/0368494 A1 and EP 4276695 A1) describes adaptive token pruning of this k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -51,6 +51,7 @@ from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
@@ -164,6 +165,10 @@ class SaiTOutput(TrainingOutput):
     """Rows and columns of the patch grid."""
 
 
+Choose = Callable[[Tokens, Tensor], AnyTokens]
+"""Takes the tokens at the point of pruning and their score (B, N); gives those that go on."""
+
+
 class SaiT(Method):
     """The method on a plain vision transformer, and on LV-ViT."""
 
@@ -224,36 +229,43 @@ class SaiT(Method):
         counts = self._counts(stem.num_patches)
         if counts == (stem.num_patches,) and not recorder:
             return family.head(family.run_blocks(range(family.depth), stem))
-        tokens, score_BN = self._score(family, stem)
-        kept: AnyTokens
-        if counts is None:
-            kept = self._select(tokens, score_BN)
-        elif counts[0] == tokens.num_patches:
-            kept = tokens
-        else:
-            kept = tokens.gather(_ranking(score_BN)[:, : counts[0]])
-        if recorder:
-            recorder.add(self.stages[0], tokens, score_BN, kept)
-        return self._finish(family, kept)
+        def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
+            kept: AnyTokens
+            if counts is None:
+                kept = self._select(tokens, score_BN)
+            elif counts[0] == tokens.num_patches:
+                kept = tokens
+            else:
+                kept = tokens.gather(_ranking(score_BN)[:, : counts[0]])
+            if recorder:
+                recorder.add(self.stages[0], tokens, score_BN, kept)
+            return kept
 
-    def _score(self, family: ViT, stem: Tokens) -> tuple[Tokens, Tensor]:
-        """The tokens at the point of pruning, and their score (B, N), which sums to 1."""
+        return self._finish(family, self._before(family, stem), choose)[0]
+
+    def _before(self, family: ViT, stem: Tokens) -> Tokens:
+        """The tokens before the block in, or behind, which it prunes."""
+        return family.run_blocks(range(self.stages[0] - 1), stem)
+
+    def _finish(self, family: ViT, before: Tokens, choose: Choose) -> tuple[Tensor, Tensor]:
+        """Logits from the tokens that ``choose`` has go on, and the score by which it did."""
+        read, scores = SCORES[self.config.score].read, list[Tensor]()
+
+        def score(record: AttentionRecord) -> Tensor:
+            return read(record).float()
+
+        def between(tokens: AnyTokens, score_BN: Tensor) -> AnyTokens:
+            assert isinstance(tokens, Tokens)
+            scores.append(score_BN / score_BN.sum(1, keepdim=True).clamp(min=EPS))
+            return choose(tokens, scores[-1])
+
         block = self.stages[0] - 1
-        read = SCORES[self.config.score].read
-        before = family.run_blocks(range(block), stem)
-        tokens, score_BN = family.attention_half(block, before, lambda record: read(record).float())
-        if self.config.where == "end":
-            tokens = family.mlp_half(block, tokens)
-        assert isinstance(tokens, Tokens)
-        assert score_BN is not None
-        return tokens, score_BN / score_BN.sum(1, keepdim=True).clamp(min=EPS)
-
-    def _finish(self, family: ViT, tokens: AnyTokens) -> Tensor:
-        """Logits, from what goes on at the point of pruning."""
         if self.config.where == "mid":
-            tokens = family.mlp_half(self.stages[0] - 1, tokens)
+            tokens, _ = family.split_block(block, before, score, between)
+        else:
+            tokens = between(*family.split_block(block, before, score))
         tokens = family.run_blocks(range(self.stages[0], family.depth), tokens)
-        return family.head(tokens)
+        return family.head(tokens), scores[-1]
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
         order_BN = _ranking(score_BN)
@@ -289,18 +301,24 @@ class SaiT(Method):
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> SaiTOutput:
-        tokens, score_BN = self._score(family, family.stem(images))
+        before = self._before(family, family.stem(images))
         grid = family.grid((images.shape[-2], images.shape[-1]))
         schedule = self.config.schedule
         sparse = self.sparse_turn or schedule in ("sandwich", "sparse")
         dense_logits = None
         if not sparse or schedule == "sandwich":
-            dense_logits = self._finish(family, tokens)
+            dense_logits, score_BN = self._finish(family, before, lambda tokens, _: tokens)
         if not sparse:
             assert dense_logits is not None
             return SaiTOutput(dense_logits, score_BN, None, None, grid)
-        kept = self._draw(tokens, score_BN.detach(), generator)
-        return SaiTOutput(self._finish(family, kept), score_BN, kept, dense_logits, grid)
+        drawn: list[Tokens] = []
+
+        def draw(tokens: Tokens, score_BN: Tensor) -> Tokens:
+            drawn.append(self._draw(tokens, score_BN.detach(), generator))
+            return drawn[0]
+
+        logits, score_BN = self._finish(family, before, draw)
+        return SaiTOutput(logits, score_BN, drawn[0], dense_logits, grid)
 
     def _draw(self, tokens: Tokens, score_BN: Tensor, generator: torch.Generator | None) -> Tokens:
         """What goes on in a sparse pass of training; images that keep fewer are padded, masked."""
@@ -327,10 +345,9 @@ class SaiT(Method):
         )
         block %= depth
         before = family.run_blocks(range(block), family.stem(images))
-        half, attention = family.attention_half(
+        tokens, attention = family.split_block(
             block, before, lambda record: record.patch_attention().mean(1)
         )
-        tokens = family.mlp_half(block, half)
         assert isinstance(tokens, Tokens)
         tokens = family.run_blocks(range(block + 1, depth), tokens)
         features = family.patch_features(tokens)

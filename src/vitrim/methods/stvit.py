@@ -218,14 +218,10 @@ class STViT(SemanticMethod):
         memory: Tensor,
         bias_N: Tensor | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
-        if not len(self.layer_scales):
-            return family.cross_block(block, query, residual, memory, bias_N)
-        first = 2 * (block - self.base_layers)
-        scale1, scale2 = self.layer_scales[first], self.layer_scales[first + 1]
-        x, record = family.cross_half(block, query, residual, memory, bias_N)
-        x = residual + scale1 * (x - residual)
-        after = family.mlp_half(block, Tokens.of(x, 0))
-        return x + scale2 * (after.x - x), record
+        first, scales = 2 * (block - self.base_layers), None
+        if len(self.layer_scales):
+            scales = self.layer_scales[first], self.layer_scales[first + 1]
+        return family.cross_block(block, query, residual, memory, bias_N, scales)
 
     def _self_block(self, family: ViT, block: int, tokens: Tokens, bias_N: Tensor | None) -> Tokens:
         if bias_N is None and not len(self.layer_scales):

@@ -216,6 +216,11 @@ class STViTR(WindowMethod):
             nn.LayerNorm(family.stage_dim(stage), eps=1e-5) for stage in stages
         )
 
+    def unused(self, family: Swin) -> list[nn.Parameter]:
+        """The position biases of the blocks that run on semantic tokens."""
+        used_again = (family.block(STAGE, int(index)) for index in self.blocks)
+        return [block.attn.relative_position_bias_table for block in used_again]
+
     @property
     def _sees_padding(self) -> bool:
         return self.config.pad_mask != "correct"
@@ -319,12 +324,18 @@ class STViTR(WindowMethod):
             family, first + GLOBAL, query, query, memory, look.everywhere, bias
         )
 
-        query = windows.split(windows.pad(fmap.x_BHWC)) if dense else x_BNC.unsqueeze(1)
         memory = self._memory(semantic.squeeze(1)) if dense else semantic.squeeze(1)
         index, once = first + RECOVERY, self.config.project_once
-        out, _ = family.attend(STAGE, index, query, memory, look.recovery, None, once)
-        out = windows.join(out) if dense else out.reshape(fmap.x_BHWC.shape)
-        return FeatureMap(self._after_attention(family, index, out, fmap.x_BHWC))
+
+        def recover(x_BHWC: Tensor) -> Tensor:
+            query = x_BHWC.flatten(1, 2).unsqueeze(1)
+            if dense:
+                query = windows.split(windows.pad(x_BHWC))
+            out, _ = family.attend(STAGE, index, query, memory, look.recovery, None, once)
+            out = windows.join(out) if dense else out.reshape(x_BHWC.shape)
+            return self._after_attention(family, index, out, x_BHWC)
+
+        return FeatureMap(family.in_name_of(STAGE, index, recover, fmap.x_BHWC))
 
     def _extras(self, index: int) -> BlockExtras:
         extras = self.blocks[str(index)]
@@ -353,9 +364,15 @@ class STViTR(WindowMethod):
         bias: Tensor | None = None,
     ) -> tuple[Tensor, WindowRecord]:
         """A block of the backbone between the windows of ``query`` and the rows of ``memory``."""
-        once = self.config.project_once
-        out, record = family.attend(STAGE, index, query, memory, keys, bias, once)
-        return self._after_attention(family, index, out, residual), record
+        records: list[WindowRecord] = []
+
+        def run(query: Tensor) -> Tensor:
+            once = self.config.project_once
+            out, record = family.attend(STAGE, index, query, memory, keys, bias, once)
+            records.append(record)
+            return self._after_attention(family, index, out, residual)
+
+        return family.in_name_of(STAGE, index, run, query), records[0]
 
     def _after_attention(
         self, family: Swin, index: int, out: Tensor, residual: Tensor | None

@@ -122,6 +122,11 @@ class STViTSwin(WindowMethod):
             for index in range(firsts.get(stage, 0), family.depths[stage])
         ]
 
+    def unused(self, family: Swin) -> list[nn.Parameter]:
+        """The position biases of the blocks that run on semantic tokens."""
+        blocks = (family.block(*place) for place in self._semantic_blocks(family))
+        return [block.attn.relative_position_bias_table for block in blocks]
+
     def _reach(self, windows: Windows) -> Grid:
         return windows.reach(self.config.key_window, 10 / 7)
 
@@ -194,10 +199,17 @@ class STViTSwin(WindowMethod):
         scale1 = scale2 = torch.ones((), device=query.device, dtype=query.dtype)
         if self.config.layer_scale is not None:
             scale1, scale2 = self.layer_scales[f"{stage}_{index}"]
-        out, record = family.attend(stage, index, query, memory, keys)
-        x = residual + family.block(stage, index).drop_path1(scale1 * out)
-        out = family.channel(stage, index, x)
-        return x + family.drop_path(stage, index)(scale2 * out), record
+        records: list[WindowRecord] = []
+
+        def run(query: Tensor) -> Tensor:
+            out, record = family.attend(stage, index, query, memory, keys)
+            records.append(record)
+            x = residual + family.block(stage, index).drop_path1(scale1 * out)
+            out = family.channel(stage, index, x)
+            after: Tensor = x + family.drop_path(stage, index)(scale2 * out)
+            return after
+
+        return family.in_name_of(stage, index, run, query), records[0]
 
     def train_forward(
         self, family: Swin, images: Tensor, generator: torch.Generator | None = None

@@ -2,7 +2,8 @@
 
 A block that nobody asks anything of runs timm's own fused attention and never comes here. Where a
 method scores tokens, the same projections and the same fused kernel run, and the few attention rows
-that the score needs are computed beside it. Only training under a mask computes the whole map: all
+that the score needs are computed beside it. A layer with ``fused_attn=False`` has the whole map
+computed, and handed through ``attn_drop``, as in timm. Only training under a mask computes the whole map: all
 tokens stay in memory, so that gradients reach the decisions, and a dropped token is hidden as a key
 (DynamicViT, section 3.3, eqs 10 and 11).
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor
 
+from vitrim.tokens.calls import called, linear_part
 from vitrim.tokens.graphs import exporting
 
 EPS = 1e-6
@@ -87,6 +90,31 @@ def project(attention: Attention, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor
     return attention.q_norm(q), attention.k_norm(k), v
 
 
+def scale_of(attention: Any, q: Tensor) -> float:
+    """What timm's attention layer multiplies its logits by: fused, it does not ask ``scale``."""
+    scale: float = q.shape[-1] ** -0.5 if attention.fused_attn else attention.scale
+    return scale
+
+
+def attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The heads' contexts (B, H, Q, D), by fused attention or plain products, as the layer is set.
+
+    Args:
+        attention: a layer of timm's, with ``fused_attn``, ``scale`` and ``attn_drop``.
+        q: (B, H, Q, D), not yet scaled.
+        k: (B, H, N, D)
+        v: (B, H, N, D)
+        mask: added to the logits (B, H, Q, N), some of these 1; None: nothing.
+    """
+    if attention.fused_attn:
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    logits = (q * attention.scale) @ k.transpose(-2, -1)
+    weights = (logits if mask is None else logits + mask).softmax(-1)
+    context: Tensor = attention.attn_drop(weights) @ v
+    return context
+
+
 def merge(attention: Attention, x_BNC: Tensor, context_BHND: Tensor) -> Tensor:
     """The layer's output (B, N, C) from the heads' contexts; ``x_BNC`` feeds the gate, if any."""
     num_images, _, num_tokens, _ = context_BHND.shape
@@ -115,26 +143,39 @@ def recorded_attention(
         keep_BN: one entry per token, prefix tokens included: then :func:`masked_softmax` takes the
             softmax's place, in an exported graph a plain mask; None runs the fused kernel.
     """
+    records: list[AttentionRecord] = []
+
+    def run(x_BNC: Tensor) -> Tensor:
+        record = _self_attention(attention, x_BNC, num_prefix, has_class, keep_BN)
+        records.append(record)
+        return merge(attention, x_BNC, record.context_BHQD)
+
+    return called(attention, run, x_BNC), records[0]
+
+
+def _self_attention(
+    attention: Attention,
+    x_BNC: Tensor,
+    num_prefix: int,
+    has_class: bool,
+    keep_BN: Tensor | None,
+) -> AttentionRecord:
     q, k, v = project(attention, x_BNC)
-    weights = visible = None
+    scale, weights, visible = scale_of(attention, q), None, None
     if keep_BN is None:
-        dropout = attention.attn_drop.p if attention.training else 0.0
-        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        context = attend(attention, q, k, v)
     elif exporting():
         # Plain products: of fused attention some exporters want to know the number of tokens.
         visible = keep_BN > 0.5
         token_N = torch.arange(q.shape[2], device=q.device)
         seen = visible[:, None, None, :] | (token_N.unsqueeze(1) == token_N)  # itself in any case
-        logits = (q * attention.scale @ k.transpose(-2, -1)).masked_fill(~seen, -math.inf)
+        logits = (q * scale @ k.transpose(-2, -1)).masked_fill(~seen, -math.inf)
         context = logits.softmax(-1) @ v
     else:
-        weights = masked_softmax(q * attention.scale @ k.transpose(-2, -1), keep_BN)
+        weights = masked_softmax(q * scale @ k.transpose(-2, -1), keep_BN)
         context = attention.attn_drop(weights) @ v
         visible = keep_BN.detach() > 0.5
-    record = AttentionRecord(
-        q, k, v, context, attention.scale, num_prefix, has_class, visible, weights
-    )
-    return merge(attention, x_BNC, context), record
+    return AttentionRecord(q, k, v, context, scale, num_prefix, has_class, visible, weights)
 
 
 def cross_attention(
@@ -152,19 +193,29 @@ def cross_attention(
     Returns:
         the layer's output (B, S, C), and its inner values.
     """
-    width, bias = attention.attn_dim, attention.qkv.bias
-    q = F.linear(query_BSC, attention.qkv.weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(memory_BNC, attention.qkv.weight[width:], None if bias is None else bias[width:])
-    heads = (attention.num_heads, attention.head_dim)
+    records: list[AttentionRecord] = []
+
+    def run(query_BSC: Tensor) -> Tensor:
+        record = _cross_attention(attention, query_BSC, memory_BNC, bias_N)
+        records.append(record)
+        return merge(attention, query_BSC, record.context_BHQD)
+
+    return called(attention, run, query_BSC), records[0]
+
+
+def _cross_attention(
+    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor, bias_N: Tensor | None
+) -> AttentionRecord:
+    width, heads = attention.attn_dim, (attention.num_heads, attention.head_dim)
+    q = linear_part(attention.qkv, query_BSC, 0, width)
+    kv = linear_part(attention.qkv, memory_BNC, width, 3 * width)
     q = q.reshape(*q.shape[:2], *heads).transpose(1, 2)
     k, v = kv.reshape(*kv.shape[:2], 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)
     bias_N = None if bias_N is None else bias_N.to(q.dtype)
     mask = None if bias_N is None else bias_N.expand(q.shape[2], -1)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    record = AttentionRecord(q, k, v, context, attention.scale, 0, False, bias_N=bias_N)
-    return merge(attention, query_BSC, context), record
+    context = attend(attention, q, k, v, mask)
+    return AttentionRecord(q, k, v, context, scale_of(attention, q), 0, False, bias_N=bias_N)
 
 
 def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Tensor:

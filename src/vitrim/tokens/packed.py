@@ -27,7 +27,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from vitrim.tokens.attention import AttentionRecord, Score
+from vitrim.errors import ConfigError
+from vitrim.tokens.attention import AttentionRecord, Score, attend, scale_of
 from vitrim.tokens.bucketing import (
     COSTS,
     CUDA_COSTS,
@@ -36,6 +37,7 @@ from vitrim.tokens.bucketing import (
     divide,
     make_bucket,
 )
+from vitrim.tokens.calls import called
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.padding import select_padded
 from vitrim.tokens.plain import Tokens
@@ -284,10 +286,19 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
         tokens: what is there now.
         keep_BN: (B, N) bool, on the original grid.
         packages_BPC: tokens to put behind each image's prefix, as further prefix tokens.
+
+    Raises:
+        ConfigError: ``torch.jit.trace`` looks on.
     """
-    num_images = len(keep_BN)
+    num_images = keep_BN.shape[0]  # len() would make a plain number of it
     if num_images == 1 and isinstance(tokens, Tokens):
         return _select_one(tokens, keep_BN[0], packages_BPC)
+    if torch.jit.is_tracing():
+        raise ConfigError(
+            "each image decides how many tokens it keeps, and torch.jit.trace would record what "
+            "these images do; use torch.export (vitrim export), or settings that keep the same "
+            "number of every image"
+        )
     if exporting():
         assert isinstance(tokens, Tokens)
         return select_padded(tokens, keep_BN, packages_BPC)
@@ -381,30 +392,55 @@ def packed_attention(
     Returns:
         the layer's output (rows, C), and the score (patch rows,) if it was asked for.
     """
-    qkv = attention.qkv(x_TC).unflatten(1, (3, attention.num_heads, attention.head_dim))
+    scores: list[Tensor] = []
+
+    def run(x_TC: Tensor) -> Tensor:
+        qkv = _projected(attention, x_TC)
+        context = _contexts(attention, qkv, layout)
+        if score is not None:
+            record = _padded_record(attention, qkv, context, layout, has_class)
+            scores.append(score(record).flatten().index_select(0, layout.patch_place_N))
+        out = attention.norm(context.flatten(1))
+        if attention.gate is not None:
+            out = out * attention.gate(x_TC).sigmoid()
+        projected: Tensor = attention.proj_drop(attention.proj(out))
+        return projected
+
+    out = called(attention, run, x_TC)
+    return out, scores[0] if scores else None
+
+
+def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
+    """(rows, 3, H, D): queries, keys and values."""
+    qkv: Tensor = attention.qkv(x_TC).unflatten(1, (3, attention.num_heads, attention.head_dim))
     if not isinstance(attention.q_norm, nn.Identity):  # then timm norms the keys too
         q, k, v = qkv.unbind(1)
         qkv = torch.stack([attention.q_norm(q).to(v), attention.k_norm(k).to(v), v], 1)
+    return qkv
+
+
+def _contexts(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
+    """(rows, H, D)"""
+    if not attention.fused_attn:  # one whole map of all images, for who looks at it
+        q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = q.new_zeros(layout.visible_BN.shape).masked_fill(~layout.visible_BN, -math.inf)
+        context = attend(attention, q, k, v, mask[:, None, None, :]).transpose(1, 2)
+        return context.flatten(0, 1).index_select(0, layout.place_T)
     dropout = attention.attn_drop.p if attention.training else 0.0
     if _takes_varlen(qkv, dropout):
         q, k, v = qkv.unbind(1)
         bounds, longest = layout.bounds, layout.longest
-        context = cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
-    else:
-        context = bucketed_attention(qkv, layout.buckets(qkv.dtype, attention.num_heads), dropout)
-    out = attention.norm(context.flatten(1))
-    if attention.gate is not None:
-        out = out * attention.gate(x_TC).sigmoid()
-    out = attention.proj_drop(attention.proj(out))
-    if score is None:
-        return out, None
+        return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
+    return bucketed_attention(qkv, layout.buckets(qkv.dtype, attention.num_heads), dropout)
+
+
+def _padded_record(
+    attention: Attention, qkv: Tensor, context: Tensor, layout: Layout, has_class: bool
+) -> AttentionRecord:
     q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
     context = layout.pad(context).transpose(1, 2)
-    visible = layout.visible_BN
-    record = AttentionRecord(
-        q, k, v, context, attention.scale, layout.num_prefix, has_class, visible
-    )
-    return out, score(record).flatten().index_select(0, layout.patch_place_N)
+    scale, visible = scale_of(attention, q), layout.visible_BN
+    return AttentionRecord(q, k, v, context, scale, layout.num_prefix, has_class, visible)
 
 
 def in_slices(run: Callable[[Tensor], Tensor], x_TC: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""Modules are called, not read: hooks, wrappers and adapters do what they do in timm's forward.
+
+vitrim runs the parts of some modules one by one: a block by its halves, attention with its inner
+values at hand. Whoever hangs on the module as a whole (hooks of users, of FSDP, of accelerate) is
+asked all the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrim.errors import UnsupportedBackboneError
+
+Result = TypeVar("Result")
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_WRAPPERS = ("torch.distributed", "torch.nn.utils.parametrize")
+_one_at_a_time = threading.RLock()
+
+
+def bare(module: Any) -> Any:
+    """What ``torch.compile`` has wrapped; the module itself where nothing has."""
+    return module._orig_mod if "_orig_mod" in getattr(module, "_modules", ()) else module
+
+
+def kind(module: Any) -> type:
+    """The class of a module, whatever torch made of it: compiled, sharded or parametrized."""
+    classes = type(bare(module)).__mro__
+    return next(c for c in classes if not c.__module__.startswith(_WRAPPERS))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Result:
+    """``run(*inputs)`` in the name of ``module``: its hooks run as if its forward did that.
+
+    Args:
+        module: whose parts ``run`` runs one by one.
+        run: takes what the module's forward takes, and gives what it gives.
+        inputs: tensors first of all: hooks that change or watch gradients look for them.
+
+    Raises:
+        UnsupportedBackboneError: somebody gave this module a forward of its own.
+    """
+    module = bare(module)
+    if not is_hooked(module):
+        return run(*inputs)
+    if torch.compiler.is_compiling():
+        return _called_eagerly(module, run, *inputs)
+    return _called(module, run, *inputs)
+
+
+def _called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Result:
+    # Accelerate's hooks are a forward of the module's own, which calls the one that they replaced.
+    name = "_old_forward" if "_hf_hook" in vars(module) else "forward"
+    if name == "forward" and name in vars(module):
+        raise UnsupportedBackboneError(
+            f"a {type(module).__name__} of the backbone was given another forward, and vitrim, "
+            "which runs its parts one by one, would pass it over; use hooks, or put a module of "
+            "its own class in its place"
+        )
+    own, thread = getattr(module, name), threading.get_ident()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (run if threading.get_ident() == thread else own)(*args, **kwargs)
+
+    with _one_at_a_time:
+        before = vars(module).get(name)
+        vars(module)[name] = forward
+        try:
+            result: Result = module(*inputs)
+        finally:
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+    return result
+
+
+_called_eagerly = torch.compiler.disable(_called)  # type: ignore[no-untyped-call]
+
+
+def linear_part(linear: Any, x: Tensor, start: int, stop: int) -> Tensor:
+    """Outputs ``start`` to ``stop`` of a linear layer, (..., stop - start).
+
+    The rows of a plain layer's weight say it for less; any other (quantised, wrapped, adapted,
+    pruned, sharded) is called, and the rest of what it gives is dropped.
+    """
+    if not _is_plain(linear):
+        whole: Tensor = linear(x)
+        return whole[..., start:stop]
+    bias = None if linear.bias is None else linear.bias[start:stop]
+    return F.linear(x, linear.weight[start:stop], bias)
+
+
+def of_zeros(linear: Any, x: Tensor) -> Tensor:
+    """(1, C_out): what a linear layer makes of a row of zeros; ``x`` (..., C) shows its kind."""
+    if not _is_plain(linear):
+        row: Tensor = linear(x.new_zeros(1, x.shape[-1]))
+        return row
+    bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+    return bias.unsqueeze(0)
+
+
+def _is_plain(linear: Any) -> bool:
+    return type(linear) is nn.Linear and not is_hooked(linear)
+
+
+def in_features(linear: nn.Module) -> int:
+    """Channels that a linear layer, or the one that a wrapper holds, takes."""
+    sizes = (getattr(part, "in_features", None) for part in linear.modules())
+    return next(size for size in sizes if isinstance(size, int))

@@ -18,8 +18,11 @@ from vitrim.families.inside import WithoutHead
 
 PREFIX = "backbone."
 _THE_BACKBONES = frozenset(
-    "pretrained_cfg default_cfg num_classes num_features head_hidden_size feature_info in_chans "
-    "get_classifier reset_classifier set_grad_checkpointing set_input_size".split()
+    (
+        *("pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size"),
+        *("feature_info", "in_chans", "get_classifier", "reset_classifier"),
+        *("set_grad_checkpointing", "set_input_size"),
+    )
 )
 """What is the backbone's own; what it does not have, the sparse model has not either."""
 
@@ -42,7 +45,7 @@ class TimmModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that timm would not decay, whatever their shape."""
-        names = getattr(self.backbone, "no_weight_decay", set)()
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {PREFIX + name for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Any:
@@ -58,7 +61,7 @@ class TimmModel(nn.Module):
         }
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """What timm's ``forward_features`` gives, of the tokens that are kept: after the final norm,
+        """What timm's ``forward_features`` gives, after the final norm, of the tokens that are kept:
         (B, P + K, C) for plain transformers, the map for those that keep one.
 
         Raises:

@@ -3,8 +3,8 @@
 ``config.json`` names the backbone (timm name and arguments), the preprocessing, the method, its
 fields and its calibration, where the model came from and how its metrics were measured, and holds
 digests of itself and of the weights; ``model.safetensors`` holds ``backbone.*`` under timm's names
-and ``method.*``. What it says of the backbone is checked against a list of what may be said, so that
-it reaches neither the network nor a file.
+and ``method.*``. What it says of the backbone is checked against a list of what may be said: it
+reaches neither the network nor a file.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vitrim.families import Family, family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace
-from vitrim.tokens.calls import called
+from vitrim.tokens.calls import called, is_hooked
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Grid
 
@@ -107,6 +108,13 @@ class SparseModel(TimmModel):
                 f"the backbone has changed since it was made sparse: {'; '.join(obstacles)}. "
                 "Change it back, or make it sparse again"
             )
+        for name, container in self._family.containers():
+            if is_hooked(container):
+                warnings.warn(
+                    f"hooks of backbone.{name} are not run: vitrim runs its blocks one by one; put "
+                    "them on a block, or on the whole backbone",
+                    stacklevel=3,
+                )
         return self._family
 
     @property
@@ -133,7 +141,8 @@ class SparseModel(TimmModel):
         """Logits (B, classes) of ``images`` (B, channels, H, W)."""
         if not exporting() and images.ndim and len(images) == 0:
             with _eval_mode(self):
-                return self(images.new_zeros(1, *images.shape[1:]))[:0]
+                one: Tensor = self(images.new_zeros(1, *images.shape[1:]))
+            return one[:0]
         family, method = self.family, self._settled()
 
         def run(images: Tensor) -> Tensor:
@@ -141,7 +150,7 @@ class SparseModel(TimmModel):
                 return method.train_forward(family, images).logits
             return method.infer(family, images)
 
-        return called(self.backbone, partial(called, method, run), images)
+        return called(self.backbone, partial(called, self.method, run), images)
 
     def _settled(self) -> Method:
         """The method with the settings that it has now, whatever another thread turns meanwhile."""
@@ -168,7 +177,7 @@ class SparseModel(TimmModel):
             grid = family.grid((images.shape[-2], images.shape[-1]))
             recorder = Recorder(grid)
             run = partial(method.infer, family, recorder=recorder)
-            logits = called(self.backbone, partial(called, method, run), images)
+            logits = called(self.backbone, partial(called, self.method, run), images)
         counts = [stage.counts.double() for stage in recorder.stages]
         macs = method.macs(family, grid, counts)
         macs = torch.as_tensor(macs, dtype=torch.float64, device=logits.device)
@@ -291,7 +300,8 @@ class SparseModel(TimmModel):
         """The plain timm model, with the weights that it has now."""
         for unused in self._unused:
             unused.requires_grad_()
-        return self.backbone
+        model: nn.Module = self.backbone
+        return model
 
     def save_pretrained(
         self,
@@ -333,7 +343,9 @@ class SparseModel(TimmModel):
         try:
             twin = _made(checkpoint.checked(description), weights, "the model", {})
         except (CheckpointError, ConfigError) as error:
-            raise CheckpointError(f"no checkpoint could hold this model: {error}\n{advice}") from error
+            raise CheckpointError(
+                f"no checkpoint could hold this model: {error}\n{advice}"
+            ) from error
         parameter = next(self.backbone.parameters())
         size = (2, self.family.in_channels, *self.family.image_size)
         images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(parameter)
@@ -341,8 +353,8 @@ class SparseModel(TimmModel):
             here, there = self(images).float(), twin.to(images.device)(images).float()
         if not torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
             raise CheckpointError(
-                f"read back, this model would answer otherwise (by {(here - there).abs().max():.3g} "
-                f"in a logit of random images): no file says what was changed in it; {advice}"
+                f"read back, this model would answer otherwise, by {(here - there).abs().max():.3g} "
+                f"in a logit of random images: no file says what was changed in it; {advice}"
             )
 
 

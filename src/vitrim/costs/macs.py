@@ -27,11 +27,11 @@ def _own_macs(layer: Any) -> int:
     """Of a layer itself: with numbers of features in and out, and none inside that counts."""
     if isinstance(layer, nn.Linear):
         return layer.in_features * layer.out_features
-    shape = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if not all(isinstance(number, int) for number in shape):
+    taken, given = (getattr(layer, name, None) for name in ("in_features", "out_features"))
+    if not isinstance(taken, int) or not isinstance(given, int):
         return 0
     inside = any(_own_macs(part) for part in layer.modules() if part is not layer)
-    return 0 if inside else shape[0] * shape[1]
+    return 0 if inside else taken * given
 
 
 def conv_macs(module: nn.Module) -> int:

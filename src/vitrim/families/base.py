@@ -59,6 +59,12 @@ class Family(ABC):
         """Channels of an image."""
         return int(self.backbone.in_chans)
 
+    @abstractmethod
+    def containers(self) -> Iterator[tuple[str, nn.Module]]:
+        """What holds the backbone's blocks, by its name in there: blocks are run one by one, and
+        what holds them is not called.
+        """
+
     @property
     def num_prefix(self) -> int:
         """Tokens before the patch tokens, which are never dropped; a map has none."""
@@ -132,6 +138,16 @@ class Pyramid(Family):
 
     Every ``grid`` is that of the stem; :meth:`stage_grid` gives that of a stage.
     """
+
+    stages_name: ClassVar[str]
+    """Of the backbone's module that holds its stages; each has ``blocks``."""
+
+    def containers(self) -> Iterator[tuple[str, nn.Module]]:
+        stages = getattr(self.backbone, self.stages_name)
+        yield self.stages_name, stages
+        for number, stage in enumerate(stages):
+            yield f"{self.stages_name}.{number}", stage
+            yield f"{self.stages_name}.{number}.blocks", stage.blocks
 
     @property
     @abstractmethod

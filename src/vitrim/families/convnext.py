@@ -32,6 +32,7 @@ class ConvNeXt(MapPyramid):
     """Runs one timm ConvNeXt piece by piece; holds no weights of its own."""
 
     name = "convnext"
+    stages_name = "stages"
     classes = (TimmConvNeXt,)
     modules = ("convnext",)
     serves = "timm ConvNeXt, version 1 (convnext_tiny, _small, _base, _large, _xlarge and kin)"

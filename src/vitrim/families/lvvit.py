@@ -8,7 +8,7 @@ largest logit that any patch token gives each class. Of dropped tokens the head 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class LVViT(ViT):
     """Runs one LV-ViT piece by piece; holds no weights of its own."""
 
     name = "lvvit"
-    classes = (LVVisionTransformer,)
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (LVVisionTransformer,)
     modules = ("lvvit",)
     serves = "vitrim's own lvvit_s and lvvit_m, and what timm.create_model makes of these names"
     labels_patches = True
@@ -89,7 +89,7 @@ class LVViT(ViT):
         stem = self.backbone.patch_embed
         around = sum(conv_macs(conv) for conv in (stem.conv1, stem.conv2, stem.conv3))
         places = (stem.patch_size[0] // 2) * (stem.patch_size[1] // 2)
-        return num_patches * (places * around + conv_macs(stem.proj))
+        return num_patches * int(places * around + conv_macs(stem.proj))
 
     def head_macs(self, num_tokens: Any, num_packages: Any = 0) -> Any:
         """MACs of both classifiers; the second one reads neither prefix nor package tokens."""

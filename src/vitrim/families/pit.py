@@ -19,7 +19,7 @@ from typing import Any
 from timm.layers import Attention, Mlp
 from timm.models.pit import ConvEmbedding, Pooling, PoolingVisionTransformer
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
 from vitrim.errors import InputError
@@ -37,6 +37,7 @@ class PiT(Pyramid):
     """
 
     name = "pit"
+    stages_name = "transformers"
     classes = (PoolingVisionTransformer,)
     modules = ("pit",)
     serves = "timm PoolingVisionTransformer (pit_ti, pit_xs, pit_s, pit_b and their distilled kin)"

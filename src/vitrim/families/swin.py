@@ -40,7 +40,7 @@ from vitrim.layers.semantic_attention import (
     window_cross_attention_macs,
 )
 from vitrim.models.conv_stem_swin import SwinConvStem
-from vitrim.tokens.calls import in_features, kind
+from vitrim.tokens.calls import called, in_features, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -51,6 +51,7 @@ class Swin(MapPyramid):
     """Runs one timm Swin transformer piece by piece; holds no weights of its own."""
 
     name = "swin"
+    stages_name = "layers"
     classes = (SwinTransformer,)
     modules = ("swin_transformer", "conv_stem_swin")
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
@@ -127,7 +128,7 @@ class Swin(MapPyramid):
         Swin code after; ``pad_first`` asks for the latter.
         """
         block = self.block(stage, index)
-        run = partial(_padded_first, block) if pad_first else block
+        run = partial(called, block, partial(_padded_first, block)) if pad_first else block
         if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
             return FeatureMap(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
         return FeatureMap(run(fmap.x_BHWC))

@@ -39,7 +39,7 @@ class ViT(Family):
     """Runs one timm vision transformer piece by piece; holds no weights of its own."""
 
     name = "vit"
-    classes = (VisionTransformer, VisionTransformerDistilled)
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
     modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit")
     smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
@@ -57,6 +57,9 @@ class ViT(Family):
         if getattr(model, "distilled_training", False):
             yield "distilled_training=True (its forward returns two logits; switch it off)"
         yield from block_obstacles(model)
+
+    def containers(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "blocks", self.backbone.blocks
 
     @property
     def depth(self) -> int:
@@ -175,7 +178,8 @@ class ViT(Family):
             out = block.drop_path1(block.ls1(out))
             x = residual_BSC + (out if scale1 is None else scale1 * out)
             out = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-            return x + (out if scale2 is None else scale2 * out)
+            after: Tensor = x + (out if scale2 is None else scale2 * out)
+            return after
 
         return called(block, run, query_BSC), records[0]
 

@@ -91,9 +91,7 @@ def window_cross_attention(
     records: list[WindowRecord] = []
 
     def run(query_BWQC: Tensor) -> Tensor:
-        context, record = _contexts(
-            attention, query_BWQC, memory_BMC, keys, bias_HQK, project_once
-        )
+        context, record = _contexts(attention, query_BWQC, memory_BMC, keys, bias_HQK, project_once)
         records.append(record)
         projected: Tensor = attention.proj_drop(attention.proj(context))
         return projected

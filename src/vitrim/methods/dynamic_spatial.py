@@ -347,7 +347,8 @@ class DynamicSpatial(RatioMethod):
             fast = fast_path(mixed * (1 - keep) + maps.fast_BHWC * keep)
             bases = (maps.slow_BHWC, maps.fast_BHWC) if self.form.one_residual else (mixed, mixed)
             left.append(bases[1] + drop_path(fast))
-            return bases[0] + drop_path(slow)
+            after: Tensor = bases[0] + drop_path(slow)
+            return after
 
         slow = family.in_name_of(level, block, run, maps.merged())
         return TwoMaps(slow, left[0], keep)

@@ -229,6 +229,7 @@ class SaiT(Method):
         counts = self._counts(stem.num_patches)
         if counts == (stem.num_patches,) and not recorder:
             return family.head(family.run_blocks(range(family.depth), stem))
+
         def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
             kept: AnyTokens
             if counts is None:

@@ -3,9 +3,9 @@
 A block that nobody asks anything of runs timm's own fused attention and never comes here. Where a
 method scores tokens, the same projections and the same fused kernel run, and the few attention rows
 that the score needs are computed beside it. A layer with ``fused_attn=False`` has the whole map
-computed, and handed through ``attn_drop``, as in timm. Only training under a mask computes the whole map: all
-tokens stay in memory, so that gradients reach the decisions, and a dropped token is hidden as a key
-(DynamicViT, section 3.3, eqs 10 and 11).
+computed, and handed through ``attn_drop``, as in timm. Only training under a mask computes the
+whole map: all tokens stay in memory, so that gradients reach the decisions, and a dropped token is
+hidden as a key (DynamicViT, section 3.3, eqs 10 and 11).
 """
 
 from __future__ import annotations

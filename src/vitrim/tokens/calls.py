@@ -55,26 +55,27 @@ def called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Resul
     if not is_hooked(module):
         return run(*inputs)
     if torch.compiler.is_compiling():
-        return _called_eagerly(module, run, *inputs)
+        result: Result = _called_eagerly(module, run, *inputs)
+        return result
     return _called(module, run, *inputs)
 
 
 def _called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Result:
     # Accelerate's hooks are a forward of the module's own, which calls the one that they replaced.
     name = "_old_forward" if "_hf_hook" in vars(module) else "forward"
-    if name == "forward" and name in vars(module):
-        raise UnsupportedBackboneError(
-            f"a {type(module).__name__} of the backbone was given another forward, and vitrim, "
-            "which runs its parts one by one, would pass it over; use hooks, or put a module of "
-            "its own class in its place"
-        )
-    own, thread = getattr(module, name), threading.get_ident()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (run if threading.get_ident() == thread else own)(*args, **kwargs)
-
     with _one_at_a_time:
         before = vars(module).get(name)
+        if name == "forward" and before is not None:
+            raise UnsupportedBackboneError(
+                f"a {type(module).__name__} of the backbone was given another forward, and vitrim, "
+                "which runs its parts one by one, would pass it over; use hooks, or put a module "
+                "of its own class in its place"
+            )
+        own, thread = getattr(module, name), threading.get_ident()
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (run if threading.get_ident() == thread else own)(*args, **kwargs)
+
         vars(module)[name] = forward
         try:
             result: Result = module(*inputs)
@@ -108,7 +109,8 @@ def of_zeros(linear: Any, x: Tensor) -> Tensor:
         row: Tensor = linear(x.new_zeros(1, x.shape[-1]))
         return row
     bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    return bias.unsqueeze(0)
+    zeros: Tensor = bias.unsqueeze(0)
+    return zeros
 
 
 def _is_plain(linear: Any) -> bool:

@@ -293,7 +293,7 @@ def select(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None = Non
     num_images = keep_BN.shape[0]  # len() would make a plain number of it
     if num_images == 1 and isinstance(tokens, Tokens):
         return _select_one(tokens, keep_BN[0], packages_BPC)
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state():  # torch.jit.trace looks on
         raise ConfigError(
             "each image decides how many tokens it keeps, and torch.jit.trace would record what "
             "these images do; use torch.export (vitrim export), or settings that keep the same "

@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitrim import checkpoint
 from vitrim.families import blocks
 
 # The tests run in several processes: one that used every core would hold up the others.
@@ -146,6 +147,19 @@ def watch_blocks(
         return after
 
     monkeypatch.setattr(blocks, "run_block", run)
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a checkpoint's ``config.json`` as a stranger would, its digests too."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    weights = checkpoint.read_weights(folder / "model.safetensors")
+    digests = {
+        "config": checkpoint.digest_of(config),
+        "weights": checkpoint.fingerprint(weights),
+    }
+    path.write_text(json.dumps(config | {"digests": digests}))
 
 
 def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:

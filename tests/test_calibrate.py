@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vitrim
-from tests.conftest import images, seeded, tiny_vit
+from tests.conftest import forge, images, seeded, tiny_vit
 from vitrim import (
     ASViTConfig,
     CheckpointError,
@@ -217,12 +217,18 @@ def test_set_budget_by_the_record_and_between(tmp_path):
     assert from_pretrained(tmp_path, min_kept=3).calibration == ()
 
 
-def test_training_forgets_the_record():
+def test_a_record_holds_for_the_weights_that_it_was_made_with(tmp_path):
     sparse = made(ASViTConfig())
-    calibrate(sparse, loader(), 0.7)
-    assert sparse.calibration
-    sparse.losses(images(2), torch.tensor([1, 2]))
-    assert sparse.calibration == ()
+    calibrate(sparse, loader(), (0.6, 0.7))
+    sparse.losses(images(2), torch.tensor([1, 2]))["total"].backward()
+    sparse.set_budget(0.65)
+    assert copy.deepcopy(sparse).set_budget(0.6) is None
+    sparse.backbone.blocks[0].mlp.fc1.weight.data[0, 0] += 1e-3
+    with pytest.raises(ConfigError, match=r"weights have changed since .*calibrate again"):
+        sparse.set_budget(0.7)
+    sparse.save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).calibration == ()
+    sparse.backbone.blocks[0].mlp.fc1.weight.data[0, 0] -= 1e-3
 
 
 @pytest.mark.parametrize(
@@ -245,10 +251,7 @@ def test_a_damaged_record_is_named(tmp_path, change, message):
     sparse = made(SaiTConfig())
     calibrate(sparse, loader(), 0.7)
     sparse.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["calibration"][0] |= change
-    path.write_text(json.dumps(config))
+    forge(tmp_path, lambda config: config["calibration"][0].update(change))
     with pytest.raises(ConfigError, match=message):
         from_pretrained(tmp_path)
 
@@ -257,14 +260,11 @@ def test_an_incomplete_record_is_named_and_none_is_fine(tmp_path):
     sparse = made(SaiTConfig())
     calibrate(sparse, loader(), 0.7)
     sparse.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
     for record, message in (([{"budget": 0.7}], "lacks dial, value"), ([3], "table"), (3, "list")):
-        path.write_text(json.dumps(config | {"calibration": record}))
+        forge(tmp_path, lambda config, record=record: config.update(calibration=record))
         with pytest.raises(ConfigError, match=message):
             from_pretrained(tmp_path)
-    del config["calibration"]
-    path.write_text(json.dumps(config))
+    forge(tmp_path, lambda config: config.pop("calibration"))
     assert from_pretrained(tmp_path).calibration == ()
     with pytest.raises(CheckpointError):
         from_pretrained(tmp_path / "nowhere")

@@ -584,16 +584,10 @@ def test_wrong_checkpoints_are_named(capsys, made, tmp_path):
         "stages": ({"stages": [1, 2, 9]}, "outside"),
         "key": ({"keep_ration": 0.5}, "did you mean 'keep_ratio'"),
     }
-    path = tmp_path / "size" / "config.json"
-    config = json.loads(path.read_text())
-    del config["data"]["input_size"]
-    path.write_text(json.dumps(config))
+    forge(tmp_path / "size", lambda config: config["data"].pop("input_size"))
     assert "its data config is" in refused("size")
     for name, (change, message) in changes.items():
-        path = tmp_path / name / "config.json"
-        config = json.loads(path.read_text())
-        config["method"]["config"] |= change
-        path.write_text(json.dumps(config))
+        forge(tmp_path / name, lambda config, c=change: config["method"]["config"].update(c))
         assert message in refused(name)
 
 

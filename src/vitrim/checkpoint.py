@@ -222,7 +222,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _digest(config: Mapping[str, Any]) -> str:
+def digest_of(config: Mapping[str, Any]) -> str:
     """SHA-256 of what a ``config.json`` says, its digests left out."""
     said = {key: value for key, value in config.items() if key != "digests"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -239,7 +239,7 @@ def write(
         weights: of backbone and method.
     """
     config = json.loads(json.dumps(description))
-    config["digests"] = {"weights": fingerprint(weights), "config": _digest(config)}
+    config["digests"] = {"weights": fingerprint(weights), "config": digest_of(config)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_together(
@@ -346,7 +346,7 @@ def checked(config: Any) -> dict[str, Any]:
         raise CheckpointError(f"damaged: its data config is {config['data']!r:.200}")
     if config["format_version"] > 1 and "digests" in config:
         digests = config["digests"]
-        if not isinstance(digests, dict) or digests.get("config") != _digest(config):
+        if not isinstance(digests, dict) or digests.get("config") != digest_of(config):
             raise CheckpointError(
                 "changed or damaged since it was written: it is not what its digest says; give "
                 "other settings to from_pretrained instead"

@@ -177,7 +177,7 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
     """Raise ``error`` unless every field that is used has a value that can be."""
     file, runtime, batch = (description[name] for name in ("file", "runtime", "batch"))
     labels, preprocessing = description["labels"], description["preprocessing"]
-    check_preprocessing(preprocessing, error, where)
+    check_preprocessing(preprocessing, error, f"the preprocessing of {where}")
     most = MOST_VALUES // math.prod(preprocessing["input_size"])
     suffix = {"onnxruntime": ".onnx", "openvino": ".xml"}.get(str(runtime), "")
     plain = isinstance(file, str) and Path(file).name == file and file != ".."
@@ -202,24 +202,26 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
     for name, (sound, expected) in checks.items():
         if not sound:
             found = repr(description[name])[:200]
-            raise error(f"{where}: {name} is {found}; expected {expected}")
+            raise error(f"{name} of {where} is {found}; expected {expected}")
 
 
-def check_preprocessing(data: Any, error: type[VitrimError], where: str) -> None:
+def check_preprocessing(
+    data: Any, error: type[VitrimError], where: str = "the preprocessing"
+) -> None:
     """Check what says how images are prepared, in timm's words: ``input_size`` (channels, height,
     width), ``mean`` and ``std`` of each channel in pixel values from 0 to 1, and, where they are
-    given, ``interpolation``, ``crop_pct`` and ``crop_mode``. ``where`` it stands, for messages.
+    given, ``interpolation``, ``crop_pct`` and ``crop_mode``. Messages call it ``where``.
 
     Raises:
         error: a value is absent, of another kind, or out of range.
     """
     if not isinstance(data, Mapping):
-        raise error(f"{where}: the preprocessing is {repr(data)[:200]}; a table was expected")
+        raise error(f"{where} is {repr(data)[:200]}; a table was expected")
 
     def require(name: str, condition: bool, expected: str) -> None:
         if not condition:
             found = f"is {repr(data[name])[:200]}" if name in data else "is missing"
-            raise error(f"{where}: {name} of the preprocessing {found}; expected {expected}")
+            raise error(f"{name} of {where} {found}; expected {expected}")
 
     size: Any = data.get("input_size")
     sides = isinstance(size, list | tuple) and len(size) == 3 and all(map(_is_whole, size))

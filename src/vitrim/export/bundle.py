@@ -139,7 +139,7 @@ def export(
         "model": _description(model),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    check_description(description, ConfigError, "this model")
+    check_description(description, ConfigError, "the bundle")
     shape = tuple(description["preprocessing"]["input_size"])
     family = model.family if isinstance(model, SparseModel) else family_of(model)
     family.check_images(torch.zeros(1, *shape))
@@ -204,7 +204,7 @@ def _description(model: nn.Module) -> dict[str, Any]:
 
 def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
     """What :func:`vitrim.runtime.prepare` needs, with timm's own defaults."""
-    check_preprocessing(config, ConfigError, "this model")
+    check_preprocessing(config, ConfigError)
     found: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
     found |= config
     _, height, width = found["input_size"]

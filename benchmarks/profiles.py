@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrim.runtime import import_quietly
+
 Profile = dict[str, float]
 """Milliseconds per call, by kind of work."""
 
@@ -66,8 +68,7 @@ def of_torch(run: Callable[[Tensor], Any], images: Tensor) -> Profile:
 
 def of_onnxruntime(network: Path, images: Tensor, threads: int) -> Profile:
     """Of an ONNX file, by node."""
-    import onnxruntime
-
+    onnxruntime = import_quietly("onnxruntime", "this benchmark")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.enable_profiling = threads, True
     with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +89,7 @@ def of_onnxruntime(network: Path, images: Tensor, threads: int) -> Profile:
 
 def of_openvino(network: Path, images: Tensor, threads: int) -> Profile:
     """Of an OpenVINO network, by layer."""
-    import openvino
-
+    openvino = import_quietly("openvino", "this benchmark")
     config = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,

@@ -555,6 +555,104 @@ def test_train_by_a_recipe_with_changes(capsys, made, tmp_path):
     assert vitrim.from_pretrained(output / "checkpoint").config.keep_ratio == 0.55
 
 
+# what strangers wrote
+
+
+def test_control_characters_are_never_printed(capsys, made, tmp_path):
+    evil = "\x1b]0;owned\x07 \x9b31m [bold]x[/nothing] :cat:"
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6))
+    sparse.save_pretrained(tmp_path / "evil", metrics={evil: evil}, origin=evil)
+    code, out, err = run(capsys, "info", tmp_path / "evil")
+    assert code == 0, err
+    assert out.replace("\n", "").isprintable()
+    assert r"\x1b]0;owned\x07 \x9b31m [bold]x[/nothing] :cat:" in out
+    err = fails(capsys, tmp_path, "info", tmp_path / evil)
+    assert err.replace("\n", "").isprintable()
+    folder = tmp_path / evil.replace("/", "")
+    folder.mkdir()
+    Image.new("RGB", (40, 40)).save(folder / f"{evil[:9]}\udcff\n{'long' * 50}.png")
+    (folder / "\x1b.png").write_bytes(b"?")
+    output = folder / "shown"
+    code, out, err = run(
+        capsys, "show", made / "checkpoint", folder, "-o", output, "--device", "cpu"
+    )
+    assert code == 0, err
+    assert (out + err).replace("\n", "").isprintable()
+    (strip,) = (path.name for path in output.glob("*.png"))
+    assert strip.startswith("001__x1b_0_owned_udcff_long")
+    assert len(strip) < 60
+    assert (output / "page.html").is_file()
+
+
+@pytest.mark.parametrize("spoilt", ["head", "selector"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_answers_that_mean_nothing_are_errors(capsys, made, tmp_path, spoilt, adaptive):
+    """Of finite weights, which load."""
+    config = DynamicViTConfig(threshold=0.5) if adaptive else DynamicViTConfig(keep_ratio=0.6)
+    sparse = vitrim.sparsify(tiny_vit(), config)
+    with torch.no_grad():
+        for parameter in (sparse.backbone.head if spoilt == "head" else sparse.method).parameters():
+            parameter.fill_(3e38)
+    sparse.save_pretrained(tmp_path / "spoilt")
+    output = ("-o", tmp_path / "out")
+    bench = ("--batch", "1", "--dtype", "fp32", "--rounds", "1", "--seconds", "0")
+    commands = [
+        ("info", tmp_path / "spoilt"),
+        ("bench", tmp_path / "spoilt", *bench),
+        ("bench", tmp_path / "spoilt", *bench, "--data", made / "data" / "class1"),
+        ("show", tmp_path / "spoilt", made / "data", *output, "--device", "cpu"),
+    ]
+    for command in commands:
+        assert "hold NaN or infinity" in fails(capsys, tmp_path, *command)
+
+
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
+def test_an_export_of_nan_is_an_error(capsys, made, tmp_path, to):
+    pytest.importorskip("onnxscript")
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6))
+    with torch.no_grad():
+        sparse.backbone.head.weight.fill_(3e38)
+    sparse.save_pretrained(tmp_path / "spoilt")
+    words = ("--check", "--data", made / "data", "--images", "4", "-o", tmp_path / "out")
+    code, _, err = run(capsys, "export", tmp_path / "spoilt", "--to", to, *words)
+    assert code == 2
+    assert "hold NaN or infinity" in err
+
+
+def test_a_difference_that_is_no_number_is_refused():
+    from vitrim.cli.export import DifferentAnswerError, _refuse_other_answers
+    from vitrim.export.bundle import Check
+
+    with pytest.raises(DifferentAnswerError):
+        _refuse_other_answers(Check(1, float("nan"), 1.0), Path("x"))
+
+
+@pytest.mark.parametrize("words", [["info", "x"], ["predict", "x", "y"]])
+def test_an_interrupted_command_ends_without_a_word(capsys, monkeypatch, words):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vitrim.cli._app", interrupt)
+    monkeypatch.setattr("vitrim.runtime.main", interrupt)
+    assert run(capsys, *words) == (130, "", "")
+
+
+def test_an_interrupted_import_ends_without_a_word():
+    code = (
+        "import importlib.util, sys; sys.argv[0] = 'vitrim'\n"
+        "def interrupt(*_): raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, type('Interrupt', (), {'find_spec': lambda self, name, *_: "
+        "interrupt() if name == 'vitrim.budget' else None})())\n"
+        "import vitrim"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("'vitrim'\n", "'python'\n")], capture_output=True
+    )
+    assert b"KeyboardInterrupt" in done.stderr
+
+
 # failures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from timm.data import ImageNetInfo
 
 from tests.training import write_images
 from vitrim import ConfigError, InputError
+from vitrim.runtime import UnreadableImageError
 from vitrim.train.data import (
     check_label_space,
     digits_data_config,
@@ -19,7 +21,7 @@ from vitrim.train.data import (
     eval_transform,
     open_dataset,
 )
-from vitrim.train.samples import UnreadableImageError
+from vitrim.train.digits import ClutteredDigits
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -38,6 +40,7 @@ def rename(root, names):
 
 def test_folder_labels_follow_natural_order(tmp_path):
     root = rename(write_images(tmp_path / "set", classes=3, per_class=2), ["c2", "c10", "c1"])
+    (root / "c1" / "0.png").rename(root / "c1" / "²1².png")
     dataset = open_dataset(root)
     assert list(dataset.classes) == ["c1", "c2", "c10"]
     assert [dataset[i][1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
@@ -67,8 +70,10 @@ def test_class_map(tmp_path):
     class_map.write_text("other\nclass_1\n")
     with pytest.raises(InputError, match=r"classes.txt lacks 1 class folder\(s\): class_0"):
         open_dataset(root, class_map=class_map)
-    with pytest.raises(InputError, match="cannot be read"):
-        open_dataset(root, class_map=tmp_path / "absent.txt")
+    class_map.write_bytes(b"class_0\n" * 3_000_000)
+    for path in (class_map, tmp_path / "absent.txt", tmp_path, "/dev/zero", "nul\0"):
+        with pytest.raises(InputError, match="cannot be read"):
+            open_dataset(root, class_map=path)
 
 
 def test_bad_folders_are_told_apart(tmp_path):
@@ -85,8 +90,10 @@ def test_bad_folders_are_told_apart(tmp_path):
     (root / "class_1b").mkdir()
     with pytest.raises(InputError, match=r"1 class folder\(s\) .* hold no image: class_1b"):
         open_dataset(root)
-    with pytest.raises(InputError, match="timm cannot open the data hfds/nobody"):
-        open_dataset("hfds/nobody/nothing", root=tmp_path / "absent")
+    for name in ("hfds/nobody/nothing", "torch/cifar10", "torch/image_folder", "wds/x"):
+        for place in (tmp_path / "absent", None):
+            with pytest.raises(InputError, match=f"timm cannot open the data {name}"):
+                open_dataset(name, root=place)
 
 
 def test_unlabelled_folder_of_any_layout(tmp_path):
@@ -109,9 +116,16 @@ def test_tar_of_a_folder(tmp_path):
     assert open_dataset(tmp_path / "set.tar", labelled=False)[0][1] == -1
     with pytest.raises(InputError, match="the data have 2 classes"):
         check_label_space(packed, 3)
+    with tarfile.open(tmp_path / "pax.tar", "w") as archive:
+        member = tarfile.TarInfo("a/0.png")
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "x"}
+        archive.addfile(member)
+        member.pax_headers = {"GNU.sparse.size": "x", "GNU.sparse.map": "x"}
+        archive.addfile(member)
     (tmp_path / "broken.tar").write_bytes(b"x" * 600)
-    with pytest.raises(InputError, match="not a whole, uncompressed tar file"):
-        open_dataset(tmp_path / "broken.tar")
+    for name in ("broken.tar", "pax.tar"):
+        with pytest.raises(InputError, match="not a whole, uncompressed tar file"):
+            open_dataset(tmp_path / name)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -159,3 +173,77 @@ def test_embedded_set_by_name():
     assert [tuple(images.shape) for images, _ in loader] == [(2, 3, 48, 48)] * 2
     with pytest.raises(ConfigError, match="split is 'tset'"):
         open_dataset("digits/tset")
+    for wrong in ({"length": 10**20}, {"image_size": 10**6}, {"seed": -1}):
+        with pytest.raises(ConfigError, match="expected 1 to ten million samples"):
+            ClutteredDigits("val", **({"length": 3} | wrong))
+
+
+def with_hidden(root):
+    """A folder data set of 2 x 2 images, and what other programs left in it."""
+    write_images(root, per_class=2)
+    for place in (
+        "class_0/.ipynb_checkpoints/0-checkpoint",
+        "class_1/._0",
+        ".trash/0",
+        ".cache/a/0",
+    ):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(root / f"{place}.png")
+    return root
+
+
+@pytest.mark.parametrize("source", ["folder", "tar", "torch"])
+def test_hidden_files_are_neither_images_nor_classes(tmp_path, source):
+    root = with_hidden(tmp_path / ".hidden parents" / "set")
+    if source == "torch":
+        dataset = open_dataset("torch/image_folder", root=root)
+    elif source == "tar":
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(root, arcname="./data/../set")
+        dataset = open_dataset(tmp_path / "set.tar")
+        assert len(open_dataset(tmp_path / "set.tar", labelled=False)) == 4
+    else:
+        dataset = open_dataset(root)
+        assert len(open_dataset(root, labelled=False)) == 4
+    assert list(dataset.classes) == ["class_0", "class_1"]
+    assert sorted(dataset[i][1] for i in range(len(dataset))) == [0, 0, 1, 1]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root, more = write_images(tmp_path / "set", per_class=2), write_images(tmp_path / "more")
+    (root / "class_0" / "linked").symlink_to(more / "class_0")
+    (root / "class_0" / "again").symlink_to(more / "class_0")
+    (more / "class_0" / "up").symlink_to(more)
+    (root / "class_1" / "here").symlink_to(root / "class_1")
+    (root / "class_1" / "up").symlink_to(root)
+    (root / "class_1" / "gone.png").symlink_to(tmp_path / "gone.png")
+    dataset = open_dataset(root)
+    assert sorted(label for _, label in dataset.reader.samples) == [0] * 10 + [1] * 3
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        dataset[len(dataset) - 1]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_would_hang_or_fill_the_memory(tmp_path, workers):
+    root = write_images(tmp_path / "set", per_class=3)
+    (root / "class_0" / "1.png").unlink()
+    os.mkfifo(root / "class_0" / "1.png")
+    Image.new("L", (1, 60_000)).save(root / "class_1" / "1.png")
+    Image.new("RGB", (20, 10)).save(root / "class_1" / "2.png", "EPS")
+    loader = eval_loader(root, CONFIG, batch_size=3, workers=workers)
+    assert torch.cat([labels for _, labels in loader]).tolist() == [0, 0, 1]
+    assert [file.reason.partition("x")[0][:11] for file in loader.unreadable] == [
+        "it is no fi",
+        "it has 1 ",
+        "cannot iden",
+    ]
+
+
+def test_a_transform_that_fails_names_the_image(tmp_path):
+    def transform(image):
+        raise MemoryError("too large")
+
+    dataset = open_dataset(write_images(tmp_path / "set"), transform)
+    with pytest.raises(UnreadableImageError, match=r"class_0.0\.png cannot be .*: too large"):
+        dataset[0]

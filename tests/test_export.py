@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +32,15 @@ from vitrim import (
 )
 from vitrim.errors import CheckpointError, MissingExtraError
 from vitrim.export.bundle import DTYPES, check, export, keeps_everything
-from vitrim.runtime import BUNDLE_FILE, Bundle, prepare
+from vitrim.runtime import (
+    BUNDLE_FILE,
+    INTERPOLATIONS,
+    Bundle,
+    check_preprocessing,
+    main,
+    open_image,
+    prepare,
+)
 from vitrim.train.data import eval_transform
 
 onnx = pytest.importorskip("onnx")
@@ -273,10 +284,10 @@ def test_openvino_is_told_the_precision(dtype, hint, tmp_path, monkeypatch):
     _, folder = exported(tmp_path, FIXED["sait"], "openvino", dtype=dtype, batch=1)
     configs = []
 
-    class Core:
+    class Core(openvino.Core):
         def compile_model(self, model, device, config):
             configs.append(config)
-            return lambda inputs: [np.zeros((1, 7), np.float32)]
+            return super().compile_model(model, device, config)
 
     monkeypatch.setattr(openvino, "Core", Core)
     Bundle(folder)(np.zeros((1, 3, 32, 32), np.float32))
@@ -378,7 +389,253 @@ def test_damaged_bundles(tmp_path):
     (folder / "model.onnx").unlink()
     with pytest.raises(CheckpointError, match="lacks model"):
         Bundle(folder)
-    for text, words in (("{", "damaged"), ('{"format": "other", "version": 1}', "lacks batch")):
+    other = '{"format": "other", "version": 1}'
+    for text, words in (("{", "damaged"), (other, "lacks batch"), ("[1]", "no table")):
         (folder / BUNDLE_FILE).write_text(text)
         with pytest.raises(CheckpointError, match=words):
             Bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A bundle, the description in it, and what is not to be read, beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    exported(folder, FIXED["sait"], batch=2, labels=list("abcdefghij"))
+    (folder / "secret.onnx").write_bytes((folder / "bundle" / "model.onnx").read_bytes())
+    return folder / "bundle", json.loads((folder / "bundle" / BUNDLE_FILE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("file", value) for value in ("../secret.onnx", "", "..", "sub/model.onnx", 3, None)),
+        ("file", BUNDLE_FILE),
+        *(("runtime", value) for value in ([], None, 1, {"onnxruntime": 1})),
+        *(("dtype", value) for value in ("fp31", None, ["fp32"])),
+        *(("batch", value) for value in (0, -1, True, 2.0, "2", 10**6, 10**30, [2])),
+        *(("labels", value) for value in ({}, "abcdefghij", [1, 2], [None] * 10, 3)),
+        *(("preprocessing", value) for value in (None, [], {}, "bicubic")),
+    ],
+)
+def test_every_field_of_a_bundle_is_checked(whole, tmp_path, field, value):
+    folder, description = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    (tmp_path / "bundle" / BUNDLE_FILE).write_text(json.dumps(description | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"{field} of .* is .*; (expected|a table)"):
+        Bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("input_size", value) for value in (None, 32, [32, 32], [3, 0, 32], [3, 10**9, 10**9])),
+        *(("input_size", value) for value in ([3, 32.0, 32], [True, 32, 32], "abc", [3, 32, -1])),
+        *((name, value) for name in ("mean", "std") for value in (None, 0.5, [0.5], [0.5] * 4)),
+        *((name, ["a"] * 3) for name in ("mean", "std")),
+        *(
+            (name, [float(word)] * 3)
+            for name in ("mean", "std")
+            for word in ("nan", "inf", "1e300")
+        ),
+        *((name, [10**400] * 3) for name in ("mean", "std")),
+        *(("std", [value, 1, 1]) for value in (0, -0.5, True)),
+        *(("crop_pct", value) for value in (0, -1, 1e-9, 2, "x", None, float("nan"), True)),
+        *(
+            ("interpolation", value)
+            for value in ("evil", "random", None, 3, ["bicubic"], "BICUBIC")
+        ),
+        *(("crop_mode", value) for value in ("evil", None, [])),
+    ],
+)
+def test_preprocessing_is_checked(field, value):
+    with pytest.raises(InputError, match=rf"{field} of the preprocessing is .*expected"):
+        check_preprocessing(DATA | {field: value}, InputError)
+
+
+def test_preprocessing_that_can_be_is_taken():
+    for interpolation in INTERPOLATIONS:
+        check_preprocessing(DATA | {"interpolation": interpolation}, InputError)
+    check_preprocessing(
+        {"input_size": [1, 24, 48], "mean": [0], "std": [1], "crop_mode": "squash"}, InputError
+    )
+
+
+@pytest.mark.parametrize("link", ["model.onnx", "extra.data", "folder"])
+def test_a_bundle_has_no_way_out(whole, tmp_path, link):
+    folder, _ = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    (tmp_path / "bundle" / link).unlink(missing_ok=True)
+    goal = folder.parent if link == "folder" else folder.parent / "secret.onnx"
+    (tmp_path / "bundle" / link).symlink_to(goal)
+    with pytest.raises(CheckpointError, match="leads out of the bundle"):
+        Bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / link).unlink()
+    os.mkfifo(tmp_path / "bundle" / link)
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        Bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("location", ["../secret.onnx", "/dev/zero", "sub/../../secret.onnx"])
+def test_weights_of_a_network_lie_in_its_folder(whole, tmp_path, location):
+    folder, _ = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    (tmp_path / "secret.onnx").write_bytes(bytes(10**6))
+    (tmp_path / "bundle" / "sub").mkdir()
+    network = onnx.load(tmp_path / "bundle" / "model.onnx")
+    tensor = next(each for each in network.graph.initializer if len(each.raw_data) > 1000)
+    size = len(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
+        tensor.external_data.add(key=key, value=value)
+    (tmp_path / "bundle" / "model.onnx").write_bytes(network.SerializeToString())
+    with pytest.raises(CheckpointError, match="cannot load"):
+        Bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 3}, r"shape \(2, 3, 32, 32\), and bundle.json says \(3, 3, 32, 32\)"),
+        ({"batch": None}, "where None is any number"),
+        ({"preprocessing": DATA | {"input_size": [3, 64, 64]}}, "says .2, 3, 64, 64"),
+    ],
+)
+def test_a_description_fits_its_network(whole, tmp_path, change, message):
+    folder, description = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    (tmp_path / "bundle" / BUNDLE_FILE).write_text(json.dumps(description | change))
+    with pytest.raises(CheckpointError, match=message):
+        Bundle(tmp_path / "bundle")
+
+
+def test_labels_fit_the_answers_and_images_the_network(whole, tmp_path):
+    folder, description = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    (tmp_path / "bundle" / BUNDLE_FILE).write_text(json.dumps(description | {"labels": ["a"]}))
+    with pytest.raises(CheckpointError, match="numbers for 1 classes"):
+        Bundle(tmp_path / "bundle")(images(2).numpy())
+    for x in (images(0), images(1)[0], images(1, size=64)):
+        with pytest.raises(InputError, match=r"expected \(1 or more, 3, 32, 32\)"):
+            Bundle(folder)(x.numpy())
+
+
+def spoilt(tmp_path, to="onnx", **options):
+    """A model whose finite weights give logits that are not, and a bundle of it."""
+    sparse = sparse_vit(FIXED["dynamicvit"])
+    with torch.no_grad():
+        sparse.backbone.head.weight.fill_(3e38)
+    return sparse, export(sparse, tmp_path / "bundle", to, data_config=DATA, **options)
+
+
+def test_answers_that_are_not_finite_are_errors(tmp_path, capsys):
+    sparse, folder = spoilt(tmp_path)
+    with pytest.raises(InputError, match="logits of image 0 hold NaN or infinity"):
+        Bundle(folder)(images(2).numpy())
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        check(sparse, folder, images(2))
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"logits of .*a\.png hold NaN"):
+        main([str(folder), str(tmp_path / "a.png")])
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_labels_do_not_command_the_terminal(whole, tmp_path, capsys):
+    folder, description = whole
+    shutil.copytree(folder, tmp_path / "bundle")
+    labels = ["\x1b]0;evil\x07\x9b31m\nb"] * 10
+    (tmp_path / "bundle" / BUNDLE_FILE).write_text(json.dumps(description | {"labels": labels}))
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    main([str(tmp_path / "bundle"), str(tmp_path / "a.png")])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    assert out.strip().isprintable()
+    assert r"\x1b]0;evil\x07\x9b31m\nb" in out
+
+
+@pytest.mark.parametrize("words", [["--top", "0"], ["--threads", "-1"], ["--threads", "1000000"]])
+def test_counts_of_predict_are_checked(whole, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main([str(whole[0]), "a.png", *words])
+    assert stop.value.code == 2
+
+
+@pytest.mark.timeout(20)
+def test_images_are_opened_with_care(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (20, 10)).save(tmp_path / "eps.png", "EPS")
+    Image.new("L", (1, 1001)).save(tmp_path / "thin.png")
+    for name, message in (
+        ("pipe.png", "it is no file"),
+        ("", "it is no file"),
+        ("eps.png", "cannot identify"),
+        ("thin.png", "1 x 1001 pixels"),
+        ("absent.png", "No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_image(tmp_path / name)
+    with pytest.raises(InputError, match="it is no file"):
+        open_image(Path("/dev/zero"))
+    Image.new("L", (1, 50)).save(tmp_path / "long.png")
+    assert open_image(tmp_path / "long.png").mode == "RGB"
+    for kind in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"):
+        Image.new("RGB", (20, 10)).save(tmp_path / "x.png", kind)
+        assert open_image(tmp_path / "x.png").size == (20, 10)
+
+
+SILENCE = """
+import pathlib, socket, sys
+def note(*words, **options):
+    (pathlib.Path.home() / "looked up").write_text(str(words))
+    raise OSError("the test has no network")
+for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+    setattr(socket, name, note)
+socket.socket.connect = note
+from vitrim.cli import main
+for command in sys.argv[2].split(";"):
+    try:
+        main(command.split())
+    except SystemExit as stop:
+        assert not stop.code, command
+# What vitrim profile does with each of many parts.
+import torch
+from vitrim.latency import runners
+layer, x = torch.nn.Linear(4, 4).eval(), torch.zeros(1, 3, 4)
+runners.check_runtime(sys.argv[1], "fp32", torch.device("cpu"))
+runners.bind(layer, x, False, sys.argv[1], "fp32", 1)(x)()
+runners.version_of(sys.argv[1])
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("to", "runtime"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_no_command_reports_to_anyone(to, runtime, tmp_path):
+    home, data, site = tmp_path / "home", tmp_path / "data", Path(vitrim.__file__).parents[1]
+    home.mkdir()
+    data.mkdir()
+    sparse_vit(FIXED["dynamicvit"]).save_pretrained(tmp_path / "made")
+    for number in range(2):
+        Image.new("RGB", (32, 32), (80 * number, 90, 100)).save(data / f"{number}.png")
+    commands = [
+        f"export {tmp_path}/made --to {to} --check --data {data} -o {tmp_path}/bundle",
+        f"predict {tmp_path}/bundle {data}/0.png",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SILENCE, runtime, ";".join(commands)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(site), "HOME": str(home), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_runtimes_are_imported_in_one_place():
+    source = Path(vitrim.__file__).parent
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            roots = {name.partition(".")[0] for name in names}
+            assert not roots & {"onnxruntime", "openvino"}, path

@@ -1,6 +1,8 @@
 """vitrim: faster vision transformers by computing only the tokens that matter."""
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from vitrim.errors import (
     CheckpointError,
@@ -13,19 +15,25 @@ from vitrim.errors import (
 )
 
 if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
-    from vitrim.budget import Calibration
-    from vitrim.budgets.calibrate import calibrate
-    from vitrim.convert import load_official
-    from vitrim.methods.asvit import ASViTConfig
-    from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
-    from vitrim.methods.dynamicvit import DynamicViTConfig
-    from vitrim.methods.sait import SaiTConfig
-    from vitrim.methods.spvit import SPViTConfig
-    from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
-    from vitrim.methods.stvit import STViTConfig
-    from vitrim.methods.stvit_r import STViTRConfig
-    from vitrim.methods.stvit_swin import STViTSwinConfig
-    from vitrim.model import SparseModel, Trace, from_pretrained, sparsify
+    try:
+        from vitrim.budget import Calibration
+        from vitrim.budgets.calibrate import calibrate
+        from vitrim.convert import load_official
+        from vitrim.methods.asvit import ASViTConfig
+        from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
+        from vitrim.methods.dynamicvit import DynamicViTConfig
+        from vitrim.methods.sait import SaiTConfig
+        from vitrim.methods.spvit import SPViTConfig
+        from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
+        from vitrim.methods.stvit import STViTConfig
+        from vitrim.methods.stvit_r import STViTRConfig
+        from vitrim.methods.stvit_swin import STViTSwinConfig
+        from vitrim.model import SparseModel, Trace, from_pretrained, sparsify
+    except KeyboardInterrupt:
+        if Path(*sys.argv[:1]).stem in ("vitrim", "-m"):  # the command, which ends without a word
+            raise SystemExit(130) from None
+        raise
+
 
 __version__ = "0.1.0"
 

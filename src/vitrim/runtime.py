@@ -10,25 +10,39 @@ preprocessing and labels. ``vitrim predict BUNDLE IMAGE...`` calls :func:`main`;
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitrim.errors import CheckpointError, InputError, MissingExtraError
+from vitrim.config import read_json
+from vitrim.errors import CheckpointError, InputError, MissingExtraError, VitrimError, printable
 
 BUNDLE_FILE = "bundle.json"
 FORMAT = "vitrim-bundle"
 FORMAT_VERSION = 1
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MOST_VALUES = 2**30
+"""Of the images of one call."""
+MOST_PIXELS = 4096
+"""A side of a prepared image."""
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+"""What image files may hold: others are read by programs of their own (EPS by Ghostscript)."""
+MOST_ELONGATED = 50
+"""The longer side of an image over its shorter one; more would fill the memory when resized."""
 
 Array = NDArray[np.float32]
 Network = Callable[[Array], Array]
+Started = tuple[Network, tuple[int | None, ...]]
+"""A network, and the shape (B, channels, H, W) of its images; None is any number."""
 
 
 class Bundle:
@@ -45,17 +59,21 @@ class Bundle:
 
     def __init__(self, folder: str | os.PathLike[str], threads: int | None = None) -> None:
         self.folder = Path(folder)
-        self.description = _read_description(self.folder)
-        network = self.folder / self.description["file"]
-        if not network.is_file():
-            raise CheckpointError(f"{folder} is damaged: it lacks {network.name}")
+        self.description = read_description(self.folder)
         start = _RUNTIMES.get(self.description["runtime"])
         if start is None:
             raise CheckpointError(
                 f"{folder} is for {self.description['runtime']!r}, which is loaded by its own "
                 f"means; this runs {', '.join(_RUNTIMES)}"
             )
-        self._network = start(network, threads, self.description)
+        network = self.folder / self.description["file"]
+        self._network, shape = start(network, threads, self.description)
+        described = (self.batch, *self.description["preprocessing"]["input_size"])
+        if shape != described:
+            raise CheckpointError(
+                f"{network} takes images of shape {shape}, and {BUNDLE_FILE} says {described}, "
+                "where None is any number; export the model again"
+            )
 
     @property
     def labels(self) -> Sequence[str] | None:
@@ -69,14 +87,42 @@ class Bundle:
         batch: int | None = self.description["batch"]
         return batch
 
-    def __call__(self, images_BCHW: Array) -> Array:
-        """Logits (B, classes) of prepared images, in calls of as many as the network takes."""
-        if self.batch is None:
-            return self._network(images_BCHW)
-        whole = math.ceil(len(images_BCHW) / self.batch) * self.batch
-        extra = np.repeat(images_BCHW[-1:], whole - len(images_BCHW), axis=0)
-        parts = np.split(np.concatenate([images_BCHW, extra]), whole // self.batch)
-        return np.concatenate([self._network(part) for part in parts])[: len(images_BCHW)]
+    def __call__(self, images_BCHW: Array, names: Sequence[str] | None = None) -> Array:
+        """Logits (B, classes) of prepared images, in calls of as many as the network takes.
+
+        Args:
+            images_BCHW: as :meth:`prepare` makes them, one at least.
+            names: what an error calls the images; None gives their numbers.
+
+        Raises:
+            InputError: the images are of another shape, or the answers are not finite.
+            CheckpointError: the network fails, or gives something else than logits.
+        """
+        images, shape = np.asarray(images_BCHW, np.float32), self.description["preprocessing"]
+        if images.ndim != 4 or not len(images) or [*images.shape[1:]] != [*shape["input_size"]]:
+            raise InputError(
+                f"images have shape {images.shape}; expected (1 or more, "
+                f"{', '.join(map(str, shape['input_size']))})"
+            )
+        size = self.batch or len(images)
+        extra = np.repeat(images[-1:], -len(images) % size, axis=0)
+        parts = np.split(np.concatenate([images, extra]), (len(images) + len(extra)) // size)
+        logits = np.concatenate([self._run(part) for part in parts])[: len(images)]
+        check_finite(logits, names)
+        return logits
+
+    def _run(self, images: Array) -> Array:
+        try:
+            logits = self._network(images)
+        except Exception as error:  # its errors are of its own C++ classes
+            raise CheckpointError(f"the network of {self.folder} fails: {error}") from error
+        classes = len(self.labels) if self.labels else logits.shape[-1] if logits.ndim else 0
+        if logits.shape != (len(images), classes) or not np.issubdtype(logits.dtype, np.floating):
+            raise CheckpointError(
+                f"the network of {self.folder} gives {logits.dtype} of shape {logits.shape} for "
+                f"{len(images)} images; expected numbers for {classes} classes each"
+            )
+        return logits
 
     def prepare(self, images: Sequence[Image.Image]) -> Array:
         """(B, channels, H, W): images resized, cropped in the middle and normalised."""
@@ -86,6 +132,8 @@ class Bundle:
 def prepare(image: Image.Image, config: dict[str, Any]) -> Array:
     """(channels, H, W): ``image`` as timm's evaluation transform makes it."""
     channels, height, width = config["input_size"]
+    if channels not in (1, 3):
+        raise InputError(f"the model takes {channels} channels; an image has 1 or 3")
     image = image.convert("L" if channels == 1 else "RGB")
     shorter = math.floor(height / config["crop_pct"])
     size = [int(shorter * side / min(image.size)) for side in image.size]
@@ -97,28 +145,147 @@ def prepare(image: Image.Image, config: dict[str, Any]) -> Array:
     return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32)
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked ``bundle.json`` of a bundle, all of whose files are its own.
+
+    Raises:
+        CheckpointError: no bundle, of another version, damaged, or with a way out of its folder.
+    """
     path = folder / BUNDLE_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} is no exported bundle: it has no {BUNDLE_FILE}")
-    try:
-        description: dict[str, Any] = json.loads(path.read_text())
-        known = description["format"] == FORMAT and description["version"] == FORMAT_VERSION
-        needed = {"file", "runtime", "dtype", "batch", "preprocessing", "labels"}
-        missing = needed - description.keys()
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    for entry in folder.rglob("*"):
+        if not (entry.is_file() or entry.is_dir()):
+            raise CheckpointError(f"{entry} is neither a file nor a folder; remove it")
+        if not entry.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{entry} leads out of the bundle; put a copy in its place")
+    description = read_json(path, CheckpointError)
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no table")
+    missing = {"file", "runtime", "dtype", "batch", "preprocessing", "labels"} - description.keys()
+    known = description.get("format") == FORMAT and description.get("version") == FORMAT_VERSION
     if not known or missing:
         found = f"lacks {', '.join(sorted(missing))}" if missing else "is of another format"
         raise CheckpointError(f"{path} {found}; export the model again with this vitrim")
+    check_description(description, CheckpointError, str(path))
+    if not (folder / description["file"]).is_file():
+        raise CheckpointError(f"{folder} is damaged: it lacks {description['file']}")
     return description
+
+
+def check_description(description: Mapping[str, Any], error: type[VitrimError], where: str) -> None:
+    """Raise ``error`` unless every field that is used has a value that can be."""
+    file, runtime, batch = (description[name] for name in ("file", "runtime", "batch"))
+    labels, preprocessing = description["labels"], description["preprocessing"]
+    check_preprocessing(preprocessing, error, f"the preprocessing of {where}")
+    most = MOST_VALUES // math.prod(preprocessing["input_size"])
+    suffix = {"onnxruntime": ".onnx", "openvino": ".xml"}.get(str(runtime), "")
+    plain = isinstance(file, str) and Path(file).name == file and file != ".."
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    square = preprocessing["input_size"][1] == preprocessing["input_size"][2]
+    central = preprocessing.get("crop_mode", "center") == "center"
+    given = {"interpolation", "crop_pct"} <= preprocessing.keys()
+    checks = {
+        "file": (plain and file.endswith(suffix), f"the name of a {suffix} file in the folder"),
+        "runtime": (isinstance(runtime, str), "a name"),
+        "dtype": (description["dtype"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        "batch": (
+            batch is None or (_is_whole(batch) and 1 <= batch <= most),
+            f"null, or a whole number from 1 to {most}",
+        ),
+        "labels": (labels is None or texts, "null, or a list of texts"),
+        "preprocessing": (
+            square and central and given,
+            "interpolation and crop_pct, and a crop from the centre to a square",
+        ),
+    }
+    for name, (sound, expected) in checks.items():
+        if not sound:
+            found = repr(description[name])[:200]
+            raise error(f"{name} of {where} is {found}; expected {expected}")
+
+
+def check_preprocessing(
+    data: Any, error: type[VitrimError], where: str = "the preprocessing"
+) -> None:
+    """Check what says how images are prepared, in timm's words: ``input_size`` (channels, height,
+    width), ``mean`` and ``std`` of each channel in pixel values from 0 to 1, and, where they are
+    given, ``interpolation``, ``crop_pct`` and ``crop_mode``. Messages call it ``where``.
+
+    Raises:
+        error: a value is absent, of another kind, or out of range.
+    """
+    if not isinstance(data, Mapping):
+        raise error(f"{where} is {repr(data)[:200]}; a table was expected")
+
+    def require(name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            found = f"is {repr(data[name])[:200]}" if name in data else "is missing"
+            raise error(f"{name} of {where} {found}; expected {expected}")
+
+    size: Any = data.get("input_size")
+    sides = isinstance(size, list | tuple) and len(size) == 3 and all(map(_is_whole, size))
+    require(
+        "input_size",
+        sides and all(1 <= side <= MOST_PIXELS for side in size),
+        f"channels, height and width, whole numbers from 1 to {MOST_PIXELS}",
+    )
+    channels = size[0]
+    for name, least in (("mean", -1e6), ("std", 1e-6)):
+        values: Any = data.get(name)
+        each = isinstance(values, list | tuple) and len(values) == channels
+        require(
+            name,
+            each and all(_is_number(value) and least <= value <= 1e6 for value in values),
+            f"{channels} numbers from {least:g} to 1e+06, one per channel",
+        )
+    known = data.get("interpolation", "bilinear") in INTERPOLATIONS
+    require("interpolation", known, f"one of {', '.join(INTERPOLATIONS)}")
+    share = data.get("crop_pct", 1.0)
+    require("crop_pct", _is_number(share) and 0.1 <= share <= 1, "a number from 0.1 to 1")
+    known = data.get("crop_mode", "center") in ("center", "border", "squash")
+    require("crop_mode", known, "center, border or squash")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_finite(logits: NDArray[Any], names: Sequence[str] | None = None) -> None:
+    """Raise :class:`InputError` if logits (B, classes) hold NaN or infinity; it names the image."""
+    spoilt = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(spoilt):
+        first = int(spoilt[0])
+        raise InputError(
+            f"the logits of {names[first] if names else f'image {first}'} hold NaN or infinity; "
+            "check the weights of the model, its precision, and that its input is finite"
+        )
+
+
+def import_quietly(module: str, purpose: str) -> Any:
+    """Import onnxruntime or openvino, or a part of it, without reports to their makers.
+
+    Every import of theirs goes through here: they look for these settings once, as they load.
+
+    Raises:
+        MissingExtraError: it is not installed; ``purpose`` needs it.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if absent
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = error.name or module
+        raise MissingExtraError(purpose, package.partition(".")[0], "export") from error
 
 
 def session_options(threads: int | None) -> Any:
     """``onnxruntime.SessionOptions`` for so many threads; None takes all."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = import_quietly("onnxruntime", "running ONNX").SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     # Left to themselves its threads spin for tens of milliseconds after a call, and slow whatever
@@ -127,32 +294,25 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -> Network:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("running an ONNX bundle", "onnxruntime", "export") from error
+def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -> Started:
+    onnxruntime = import_quietly("onnxruntime", "running an ONNX bundle")
     options = session_options(threads)
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
+        (images,) = session.get_inputs()
     except Exception as error:  # its errors are of its own C++ classes
         raise CheckpointError(f"onnxruntime cannot load {path}: {error}") from error
-    name = session.get_inputs()[0].name
 
-    def run(images: Array) -> Array:
-        logits: Array = session.run(None, {name: images})[0]
-        return logits
+    def run(images_BCHW: Array) -> Array:
+        return np.asarray(session.run(None, {images.name: images_BCHW})[0])
 
-    return run
+    return run, tuple(size if isinstance(size, int) else None for size in images.shape)
 
 
-def _openvino(path: Path, threads: int | None, description: dict[str, Any]) -> Network:
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("running an OpenVINO bundle", "openvino", "export") from error
+def _openvino(path: Path, threads: int | None, description: dict[str, Any]) -> Started:
+    openvino = import_quietly("openvino", "running an OpenVINO bundle")
     # Left to itself the CPU runtime takes bfloat16 wherever the processor has it.
     precision = {"bf16": "bf16", "fp16": "f16"}.get(description["dtype"], "f32")
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
@@ -160,34 +320,64 @@ def _openvino(path: Path, threads: int | None, description: dict[str, Any]) -> N
         config["INFERENCE_NUM_THREADS"] = threads
     try:
         model = openvino.Core().compile_model(str(path), "CPU", config)
+        sizes = list(model.input().partial_shape)
     except Exception as error:  # its errors are of its own C++ classes
         raise CheckpointError(f"openvino cannot load {path}: {error}") from error
 
-    def run(images: Array) -> Array:
-        logits: Array = model([images])[0]
-        return logits
+    def run(images_BCHW: Array) -> Array:
+        return np.asarray(model([images_BCHW])[0])
 
-    return run
+    return run, tuple(size.get_length() if size.is_static else None for size in sizes)
 
 
-_RUNTIMES: dict[str, Callable[[Path, int | None, dict[str, Any]], Network]] = {
+_RUNTIMES: dict[str, Callable[[Path, int | None, dict[str, Any]], Started]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
 
 
-def open_image(path: Path) -> Image.Image:
+class UnreadableImageError(InputError):
+    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+def open_file(path: Path) -> BinaryIO:
+    """An image file, open; what is no file of its own (a pipe, a device) raises :class:`OSError`,
+    where opening it could wait for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    return path.open("rb")
+
+
+def decode(file: BinaryIO) -> Image.Image:
+    """The RGB image in an open file: where everything that reads images does it. Damaged bytes
+    raise nearly anything.
+    """
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+        if max(opened.size) > MOST_ELONGATED * min(opened.size):
+            raise ValueError(
+                f"it has {opened.width} x {opened.height} pixels; one side may be "
+                f"{MOST_ELONGATED} times as long as the other, at most"
+            )
+        return opened.convert("RGB")
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """An image from a file.
 
     Raises:
-        InputError: it is absent or damaged.
+        UnreadableImageError: it is absent, damaged, of another kind, or very long and thin.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+        with open_file(Path(path)) as file:
+            return decode(file)
+    except Exception as error:
+        raise UnreadableImageError(str(path), str(error) or repr(error)) from error
 
 
 def main(words: Sequence[str]) -> None:
@@ -198,12 +388,12 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("bundle", type=Path, help="Folder written by vitrim export.")
     parser.add_argument("images", type=Path, nargs="+", help="Image files.")
-    parser.add_argument("--top", type=int, default=3, help="Classes to name per image.")
-    parser.add_argument("--threads", type=int, help="CPU threads.")
+    parser.add_argument("--top", type=_count, default=3, help="Classes to name per image.")
+    parser.add_argument("--threads", type=_count, help="CPU threads.")
     options = parser.parse_args(words)
     bundle = Bundle(options.bundle, options.threads)
     for path in options.images:
-        logits = bundle(bundle.prepare([open_image(path)]))[0].astype(np.float64)
+        logits = bundle(bundle.prepare([open_image(path)]), [str(path)])[0].astype(np.float64)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
         best = np.argsort(-shares)[: options.top]
@@ -211,4 +401,11 @@ def main(words: Sequence[str]) -> None:
         answers = ", ".join(
             f"{name} {shares[label]:.1%}" for name, label in zip(names, best, strict=True)
         )
-        print(f"{path}: {answers}")
+        print(printable(f"{path}: {answers}").replace("\n", "\\n"))
+
+
+def _count(word: str) -> int:
+    number = int(word)
+    if not 1 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"{word} is no number from 1 to 10,000")
+    return number

@@ -218,12 +218,12 @@ def _measure(sparse: SparseModel, batches: Sequence[Tensor]) -> Tensor:
     with evaluating(sparse):
         for images in batches:
             trace = sparse.trace(images.to(device))
-            _check_finite(sparse, trace)
+            check_finite(sparse, trace)
             macs.append(trace.macs.cpu())
     return torch.cat(macs)
 
 
-def _check_finite(sparse: SparseModel, trace: Trace) -> None:
+def check_finite(sparse: SparseModel, trace: Trace) -> None:
     """Raise :class:`InputError` for scores or logits that mean nothing."""
     what = "" if bool(trace.logits.isfinite().all()) else "logits"
     before: StageTrace | None = None

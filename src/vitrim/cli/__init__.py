@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vitrim.errors import MissingExtraError, VitrimError
+from vitrim.errors import MissingExtraError, VitrimError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 interrupted, 2 wrong input or usage.
+    """Run the command line and exit: 0 done, 2 wrong input or usage, 130 interrupted.
 
     Our own errors are one clear message on the error stream; ``--debug``, anywhere among the
     arguments, shows where they were raised.
@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (VitrimError, OSError) as error:
         if debug:
             raise
-        print(f"vitrim: error: {error}", file=sys.stderr)
+        print(f"vitrim: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _app(words: list[str]) -> None:

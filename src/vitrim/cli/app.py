@@ -16,6 +16,7 @@ import typer
 
 from vitrim import capabilities, checkpoint, convert
 from vitrim.budget import Calibration
+from vitrim.budgets.calibrate import check_finite
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
 from vitrim.cli.evaluate import eval_command
@@ -24,7 +25,7 @@ from vitrim.cli.measure import bench_command, show_command
 from vitrim.cli.profile import profile_command
 from vitrim.cli.schedule import schedule_command
 from vitrim.config import to_plain
-from vitrim.errors import InputError, UnsupportedBackboneError
+from vitrim.errors import InputError, UnsupportedBackboneError, printable
 from vitrim.families import FAMILIES, family_of
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
@@ -148,7 +149,7 @@ def _list_capabilities() -> None:
     for method, row in table.items():
         reasons = {family: reason for family, reason in row.items() if reason is not None}
         console.print(f"{method} does not run on", style="bold")
-        console.print(tables.fact_table(reasons), markup=False)
+        console.print(tables.fact_table(reasons))
 
 
 def _list_recipes() -> None:
@@ -191,10 +192,16 @@ def info_command(
         "calibration": "\n".join(map(_calibrated, sparse.calibration)) or "none",
         "origin": config.get("origin") or "not recorded",
         "metrics": json.dumps(config.get("metrics") or {}, indent=1),
-        "written with": ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items()),
+        "written with": _versions(config.get("versions")),
     }
-    common.out().print(model, style="bold", markup=False, soft_wrap=True)
-    common.out().print(tables.fact_table(facts), markup=False)
+    common.out().print(model, style="bold", soft_wrap=True)
+    common.out().print(tables.fact_table(facts))
+
+
+def _versions(record: Any) -> str:
+    if not isinstance(record, Mapping):
+        return "not recorded"
+    return ", ".join(f"{name} {version}" for name, version in record.items())
 
 
 def _calibrated(point: Calibration) -> str:
@@ -208,9 +215,10 @@ def _calibrated(point: Calibration) -> str:
 
 
 def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
+    trace = sparse.trace(torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0)))
+    check_finite(sparse, trace)
     if sparse.macs() is None:
         return "a number that depends on the image"
-    trace = sparse.trace(torch.zeros(1, *image_shape))
     return ", ".join(
         f"{int(stage.counts[0])} of {math.prod(stage.grid)} before block {stage.block}"
         for stage in trace.stages
@@ -247,8 +255,8 @@ def train_command(
 
     result = train(chosen, output, resume=not no_resume)
     facts = {name: value for name, value in result.metrics.items() if not isinstance(value, dict)}
-    common.out().print(f"trained: {result.folder}", style="bold", markup=False, soft_wrap=True)
-    common.out().print(tables.fact_table(facts), markup=False)
+    common.out().print(f"trained: {result.folder}", style="bold", soft_wrap=True)
+    common.out().print(tables.fact_table(facts))
 
 
 def _data_overrides(data: str | None) -> list[str]:
@@ -303,4 +311,4 @@ def demo_command(
 
     common.check_new_folder(output)
     for line in run_demo(output, seconds=seconds, progress=common.progress):
-        print(line)
+        print(printable(line))

@@ -200,9 +200,7 @@ def sparsify_command(
         common.out().print(latency_facts(latency))
     if found:
         common.out().print(tables.calibration_table(found))
-    common.out().print(
-        f"written: {output} ({seconds:.0f} s of calibration)", markup=False, soft_wrap=True
-    )
+    common.out().print(f"written: {output} ({seconds:.0f} s of calibration)", soft_wrap=True)
     common.write_json(json, _report(model, method, data, seconds, found) | metrics)
 
 

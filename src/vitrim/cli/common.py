@@ -15,10 +15,11 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import nn
 
 from vitrim import checkpoint
-from vitrim.errors import CheckpointError, ConfigError, InputError
+from vitrim.errors import CheckpointError, ConfigError, InputError, printable
 from vitrim.families import FAMILIES
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
@@ -29,20 +30,29 @@ Value = TypeVar("Value", int, float)
 _QUIET = int(os.environ.get("RANK", "0")) > 0
 
 
+class _Console(Console):
+    """Prints every text as it is: no part of a name or label is markup, or commands a terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(quiet=_QUIET, markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 def out() -> Console:
     """Where results go. Files and pipes get room enough for whole tables."""
-    width = None if sys.stdout.isatty() else 120
-    return Console(quiet=_QUIET, width=width, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else 120)
 
 
 def notes() -> Console:
     """Where remarks and progress go: the error stream."""
-    return Console(stderr=True, quiet=_QUIET, highlight=False, soft_wrap=True)
+    return _Console(stderr=True, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A remark for the user."""
-    notes().print(text, style="dim", markup=False)
+    notes().print(text, style="dim")
 
 
 @contextmanager
@@ -238,7 +248,7 @@ def check_new_folder(folder: Path) -> None:
 def name_unreadable(names: tuple[str, ...]) -> None:
     """Tell which images were left out."""
     if names:
-        listed = "\n  ".join(names[:20])
+        listed = "\n  ".join(name.replace("\n", "\\n") for name in names[:20])
         more = f"\n  and {len(names) - 20} more" if len(names) > 20 else ""
         note(f"left out, {len(names)} unreadable image(s):\n  {listed}{more}")
 

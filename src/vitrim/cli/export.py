@@ -83,7 +83,7 @@ def export_command(
         facts["largest difference of a logit"] = f"{found.difference:.2g}"
         facts["same answer"] = f"{found.agreement:.1%} of {found.images} images"
         content["check"] = vars(found)
-    common.out().print(tables.fact_table(facts), markup=False)
+    common.out().print(tables.fact_table(facts))
     common.write_json(json, content)
     if check and dtype == "fp32":
         _refuse_other_answers(found, output)
@@ -104,7 +104,7 @@ def predict_command(
 
 
 def _refuse_other_answers(found: exporting.Check, output: Path) -> None:
-    if found.difference > exporting.TOLERANCE or found.agreement < 1:
+    if not found.difference <= exporting.TOLERANCE or found.agreement < 1:
         raise DifferentAnswerError(
             f"{output} differs from the model by {found.difference:.2g} in a logit and answers "
             f"{1 - found.agreement:.1%} of the images otherwise; {exporting.TOLERANCE:g} and none "

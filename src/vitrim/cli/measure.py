@@ -7,16 +7,19 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
+from vitrim.budgets.calibrate import check_finite as check_trace
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
 from vitrim.cli.images import prepared_images
 from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption, ShareOption
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
-from vitrim.model import SparseModel, sparsify
+from vitrim.model import SparseModel, evaluating, sparsify
+from vitrim.runtime import check_finite as check_logits
 from vitrim.tools.benchmark import benchmark
 
 _MOST_BATCHES = 8
@@ -67,6 +70,8 @@ def bench_command(
         images = prepared_images(sparse or candidates["dense"], data, count, batch_size)
     if images is None and sparse is not None and sparse.macs() is None:
         common.note("counts depend on the image, and noise is none: give images by --data")
+    for candidate in candidates.values():
+        _check_answers(candidate, shape, images)
     rows = benchmark(
         candidates,
         shape,
@@ -119,6 +124,17 @@ def _candidates(
     return found if ratios or budgets else found | {common.setting_name(model): model}
 
 
+def _check_answers(model: nn.Module, shape: Sequence[int], images: Tensor | None) -> None:
+    """Refuse to time a model whose answer to the first image, or to noise, means nothing."""
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    image = noise if images is None else images[:1]
+    with evaluating(model):
+        if isinstance(model, SparseModel):
+            check_trace(model, model.trace(image))
+        else:
+            check_logits(model(image).float().numpy())
+
+
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:
     channels, height, width = common.data_config_of(model)["input_size"]
     return channels, height, width
@@ -152,4 +168,4 @@ def show_command(
     with common.progress("drawing", len(found.images)) as advance:
         draw(sparse.to(common.device_of(device)), found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
-    common.out().print(f"{len(found.images)} images drawn: {output / 'page.html'}")
+    common.out().print(f"{len(found.images)} images drawn: {output / 'page.html'}", soft_wrap=True)

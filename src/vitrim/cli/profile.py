@@ -93,7 +93,7 @@ def profile_command(
         draw_table(plot, table)
     common.out().print(_summary(table))
     common.out().print(_dense(table, family_of(backbone)))
-    common.out().print(f"written: {output}", markup=False, soft_wrap=True)
+    common.out().print(f"written: {output}", soft_wrap=True)
 
 
 def _dense(table: LatencyTable, family: Any) -> str:

@@ -123,7 +123,7 @@ def schedule_command(
     found = find_schedule(costs, effects, budget, stages=stages, procedure=procedure)
     found.save(output)
     common.out().print(schedule_table(found, costs.dense))
-    common.out().print(f"written: {output}", markup=False, soft_wrap=True)
+    common.out().print(f"written: {output}", soft_wrap=True)
 
 
 def table_of(milliseconds: float | None, path: Path | None) -> LatencyTable | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrim.budgets.calibrate import check_finite
 from vitrim.checkpoint import write_atomic
 from vitrim.cli import common
-from vitrim.errors import InputError
+from vitrim.errors import InputError, printable
 from vitrim.model import SparseModel
+from vitrim.runtime import UnreadableImageError
 from vitrim.tools import report, visualize
 
+_LONGEST = 50
+"""Characters of an image's name in that of its strip, of up to four bytes each."""
 _ENDS = 4
 """How many of the easiest and of the hardest images are shown first."""
 
@@ -82,14 +87,13 @@ def _open(source: str, transform: Any, image_size: int) -> tuple[Any, Callable[[
 
 
 def _read(dataset: Any, index: int, names: Callable[[int], str], found: Found) -> None:
-    from vitrim.train.samples import UnreadableImageError
-
     try:
         pixels, label = dataset[index]
     except UnreadableImageError as error:
         found.unreadable.append(error.name)
         return
-    found.images.append(ShownImage(names(index), pixels, label if label >= 0 else None))
+    name = printable(names(index))
+    found.images.append(ShownImage(name, pixels, label if label >= 0 else None))
 
 
 def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int], None]) -> None:
@@ -104,9 +108,10 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
     files, counts = {}, []
     for number, shown in enumerate(found.images, 1):
         trace = model.trace(shown.pixels.unsqueeze(0).to(device))
+        check_finite(model, trace)
         picture = visualize.denormalize(shown.pixels, mean, std)
         row = visualize.panels(picture, trace, 0, class_names=found.class_names, truth=shown.truth)
-        stem = Path(shown.name).stem.replace(" ", "_")
+        stem = re.sub(r"[^\w.-]+", "_", Path(shown.name).stem)[:_LONGEST]
         files[f"{number:03d}_{stem}.png"] = _png(row)
         strips.append((Path(shown.name).name, row))
         counts.append([int(stage.counts[0]) for stage in trace.stages])

@@ -28,7 +28,16 @@ from vitrim.errors import ConfigError, InputError
 from vitrim.export import formats
 from vitrim.families import family_of
 from vitrim.model import SparseModel, evaluating
-from vitrim.runtime import BUNDLE_FILE, FORMAT, FORMAT_VERSION, Bundle
+from vitrim.runtime import (
+    BUNDLE_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    Bundle,
+    check_description,
+    check_finite,
+    check_preprocessing,
+    read_description,
+)
 
 DTYPES = {
     "pt2": ("fp32", "fp16", "bf16"),
@@ -118,7 +127,7 @@ def export(
         )
     if folder.exists():
         raise InputError(f"{folder} exists already; give a new folder")
-    description = {
+    description: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "file": FILES[to],
@@ -130,11 +139,15 @@ def export(
         "model": _description(model),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
+    check_description(description, ConfigError, "the bundle")
+    shape = tuple(description["preprocessing"]["input_size"])
+    family = model.family if isinstance(model, SparseModel) else family_of(model)
+    family.check_images(torch.zeros(1, *shape))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         work = Path(name) / "bundle"
         work.mkdir()
-        program = _program(model, tuple(data_config["input_size"]), dtype, batch)
+        program = _program(model, shape, dtype, batch)
         _write(program, to, work / FILES[to], dtype, images, batch)
         (work / BUNDLE_FILE).write_text(json.dumps(description, indent=1) + "\n")
         shutil.move(work, folder)
@@ -191,6 +204,7 @@ def _description(model: nn.Module) -> dict[str, Any]:
 
 def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
     """What :func:`vitrim.runtime.prepare` needs, with timm's own defaults."""
+    check_preprocessing(config, ConfigError)
     found: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
     found |= config
     _, height, width = found["input_size"]
@@ -249,10 +263,16 @@ def _write(
 
 
 def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
-    """Run a bundle beside the model on prepared images (B, channels, H, W)."""
-    found = run(folder, images)
+    """Run a bundle beside the model on prepared images (B, channels, H, W).
+
+    Raises:
+        InputError: either answers with NaN or infinity.
+        CheckpointError: the bundle is damaged.
+    """
     with evaluating(model):
         wanted = model(images).float().numpy()
+    check_finite(wanted)
+    found = run(folder, images)
     return Check(
         images=len(images),
         difference=float(np.abs(found - wanted).max()),
@@ -262,7 +282,7 @@ def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
 
 def run(folder: Path, images: Tensor) -> np.ndarray:
     """Logits (B, classes) by a bundle of any runtime."""
-    bundle = json.loads((folder / BUNDLE_FILE).read_text())
+    bundle = read_description(folder)
     network = folder / bundle["file"]
     if bundle["runtime"] in ("onnxruntime", "openvino"):
         return Bundle(folder)(images.numpy())
@@ -276,8 +296,9 @@ def run(folder: Path, images: Tensor) -> np.ndarray:
     extra = images[-1:].expand(-len(images) % size, -1, -1, -1)
     calls = torch.split(torch.cat([images, extra]), size)
     with torch.no_grad():
-        logits = torch.cat([program(call) for call in calls])
-    return logits[: len(images)].numpy()
+        logits = torch.cat([program(call) for call in calls])[: len(images)].numpy()
+    check_finite(logits)
+    return np.asarray(logits)
 
 
 def keeps_everything(sparse: SparseModel, images: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vitrim.errors import ConfigError, MissingExtraError
+from vitrim.runtime import import_quietly
 
 Program = torch.export.ExportedProgram
 
@@ -127,10 +128,7 @@ def _count_axes_from_the_front(model: Any) -> None:
 
 def write_openvino(program: Program, path: Path, dtype: str) -> None:
     """OpenVINO's pair of files, by way of ONNX."""
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export to OpenVINO", "openvino", "export") from error
+    openvino = import_quietly("openvino", "export to OpenVINO")
     onnx_path = path.with_name("network.onnx")
     write_onnx(program, onnx_path)
     try:
@@ -193,13 +191,9 @@ def write_int8(program: Program, path: Path, images: Tensor, batch: int | None) 
 
 def quantize(path: Path, images: Tensor, batch: int | None) -> None:
     """Integer weights and activations in every matrix product, scales from ``images``."""
-    try:
-        from onnxruntime import quantization
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export in int8", "onnxruntime", "export") from error
+    quantization = import_quietly("onnxruntime.quantization", "export in int8")
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined,misc]  # untyped
         def __init__(self) -> None:
             size = batch or 8
             whole = images[: len(images) // size * size]
@@ -211,7 +205,9 @@ def quantize(path: Path, images: Tensor, batch: int | None) -> None:
 
     single = path.with_name("single.onnx")
     with quiet():
-        quant_pre_process(path, single, skip_optimization=True, skip_symbolic_shape=True)
+        quantization.quant_pre_process(
+            path, single, skip_optimization=True, skip_symbolic_shape=True
+        )
         try:
             quantization.quantize_static(
                 single,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.config import closest
-from vitrim.errors import ConfigError, MissingExtraError
+from vitrim.errors import ConfigError
 from vitrim.export import formats
-from vitrim.runtime import session_options
+from vitrim.runtime import import_quietly, session_options
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "torch": ("fp32", "bf16"),
@@ -49,10 +49,7 @@ def check_runtime(runtime: str, dtype: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise ConfigError(f"{runtime} is profiled on the cpu, not on {str(device)!r}")
-    try:
-        __import__(runtime)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"profiling {runtime}", runtime, "export") from error
+    import_quietly(runtime, f"profiling {runtime}")
 
 
 def torch_dtype(runtime: str, dtype: str) -> torch.dtype:
@@ -63,8 +60,9 @@ def torch_dtype(runtime: str, dtype: str) -> torch.dtype:
 
 def version_of(runtime: str) -> str:
     """The version of a runtime, as tables record it."""
-    name = "torch" if runtime.startswith("torch") else runtime
-    return str(__import__(name).__version__)
+    if runtime.startswith("torch"):
+        return torch.__version__
+    return str(import_quietly(runtime, f"profiling {runtime}").__version__)
 
 
 def bind(
@@ -112,8 +110,7 @@ def _program(module: nn.Module, example: Tensor, varies: bool) -> torch.export.E
 def _onnxruntime(
     program: torch.export.ExportedProgram, folder: Path, example: Tensor, dtype: str, threads: int
 ) -> Bound:
-    import onnxruntime
-
+    onnxruntime = import_quietly("onnxruntime", "profiling onnxruntime")
     path = folder / "part.onnx"
     formats.write_onnx(program, path)
     if dtype == "int8" and any(node.op == "call_function" for node in program.graph.nodes):
@@ -132,8 +129,7 @@ def _onnxruntime(
 def _openvino(
     program: torch.export.ExportedProgram, folder: Path, dtype: str, threads: int
 ) -> Bound:
-    import openvino
-
+    openvino = import_quietly("openvino", "profiling openvino")
     path = folder / "part.onnx"
     formats.write_onnx(program, path)
     core, model = openvino.Core(), openvino.convert_model(path)

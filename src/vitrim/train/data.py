@@ -23,9 +23,11 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
 
 from vitrim.config import closest
 from vitrim.errors import InputError
+from vitrim.runtime import open_image
 from vitrim.train.digits import MEAN, STD, ClutteredDigits
 from vitrim.train.samples import (
     UNLABELLED,
@@ -36,10 +38,13 @@ from vitrim.train.samples import (
     Transform,
     Unreadable,
     collate,
+    is_hidden,
 )
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")
+MOST_BYTES = 16 * 2**20
+"""Of the largest class map."""
 
 
 def open_dataset(
@@ -136,10 +141,15 @@ def _open_reader(
             is_training=training,
             seed=seed,
         )
-    except (ImportError, AssertionError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # readers of many libraries
         raise InputError(
-            f"timm cannot open the data {name or root} (split {split!r}, root {root}): {error}"
+            f"timm cannot open the data {name or root} (split {split!r}, root {root}): "
+            f"{error or repr(error)}"
         ) from error
+    if type(dataset) is ImageFolder:
+        return _without_hidden(dataset, transform)
+    if hasattr(dataset, "loader"):  # torchvision's
+        dataset.loader = open_image
     if isinstance(dataset, ImageDataset):
         # timm's own dataset puts the next image in the place of a damaged one.
         numbers = getattr(dataset.reader, "class_to_idx", None)
@@ -147,6 +157,21 @@ def _open_reader(
         return ReaderDataset(dataset.reader, transform, classes)
     dataset.transform = transform
     return dataset
+
+
+def _without_hidden(dataset: ImageFolder, transform: Transform | None) -> ReaderDataset:
+    """Torchvision's folder of class folders, which takes hidden folders for classes, in its order
+    and by the opener of all images.
+    """
+    root = Path(dataset.root)
+    classes = [name for name in dataset.classes if not is_hidden(name)]
+    number = {dataset.class_to_idx[name]: label for label, name in enumerate(classes)}
+    samples = [
+        (Path(path), number[label])
+        for path, label in dataset.samples
+        if not is_hidden(str(Path(path).relative_to(root)))
+    ]
+    return ReaderDataset(FolderReader(samples), transform, classes)
 
 
 def _open_folder(
@@ -212,9 +237,12 @@ def _label_order(
 
 
 def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
+    path = Path(class_map)
     try:
-        lines = Path(class_map).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):
+            raise ValueError(f"it is no file of up to {MOST_BYTES >> 20} MB")
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(f"the class map {class_map} cannot be read: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names or len(set(names)) != len(names):
@@ -223,18 +251,25 @@ def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Image files under ``folder`` at any depth, in natural order."""
-    files = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-    ]
+    """Image files under ``folder`` at any depth, in natural order; hidden ones are left out. Links
+    are followed, as timm does, but none upwards, and each folder is read once.
+    """
+    files: list[Path] = []
+    start, seen = folder.resolve(), set[Path]()
+    for name, folders, inside in os.walk(folder, followlinks=True):
+        here = Path(name)
+        above = {start, *start.parents, here.resolve(), *here.resolve().parents}
+        found = {(here / inner).resolve(): inner for inner in folders if not is_hidden(inner)}
+        folders[:] = [inner for real, inner in found.items() if real not in seen | above]
+        seen |= found.keys()
+        images = [here / inner for inner in inside if not is_hidden(inner)]
+        files += [path for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
     return sorted(files, key=lambda path: _natural(str(path)))
 
 
 def _natural(name: str) -> list[str | int]:
     """Sorts ``class_2`` before ``class_10``, as timm orders class folders."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def _first(names: Sequence[str], count: int = 5) -> str:

@@ -51,8 +51,8 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
 
     Args:
         split: which handwriting and which photograph regions to draw from.
-        length: number of samples.
-        image_size: side of the square picture in pixels, at least 48.
+        length: number of samples, at most ten million.
+        image_size: side of the square picture in pixels, from 48 to 2048.
         clutter: 1 is the data set; less fades the photograph and thins the distractors, down to a
             lone digit on a flat ground at 0. It is a curriculum for training from scratch.
         seed: everything is a function of it.
@@ -77,9 +77,10 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
     ) -> None:
         if split not in _SPLITS:
             raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
-        if length < 1 or image_size < 48:
+        if not (1 <= length <= 10_000_000 and 48 <= image_size <= 2048 and seed >= 0):
             raise ConfigError(
-                f"length {length} and image_size {image_size}: need at least 1 sample of 48 pixels"
+                f"length {length}, image_size {image_size} and seed {seed}: expected 1 to ten "
+                "million samples of 48 to 2048 pixels, and a seed of 0 or more"
             )
         self.split = split
         self.length = length

@@ -23,19 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from vitrim.errors import InputError
+from vitrim.runtime import UnreadableImageError, decode, open_file
 
 UNLABELLED = -1
 
 Transform = Callable[[Image.Image], Any]
-
-
-class UnreadableImageError(InputError):
-    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be read as an image: {reason}")
-        self.name = name
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ class FolderReader:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        return open(path, "rb"), label
+        return open_file(path), label
 
     def filename(self, index: int, absolute: bool = False) -> str:
         return str(self.samples[index][0])
@@ -80,7 +72,8 @@ class TarReader:
     Unlike timm's it keeps no pickled index, and no open file that forked workers would share.
 
     Args:
-        path: the archive; a class is the folder that directly holds an image.
+        path: the archive; a class is the folder that directly holds an image. Hidden files, and
+            those in hidden folders, are none.
         suffixes: of image files, in lower case.
     """
 
@@ -89,9 +82,11 @@ class TarReader:
         try:
             with tarfile.open(path, "r:") as archive:
                 members = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
-        except tarfile.TarError as error:
+        except Exception as error:  # damaged headers raise nearly anything
             raise InputError(f"{path} is not a whole, uncompressed tar file: {error}") from error
-        self.members = [m for m in members if Path(m[0]).suffix.lower() in suffixes]
+        self.members = [
+            m for m in members if Path(m[0]).suffix.lower() in suffixes and not is_hidden(m[0])
+        ]
         self.labels = [UNLABELLED] * len(self.members)
 
     def __len__(self) -> int:
@@ -109,6 +104,13 @@ class TarReader:
     def folder(self, index: int) -> str:
         """Name of the folder that holds image ``index``."""
         return Path(self.members[index][0]).parent.name
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a relative path starts with a dot, as what programs leave behind does
+    (``.ipynb_checkpoints``, ``._1.png``).
+    """
+    return any(part[0] == "." and part != ".." for part in Path(path).parts)
 
 
 class ReaderDataset(Dataset[tuple[Any, int]]):
@@ -131,11 +133,11 @@ class ReaderDataset(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
             file, label = self.reader[index]
-            with file, Image.open(file) as opened:
-                image = opened.convert("RGB")
+            with file:
+                image = decode(file)
+            value = image if self.transform is None else self.transform(image)
         except Exception as error:  # image decoders raise nearly anything on damaged bytes
             raise UnreadableImageError(self.name(index), str(error) or repr(error)) from error
-        value = image if self.transform is None else self.transform(image)
         return value, UNLABELLED if label is None else int(label)
 
     def name(self, index: int) -> str:

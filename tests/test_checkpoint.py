@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import pickle
+import resource
+import socket
+import threading
+import time
 from functools import partial
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.utils.prune
 
 from tests.conftest import forge, images, seeded, tiny_swin, tiny_vit
 from vitrim import (
     CheckpointError,
     ConfigError,
+    DynamicSpatialConfig,
     DynamicViTConfig,
     from_pretrained,
     load_official,
@@ -270,7 +277,7 @@ def test_a_backbone_of_unwritable_arguments_is_refused(tmp_path):
 
 def test_a_data_config_must_be_one(folder):
     forge(folder, lambda config: config.update(data={"input_size": 3, "mean": 1}))
-    with pytest.raises(CheckpointError, match="data config"):
+    with pytest.raises(CheckpointError, match="input_size of data is 3"):
         from_pretrained(folder)
 
 
@@ -279,3 +286,211 @@ def test_loading_may_change_the_method(folder):
     assert loaded.config.threshold == 0.5
     with pytest.raises(ConfigError, match="thresold"):
         from_pretrained(folder, thresold=0.5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"pretrained": True},
+        {"pretrained_cfg": "x"},
+        {"checkpoint_path": "/etc/passwd"},
+        {"cache_dir": "/tmp"},
+        {"features_only": True},
+        {"scriptable": True},
+        {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:1/x.py"}},
+        {"pretrained_cfg_overlay": {"file": "/etc/passwd", "input_size": [3, 32, 32]}},
+        {"pretrained_cfg_overlay": "x"},
+        {"pretrained_cfg_overlay": {"input_size": {"a": 1}}},
+        {"device": "cuda"},
+        {"norm_layer": "os.system"},
+        {"norm_layer": {"a": 1}},
+        {"depth": 10_000},
+        {"depth": [10, 10**9]},
+        {"depth": "x"},
+        {"embed_dim": 10**12},
+        {"img_size": float("nan")},
+        {"img_size": [1] * 1000},
+        [1],
+    ],
+    ids=str,
+)
+def test_a_checkpoint_reaches_neither_network_nor_files(folder, kwargs, monkeypatch):
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+
+    def change(config):
+        if isinstance(kwargs, dict):
+            config["backbone"]["kwargs"] |= kwargs
+        else:
+            config["backbone"]["kwargs"] = kwargs
+
+    forge(folder, change)
+    with pytest.raises((ConfigError, CheckpointError), match="backbone.kwargs"):
+        from_pretrained(folder)
+
+
+def test_a_hostile_description_takes_neither_memory_nor_time(folder):
+    for change in ({"embed_dim": 16384}, {"depth": 900}, {"img_size": 65536}, {"mlp_ratio": 6e4}):
+        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        forge(folder, lambda config, c=change: config["backbone"]["kwargs"].update(c))
+        with pytest.raises(CheckpointError):
+            from_pretrained(folder)
+        assert time.monotonic() - began < 20
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+
+
+@pytest.mark.parametrize("field", ["keep_ratio", "stages", "temperature", "version"])
+def test_every_setting_is_required(folder, field):
+    forge(folder, lambda config: config["method"]["config"].pop(field))
+    with pytest.raises(ConfigError, match=f"method.config lacks {field}"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weight: weight.fill_(torch.nan), "not finite"),
+        (lambda weight: weight.fill_(torch.inf), "not finite"),
+        (lambda weight: weight.to(torch.int8), "torch.int8 where torch.float32 is due"),
+        (lambda weight: weight.bool(), "torch.bool where"),
+        (lambda weight: weight.to(torch.float8_e5m2), "torch.float8_e5m2 where"),
+        (lambda weight: weight.to(torch.complex64), "torch.complex64 where"),
+    ],
+)
+def test_weights_of_no_use_are_refused(folder, spoil, message):
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["method.predictors.0.embed.1.weight"] = spoil(
+        weights["method.predictors.0.embed.1.weight"].clone()
+    )
+    path.write_bytes(safetensors.torch.save(weights))
+    forge(folder, lambda config: None)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(folder)
+
+
+def test_a_changed_number_or_setting_is_noticed(folder):
+    path, config = folder / "model.safetensors", folder / "config.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    with pytest.raises(CheckpointError, match="digest is another"):
+        from_pretrained(folder)
+    path.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"token_weight": 0.25', '"token_weight": 0.5'))
+    with pytest.raises(CheckpointError, match="changed or damaged since it was written"):
+        from_pretrained(folder)
+    config.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "digests"}))
+    with pytest.raises(CheckpointError, match="digest"):
+        from_pretrained(folder)
+
+
+def test_a_checkpoint_of_the_first_version_is_read(folder, sparse):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["digests"]
+    path.write_text(json.dumps(config | {"format_version": 1}))
+    assert torch.equal(from_pretrained(folder)(X), sparse(X))
+
+
+def test_reading_while_another_process_saves(sparse, folder):
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    answers, stop = [sparse(X), other(X)], threading.Event()
+
+    def save():
+        while not stop.is_set():
+            for model in (sparse, other):
+                model.save_pretrained(folder)
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for _ in range(20):
+            found = from_pretrained(folder)(X)
+            assert any(torch.equal(found, answer) for answer in answers)
+    finally:
+        stop.set()
+        writer.join()
+
+
+def replaced_head(model):
+    model.backbone.head = torch.nn.Linear(32, 7)
+
+
+def tied(model):
+    model.backbone.blocks[1].mlp.fc1.weight = model.backbone.blocks[0].mlp.fc1.weight
+
+
+def activation(model):
+    model.backbone.blocks[0].mlp.act = torch.nn.ReLU()
+
+
+def heads(model):
+    for block in model.backbone.blocks:
+        block.attn.num_heads, block.attn.head_dim = 4, 8
+
+
+def epsilon(model):
+    model.backbone.norm.eps = 0.5
+
+
+def pruned(model):
+    torch.nn.utils.prune.l1_unstructured(model.backbone.blocks[0].mlp.fc1, "weight", 0.5)
+
+
+def hooked(model):
+    model.backbone.blocks[0].register_forward_hook(lambda _m, _i, out: out * 2)
+
+
+def spoiled(model):
+    model.method.predictors[0].embed[1].bias.data[0] = torch.nan
+
+
+def of_the_method(model):
+    model.method.predictors[0].embed[0].eps = 1.0
+
+
+CHANGES = (replaced_head, tied, activation, heads, epsilon, pruned, hooked, spoiled, of_the_method)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_could_not_be_rebuilt_is_refused_when_it_is_saved(sparse, tmp_path, change):
+    change(sparse)
+    with pytest.raises(CheckpointError):
+        sparse.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_head_that_timm_replaced_is_saved(sparse, tmp_path):
+    sparse.reset_classifier(7)
+    sparse.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_checkpoint_keeps_its_type(sparse, tmp_path, dtype):
+    sparse.to(dtype).save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(loaded(X.to(dtype)), sparse(X.to(dtype)))
+
+
+def test_compiled_blocks_are_saved_under_timms_names(sparse, tmp_path):
+    expected = sparse(X)
+    sparse.backbone.blocks[0] = torch.compile(sparse.backbone.blocks[0], backend="eager")
+    sparse.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(X), expected)
+
+
+def test_buffers_that_no_file_holds_are_made(tmp_path):
+    sparse = sparsify(tiny_swin(img_size=36), DynamicSpatialConfig(), generator=seeded(0)).eval()
+    sparse.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert not any(buffer.is_meta for buffer in loaded.buffers())
+    assert torch.equal(loaded(images(2, 36)), sparse(images(2, 36)))

@@ -35,6 +35,7 @@ from vitrim.config import closest, from_plain, read_json, require
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import FAMILIES
 from vitrim.methods import method_by_name
+from vitrim.runtime import check_preprocessing
 
 FORMAT = "vitrim"
 FORMAT_VERSION = 2
@@ -342,8 +343,7 @@ def checked(config: Any) -> dict[str, Any]:
             raise CheckpointError(f"damaged: {table}.{key} is {value!r:.100}")
     if not isinstance(config.get("origin"), str | None):
         raise CheckpointError(f"damaged: origin is {config['origin']!r:.100}; a text is due")
-    if not _is_data_config(config["data"]):
-        raise CheckpointError(f"damaged: its data config is {config['data']!r:.200}")
+    check_preprocessing(config["data"], CheckpointError, "data")
     if config["format_version"] > 1 and "digests" in config:
         digests = config["digests"]
         if not isinstance(digests, dict) or digests.get("config") != digest_of(config):
@@ -366,16 +366,6 @@ def method_config(description: Mapping[str, Any], options: Mapping[str, Any]) ->
     missing = [name for name in due if name not in fields]
     require(not missing, f"method.config lacks {', '.join(missing)}")
     return from_plain(method.config_class, fields | options, "method")
-
-
-def _is_data_config(data: Any) -> bool:
-    size = data.get("input_size") if isinstance(data, dict) else None
-    return (
-        isinstance(size, list)
-        and len(size) == 3
-        and all(isinstance(side, int) and side > 0 for side in size)
-        and all(isinstance(data.get(key), list) for key in ("mean", "std"))
-    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -133,8 +133,8 @@ def evaluate(
         progress: called after each batch with the number of images seen.
 
     Raises:
-        InputError: there is no image, the answers or the patches' scores are not finite, or images
-            and labels misfit.
+        InputError: there is no image, weights, answers or the patches' scores are not finite, or
+            images and labels misfit.
     """
     as_it_is: dict[str, Setting] = {"": lambda: None}
     found = evaluate_settings(sparse, loader, as_it_is, dense=dense, dtype=dtype, progress=progress)
@@ -168,6 +168,9 @@ def evaluate_settings(
     runs = {name: _Run() for name in settings}
     size: tuple[int, int] | None = None
     restore = sparse.snapshot()
+    check_weights("sparse", sparse)
+    if reference is not None:
+        check_weights("dense", reference)
     try:
         with evaluating(sparse, *([] if reference is None else [reference])):
             for images, target in _batches(loader, sparse, progress):
@@ -236,6 +239,7 @@ def evaluate_dense(
 ) -> DenseEvaluation:
     """The same pass with a dense model alone; arguments and errors as in :func:`evaluate`."""
     answers, one_image = _Answers("dense"), None
+    check_weights("dense", model)
     with evaluating(model):
         for images, target in _batches(loader, model, progress):
             one_image = images[:1]
@@ -286,6 +290,15 @@ def counted_macs(model: nn.Module, images: Tensor) -> int:
             f"the model does not take images of shape {tuple(images.shape)}: {error}"
         ) from error
     return int(counter.get_total_flops()) // 2 // len(images)
+
+
+def check_weights(name: str, model: nn.Module) -> None:
+    """Raise :class:`InputError` where a parameter of the model called ``name`` is not finite."""
+    broken = [key for key, value in model.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise InputError(
+            f"{len(broken)} weights of the {name} model hold NaN or infinity, such as {broken[0]}"
+        )
 
 
 def check_logits(name: str, logits_BC: Tensor) -> None:

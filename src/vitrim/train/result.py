@@ -15,7 +15,7 @@ from vitrim import checkpoint
 from vitrim.config import to_plain
 from vitrim.errors import InputError, TrainingError
 from vitrim.model import SparseModel
-from vitrim.tools.evaluate import check_logits, check_scores
+from vitrim.tools.evaluate import check_logits, check_scores, check_weights
 from vitrim.train.data import EvalLoader
 from vitrim.train.recipe import Recipe
 
@@ -61,9 +61,7 @@ def check_result(model: nn.Module, images: Tensor) -> None:
     Raises:
         InputError: they are not.
     """
-    broken = [name for name, value in model.state_dict().items() if not is_finite(value)]
-    if broken:
-        raise InputError(f"{len(broken)} weights hold NaN or infinity, such as {broken[0]}")
+    check_weights("trained", model)
     if isinstance(model, SparseModel):
         trace = model.trace(images)
         check_logits("trained", trace.logits)

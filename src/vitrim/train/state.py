@@ -169,8 +169,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"its SHA-256 is not that in {digest.name}")
     state: dict[str, Any] = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     for name, kind in _PARTS.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"{name!r} is of type {type(state[name]).__name__}")
+        if name not in state or not isinstance(state[name], kind):
+            raise ValueError(f"its {name!r} is missing or of another type")
     if path.name != _state_path(path.parent, state["step"]).name:
         raise ValueError(f"it is of step {state['step']}")
     return state

@@ -24,7 +24,7 @@ KILLS = 20
 RUNS = 4
 TINY = (
     "model.weights=none",
-    "model.kwargs={img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10}",
+    "model.kwargs={img_size=48, patch_size=12, embed_dim=32, depth=4, num_heads=2, num_classes=10}",
     "method.stages=[1, 2]",
     "data.length=48",
     "data.val_length=16",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,14 +12,16 @@ import safetensors.torch
 import torch
 
 import vitrim
-from tests.training import curve
+from tests.training import curve, quiet
+from vitrim.train.engine import train
+from vitrim.train.recipe import load_recipe
 from vitrim.train.state import load_state
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]
 
 KILLS = 20
-RUNS = 4
-TINY = (
+KILLS_OF_A_RUN = 5
+TINY = [
     "model.weights=none",
     "model.kwargs={img_size=48, patch_size=12, embed_dim=32, depth=4, num_heads=2, num_classes=10}",
     "method.stages=[1, 2]",
@@ -30,26 +29,32 @@ TINY = (
     "data.val_length=16",
     "data.batch_size=8",
     "optim.ema_decay=0.9",
-    "run.epochs=40",
+    "run.epochs=20",
     "run.log_every=1",
     "run.checkpoint_steps=2",
     "run.tensorboard=false",
     "run.precision=fp32",
-)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+]
+SERVER = multiprocessing.get_context("forkserver")  # imports once what every run needs
+SERVER.set_forkserver_preload(["tests.campaign.test_kills", "accelerate", "sklearn.datasets"])
 
 
-def start(folder: Path, workers: int) -> subprocess.Popen[bytes]:
-    changes = [word for change in (*TINY, f"data.workers={workers}") for word in ("--set", change)]
-    command = [sys.executable, "-m", "vitrim", "train", "digits-dynamicvit", "-o", str(folder)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, *changes], env=ENVIRONMENT, **quiet)
+def run(folder: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    recipe = load_recipe("digits-dynamicvit", [*TINY, f"data.workers={workers}"])
+    train(recipe, folder, on_progress=quiet)
+
+
+def start(folder: Path, workers: int) -> multiprocessing.process.BaseProcess:
+    process = SERVER.Process(target=run, args=(folder, workers))
+    process.start()
+    return process
 
 
 def finish(folder: Path, workers: int = 0) -> None:
-    with start(folder, workers) as process:
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
+    process = start(folder, workers)
+    process.join()
+    assert process.exitcode == 0
 
 
 def check_whole(folder: Path) -> None:
@@ -59,19 +64,26 @@ def check_whole(folder: Path) -> None:
         vitrim.from_pretrained(folder / "checkpoint")
 
 
-def kill(folder: Path, workers: int, wait: float) -> bool:
-    """Kill a run some seconds after its first step; whether it was still running."""
-    process, log = start(folder, workers), folder / "log.jsonl"
-    before = log.stat().st_size if log.exists() else 0
-    while process.poll() is None and not (log.exists() and log.stat().st_size > before):
+def written(file: Path) -> int:
+    """When, in nanoseconds; 0 where it is absent."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def kill(folder: Path, workers: int, wait: float) -> int:
+    """Kill a run some seconds after it began or went on; 1 where it was running still."""
+    log = folder / "log.jsonl"
+    before = written(log)
+    process = start(folder, workers)
+    while process.is_alive() and written(log) in (0, before):
         time.sleep(0.002)
-    time.sleep(wait)
-    was_running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+    process.join(wait)
+    process.kill()
+    process.join()
     check_whole(folder)
-    return was_running
+    return int(process.exitcode < 0)
 
 
 def tensors_of(state):
@@ -89,13 +101,13 @@ def same(one, other) -> bool:
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    whole, draw, kills = tmp_path / "whole", random.Random(0), 0
+    whole, draw, kills, number = tmp_path / "whole", random.Random(0), 0, 0
     finish(whole)
     expected = safetensors.torch.load_file(whole / "checkpoint" / "model.safetensors")
-    for number in range(RUNS):
+    while kills < KILLS:
         folder, workers = tmp_path / f"killed_{number}", number % 3
-        for _ in range(KILLS // RUNS):
-            kills += kill(folder, workers, draw.uniform(0, 0.4))
+        for _ in range(KILLS_OF_A_RUN):
+            kills += kill(folder, workers, draw.uniform(0, 0.6))
         finish(folder, workers)
         assert curve(folder) == curve(whole)
         assert same(load_state(folder), load_state(whole))
@@ -103,4 +115,4 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
             safetensors.torch.load_file(folder / "checkpoint" / "model.safetensors"), expected
         )
         assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".lock"))]
-    assert kills == KILLS
+        number += 1

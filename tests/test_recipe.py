@@ -132,6 +132,7 @@ def test_bad_files(tmp_path):
         (["data.workers=100000"], r"data\.workers is 100000; expected 1000 or less"),
         (["run.epochs=99999999999999999999"], r"run\.epochs is 9+"),
         (["run.seed=99999999999999999999"], r"run\.seed is 9+"),
+        (["data.crop_pct=1e-300"], r"data\.crop_pct is 1e-300; expected 0.01 to 1"),
         (["optim.lr_batch=0"], r"optim\.lr_batch is 0; expected 1 or more"),
     ],
 )

@@ -156,7 +156,7 @@ class DataRecipe:
         _require_share("data", self, "max_unreadable")
         size, crop = self.image_size, self.crop_pct
         require(size is None or 0 < size <= 10**4, f"data.image_size is {size}; expected pixels")
-        require(crop is None or 0 < crop <= 1, f"data.crop_pct is {crop}; expected (0, 1]")
+        require(crop is None or 0.01 <= crop <= 1, f"data.crop_pct is {crop}; expected 0.01 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from functools import partial
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import nn
 
 import vitrim
-from tests.conftest import images, tiny_pit, tiny_vit
-from vitrim import ConfigError, DynamicViTConfig, InputError
+from tests.conftest import images, tiny_pit, tiny_swin, tiny_vit
+from tests.training import write_images
+from vitrim import (
+    ASViTConfig,
+    ConfigError,
+    DynamicSpatialConfig,
+    DynamicViTConfig,
+    InputError,
+)
+from vitrim.cli import main
 from vitrim.costs.macs import attention_macs, linear_macs
 from vitrim.families import family_of
+from vitrim.methods.records import StageTrace
+from vitrim.model import Trace
 from vitrim.tools.benchmark import macs_per_image
 from vitrim.tools.evaluate import (
     Spread,
     _Answers,
+    _Column,
+    _Run,
+    check_scores,
     compare,
     counted_macs,
     evaluate,
@@ -86,6 +101,55 @@ def test_top5_counts_ranks():
 def test_spread():
     spread = Spread.of(torch.tensor([1, 2, 3, 6]))
     assert spread == Spread(mean=3.0, std=pytest.approx(3.5**0.5), min=1.0, max=6.0)
+
+
+def test_ranks_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 3, (400, 12), generator=generator).bfloat16()  # many ties
+    truth = torch.randint(0, 12, (400,), generator=generator)
+    found = _Answers("sparse")
+    for part in (slice(0, 150), slice(150, 400)):
+        found.add(logits[part], truth[part])
+    order = logits.float().argsort(dim=1, descending=True, stable=True)
+    ranks = (order == truth[:, None]).int().argmax(1)
+    assert torch.equal(found.predictions, order[:, 0].int())
+    assert torch.equal(found.right, ranks == 0)
+    assert found.accuracy().top5 == 100 * float((ranks < 5).double().mean())
+
+
+def test_an_evaluation_of_imagenet_keeps_some_bytes_per_image():
+    """50,000 images and 1,000 classes: no view of a batch's logits, counts or costs is kept."""
+
+    def held() -> int:
+        gc.collect()
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in gc.get_objects()
+            if type(tensor) is torch.Tensor
+        }
+        return sum(storages.values())
+
+    run, before = _Run(), held()
+    for number in range(25):
+        logits = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(number))
+        large = torch.ones(2000, 100)
+        stages = [
+            StageTrace(3, torch.ones(2000, 4), (2, 2), [], large[:, place] * 4) for place in (0, 1)
+        ]
+        run.add(Trace(logits, stages, large.double()[:, 3], (2, 2)), logits[:, :7].argmax(1))
+    del logits, large, stages
+    assert held() - before < 2**16 * 40
+    found = run.evaluation(None, 1, ())
+    assert found.images == 50_000
+    assert found.stages[1].kept == Spread(4, 0, 4, 4)
+    assert 0 < found.sparse.top1 < 5
+
+
+def test_more_images_than_the_array_was_made_for():
+    column = _Column(torch.int32)
+    for start in (0, 65_000, 200_000):
+        column.add(torch.arange(start, {0: 65_000, 65_000: 200_000, 200_000: 200_001}[start]))
+    assert torch.equal(column.values, torch.arange(200_001, dtype=torch.int32))
 
 
 @pytest.fixture
@@ -238,6 +302,55 @@ def test_nan_is_named(loader):
     nn.init.constant_(sparse.backbone.head.bias, torch.nan)
     with pytest.raises(InputError, match="NaN or infinity"):
         evaluate(sparse, loader)
+
+
+SELECTORS = {
+    "dynamicvit": (tiny_vit, DynamicViTConfig(stages=(1, 2)), "predictors.1"),
+    "threshold": (tiny_vit, DynamicViTConfig(stages=(1, 2), threshold=0.5), "predictors.0"),
+    "swin": (tiny_swin, DynamicSpatialConfig(stages=(1, 3), keep_ratio=0.6), "predictors.1"),
+    "asvit": (tiny_vit, ASViTConfig(thresholds=0.06), "thresholds.0"),
+}
+
+
+@pytest.mark.parametrize("case", list(SELECTORS))
+def test_nan_in_a_selector_is_named_though_the_logits_are_finite(loader, case):
+    make, config, name = SELECTORS[case]
+    sparse = vitrim.sparsify(make(), config).eval()
+    check_scores(sparse.trace(images(4)))
+    selector = sparse.method.get_submodule(name.partition(".")[0])[int(name[-1])]
+    for parameter in [selector] if isinstance(selector, nn.Parameter) else selector.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    trace = sparse.trace(images(4))
+    assert trace.logits.isfinite().all()
+    with pytest.raises(InputError, match="sparse model hold NaN or infinity, such as method"):
+        evaluate(sparse, loader)
+    if case != "asvit":  # whose scores are the attention's
+        with pytest.raises(InputError, match=r"scores before block \d hold NaN or infinity"):
+            check_scores(trace)
+
+
+def test_scores_that_are_no_numbers_are_named(loader, monkeypatch):
+    """Weights that are finite may still overflow."""
+    sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(stages=(1, 2)))
+    for parameter in sparse.method.predictors[1].parameters():
+        nn.init.constant_(parameter, 1e30)
+    with pytest.raises(InputError, match="scores before block 2 hold NaN or infinity"):
+        evaluate(sparse, loader)
+
+
+def test_eval_of_a_selector_that_is_no_number_exits_with_2(tmp_path, capsys):
+    model = tiny_vit(num_classes=3)
+    vitrim.sparsify(model, DynamicViTConfig()).save_pretrained(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    name = next(name for name in weights if name.startswith("method."))
+    safetensors.torch.save_file(weights | {name: weights[name] * torch.nan}, file)
+    data = str(write_images(tmp_path / "data", classes=3, per_class=2))
+    words = ["eval", str(tmp_path / "checkpoint"), "--data", data, "--workers", "0"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("label", [-1, 10])

@@ -100,6 +100,10 @@ def test_bad_files(tmp_path):
     broken.write_text("name = ")
     with pytest.raises(ConfigError, match=r"broken.toml is no TOML file"):
         load_recipe(broken)
+    for damage in ("[" * 100_000, "1" * 5000):
+        broken.write_text(f"name = {damage}")
+        with pytest.raises(ConfigError, match=r"broken.toml is no TOML file"):
+            load_recipe(broken)
     broken.write_text('name = "x"\n[model]\nname = "y"\n[run]\nepochs = 1\n')
     with pytest.raises(ConfigError, match=r"broken.toml: the recipe has no 'data'"):
         load_recipe(broken)
@@ -117,6 +121,19 @@ def test_bad_files(tmp_path):
         (["optim.lr=inf"], r"optim\.lr is inf"),
         (["data.image_size=-5"], r"data\.image_size is -5"),
         (["data.crop_pct=-1.0"], r"data\.crop_pct is -1"),
+        (["optim.lr=1e38"], r"optim\.lr is 1e\+38; expected 1000000000 or less"),
+        (["optim.weight_decay=1e300"], r"optim\.weight_decay is 1e\+300"),
+        ([f"optim.lr=1{'0' * 400}"], r"optim\.lr is too large a number"),
+        ([f"optim.lr=1{'0' * 5000}"], r"optim\.lr is '1000"),
+        (["optim.lr=" + "[" * 100_000], r"optim\.lr is '\[\["),
+        (["data.length=99999999999999999999"], r"data\.length is 9+; expected 10000000 or less"),
+        (["data.val_length=99999999999999999999"], r"data\.val_length is 9+"),
+        (["data.batch_size=99999999999999999999"], r"data\.batch_size is 9+"),
+        (["data.workers=100000"], r"data\.workers is 100000; expected 1000 or less"),
+        (["run.epochs=99999999999999999999"], r"run\.epochs is 9+"),
+        (["run.seed=99999999999999999999"], r"run\.seed is 9+"),
+        (["data.crop_pct=1e-300"], r"data\.crop_pct is 1e-300; expected 0.01 to 1"),
+        (["optim.lr_batch=0"], r"optim\.lr_batch is 0; expected 1 or more"),
     ],
 )
 def test_values_that_would_fail_later_fail_at_once(overrides, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 
 import pytest
@@ -14,7 +15,7 @@ from tests.training import TINY, curve, quiet, run_script, tiny_recipe, write_im
 from vitrim import InputError, TrainingError, VitrimError
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
-from vitrim.train.state import load_state
+from vitrim.train.state import load_state, save_state
 from vitrim.train.task import create_dense
 
 LEARNS = {"run__epochs": 10, "optim__lr": 3e-3, "data__batch_size": 8}
@@ -339,3 +340,227 @@ def test_the_embedded_recipe_runs_on_two_pictures(tmp_path):
     sparse = load_recipe("digits-dynamicvit", [*changes, *short[:2], weights])
     train(sparse, tmp_path / "sparse", on_progress=quiet)
     vitrim.from_pretrained(tmp_path / "sparse" / "checkpoint")
+
+
+def break_after_step(monkeypatch, number, breaks):
+    """An accident: what ``breaks`` does to the optimiser and its weights after step ``number``."""
+    honest, calls = torch.optim.AdamW.step, []
+
+    def step(self, *arguments, **named):
+        answer = honest(self, *arguments, **named)
+        calls.append(1)
+        if len(calls) == number:
+            with torch.no_grad():
+                breaks(self)
+        return answer
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+def weights_of(role, value):
+    def breaks(optimizer):
+        for group in optimizer.param_groups:
+            if group["role"] == role:
+                for parameter in group["params"]:
+                    parameter.fill_(value)
+
+    return breaks
+
+
+def moments(optimizer):
+    next(iter(optimizer.state.values()))["exp_avg"].fill_(torch.inf)
+
+
+ACCIDENTS = {
+    "backbone nan": weights_of("backbone", torch.nan),
+    "backbone huge": weights_of("backbone", 1e30),
+    "method nan": weights_of("method", torch.nan),
+    "method huge": weights_of("method", 1e30),
+    "moments": moments,
+}
+
+
+@pytest.mark.parametrize("accident", list(ACCIDENTS))
+@pytest.mark.parametrize("step", [6, 8])
+def test_spoiled_weights_are_never_saved(folder, tmp_path, monkeypatch, accident, step):
+    recipe = tiny_recipe(folder, run__checkpoint_steps=2)
+    with monkeypatch.context() as patch:
+        break_after_step(patch, step, ACCIDENTS[accident])
+        with pytest.raises(TrainingError, match=f"step {step} spoiled the weights: .* NaN or inf"):
+            train(recipe, tmp_path / "run", on_progress=quiet)
+    state = load_state(tmp_path / "run")
+    assert state["step"] == step - 2
+    kept = vitrim.from_pretrained(tmp_path / "run" / "checkpoint")
+    for weights in (state["model"], kept.state_dict()):
+        assert all(value.isfinite().all() for value in weights.values())
+    if step == 6:
+        train(recipe, tmp_path / "run", on_progress=quiet)
+        train(recipe, tmp_path / "whole", on_progress=quiet)
+        assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [{"optim__ema_decay": 0.5}, {"method__name": None}])
+def test_spoiled_averages_and_dense_weights_are_never_saved(folder, tmp_path, monkeypatch, changes):
+    def breaks(optimizer):
+        for group in optimizer.param_groups:
+            group["params"][0].fill_(torch.nan)
+
+    break_after_step(monkeypatch, 2, breaks)
+    recipe = tiny_recipe(folder, run__checkpoint_steps=2, **changes)
+    with pytest.raises(TrainingError, match="step 2 spoiled the weights"):
+        train(recipe, tmp_path / "run", on_progress=quiet)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"recipe.json", "log.jsonl"}
+
+
+def test_a_bad_last_state_is_passed_over_for_the_one_before(folder, tmp_path, caplog):
+    recipe = tiny_recipe(folder, run__checkpoint_steps=2)
+    train(recipe, tmp_path / "whole", on_progress=quiet)
+    part = tiny_recipe(folder, run__checkpoint_steps=2, run__max_seconds=1e-6)
+
+    def weights(state):
+        for value in state["model"].values():
+            value.fill_(1e30)
+
+    def one_value(state):
+        state["model"]["backbone.head.bias"][0] = torch.nan
+
+    def optimiser(state):
+        next(iter(state["optimizer"]["state"].values()))["exp_avg_sq"].fill_(torch.nan)
+
+    def shape(state):
+        state["model"]["backbone.head.bias"] = torch.zeros(3)
+
+    def groups(state):
+        state["optimizer"] = {}
+
+    for number, damage in enumerate((weights, one_value, optimiser, shape, groups)):
+        run = tmp_path / str(number)
+        for _ in range(6):
+            train(part, run, on_progress=quiet)
+        state = load_state(run)
+        assert state["step"] == 6
+        damage(state)
+        save_state(run, 6, state)
+        caplog.clear()
+        train(recipe, run, on_progress=quiet)
+        assert "passed over the state of step 6" in caplog.text
+        assert curve(run)[5:] == curve(tmp_path / "whole")[5:]
+        assert load_state(run)["step"] == 8
+
+
+def test_a_run_whose_states_are_all_bad_says_so(folder, tmp_path):
+    recipe = tiny_recipe(folder, run__epochs=1)
+    train(recipe, tmp_path / "run", on_progress=quiet)
+    for step in (3, 4):
+        state = load_state(tmp_path / "run", before=step + 1)
+        state["model"]["backbone.head.bias"].fill_(torch.nan)
+        save_state(tmp_path / "run", step, state)
+    with pytest.raises(TrainingError, match=r"no trainer state .* start anew \(--no-resume\)"):
+        train(recipe, tmp_path / "run", on_progress=quiet)
+    assert load_state(tmp_path / "run")["step"] == 4  # nothing was thrown away
+    train(recipe, tmp_path / "run", resume=False, on_progress=quiet)
+
+
+def test_fp16_without_a_scaler_stops_at_a_gradient_that_is_no_number(folder, tmp_path, monkeypatch):
+    from vitrim.layers import losses
+
+    monkeypatch.setattr(losses, "ratio_loss", lambda keep, _: (keep - keep.detach()).sum().sqrt())
+    with pytest.raises(TrainingError, match="step 1 has no finite loss or gradient"):
+        train(tiny_recipe(folder, run__precision="fp16"), tmp_path / "run", on_progress=quiet)
+    assert load_state(tmp_path / "run") is None
+
+
+def test_a_scaler_skips_what_overflows_but_not_for_ever(folder, tmp_path, monkeypatch):
+    import accelerate
+
+    from vitrim.layers import losses
+
+    class WithScaler(accelerate.Accelerator):
+        """As on a GPU, where fp16 has a scaler."""
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu")
+
+    honest, steps = losses.ratio_loss, []
+
+    def ratio_loss(keep, ratio):
+        steps.append(1)
+        if len(steps) in (1, 2, 5) or len(steps) > 8:
+            return (keep - keep.detach()).sum().sqrt()  # 0, with a slope of infinity
+        return honest(keep, ratio)
+
+    monkeypatch.setattr(accelerate, "Accelerator", WithScaler)
+    monkeypatch.setattr(losses, "ratio_loss", ratio_loss)
+    recipe = tiny_recipe(folder, run__epochs=20, run__precision="fp16", method__stages=[2])
+    message = "step 41 is one of 33 in a row without a finite gradient in half precision"
+    with pytest.raises(TrainingError, match=message):
+        train(recipe, tmp_path / "run", on_progress=quiet)
+    norms = [line["grad_norm"] for line in curve(tmp_path / "run")]
+    skipped = [number for number, norm in enumerate(norms, 1) if not math.isfinite(norm)]
+    assert skipped == [1, 2, 5, *range(9, 41)]
+    assert load_state(tmp_path / "run")["step"] == 40
+
+
+def test_the_clock_is_no_loss_term(folder, tmp_path, monkeypatch):
+    from vitrim.train.task import SparseTask
+
+    honest = SparseTask.forward
+    monkeypatch.setattr(
+        SparseTask,
+        "forward",
+        lambda self, *a, **k: {name: v * torch.nan for name, v in honest(self, *a, **k).items()},
+    )
+    with pytest.raises(TrainingError) as caught:
+        train(tiny_recipe(folder), tmp_path / "run", on_progress=quiet)
+    assert "total nan" in str(caught.value)
+    assert "time_up" not in str(caught.value)
+
+
+def test_a_folder_is_in_use_while_its_run_lasts(folder, tmp_path):
+    recipe, refused = tiny_recipe(folder), []
+
+    def second(record):
+        if record["step"] == 6:
+            script = 'train(recipe, folder / "run", on_progress=lambda record: None)'
+            refused.append(run_script(script, recipe, tmp_path))
+
+    train(recipe, tmp_path / "run", on_progress=second)
+    assert "TrainingError" in refused[0].stderr
+    assert "run is in use by another run" in refused[0].stderr
+    train(recipe, tmp_path / "whole", on_progress=quiet)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_data(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="file/run cannot be written to"):
+        train(tiny_recipe("absent"), tmp_path / "file" / "run", on_progress=quiet)
+
+
+LIMITED = """
+import resource, sys
+from vitrim.errors import TrainingError
+train(recipe, folder / "whole", on_progress=lambda record: None)
+part = folder / "part"
+for limit in (1_000, 100_000, 400_000):  # bytes: of the log, of the result, of a state
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        train(recipe, part, on_progress=lambda record: None)
+    except TrainingError as error:
+        assert "part cannot be written to (File too large)" in str(error), error
+    else:
+        raise AssertionError(f"{limit} bytes are enough")
+    assert not [path for path in part.rglob("*") if path.name.endswith(".tmp")]
+    assert not list(part.rglob("*.pt"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+train(recipe, part, on_progress=lambda record: None)
+"""
+
+
+def test_files_that_may_not_grow_stop_the_run_and_leave_nothing_halfway(folder, tmp_path):
+    done = run_script(LIMITED, tiny_recipe(folder), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "part") == curve(tmp_path / "whole")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 from copy import deepcopy
 
 import numpy as np
@@ -19,11 +24,14 @@ from vitrim import CheckpointError, ConfigError, DynamicViTConfig, InputError, s
 from vitrim.checkpoint import write_atomic
 from vitrim.errors import TrainingError
 from vitrim.train import state as trainer_state
+from vitrim.train.devices import accelerator_of
 from vitrim.train.digits import ClutteredDigits
+from vitrim.train.folder import held
 from vitrim.train.loader import Mixer, TrainLoader, training_transform
 from vitrim.train.logs import JsonLines, RichBar, read_log
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer, parameter_groups
 from vitrim.train.recipe import AugmentRecipe, ModelRecipe, OptimRecipe
+from vitrim.train.result import top1
 from vitrim.train.samples import EpochBatches, SeededSamples, mix_seed, seeded
 from vitrim.train.task import SparseTask, create_dense, create_task, data_config_of
 
@@ -324,28 +332,184 @@ def test_training_stops_past_the_stated_share_of_unreadable_images(tmp_path):
     assert all(f"class_0/{number}.png" in str(caught.value) for number in range(3))
 
 
+def state_of(step, **changes):
+    parts = {"global_batch": 4, "best": 1.0, "metrics": {}, "average": None, "scaler": None}
+    return parts | {"step": step, "model": {"a": torch.ones(20)}, "optimizer": {}} | changes
+
+
 def test_state_is_written_whole_and_two_are_kept(tmp_path, monkeypatch):
     for step in (1, 2, 3):
-        trainer_state.save_state(tmp_path, step, {"step": step})
+        trainer_state.save_state(tmp_path, step, state_of(step))
     names = [path.name for path in sorted((tmp_path / "state").iterdir())]
-    assert names == ["step_000000002.pt", "step_000000003.pt"]
+    stems = ["step_000000002", "step_000000003"]
+    assert names == [f"{stem}.{end}" for stem in stems for end in ("pt", "sha256")]
+    for digest in (tmp_path / "state").glob("*.sha256"):
+        expected, _, name = digest.read_text().strip().partition("  ")
+        assert hashlib.sha256((tmp_path / "state" / name).read_bytes()).hexdigest() == expected
 
-    def dies_halfway(state, file):
-        file.write(b"half")
-        raise OSError("no space left")
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", dies_halfway)
-        with pytest.raises(OSError, match="no space"):
-            trainer_state.save_state(tmp_path, 4, {"step": 4})
+        patch.setattr("os.fsync", full)
+        with pytest.raises(TrainingError, match=r"cannot be written to \(No space left on device"):
+            trainer_state.save_state(tmp_path, 4, state_of(4))
     assert [path.name for path in sorted((tmp_path / "state").iterdir())] == names
-    assert trainer_state.load_state(tmp_path) == {"step": 3}
-    newest = tmp_path / "state" / names[1]
+    assert trainer_state.load_state(tmp_path)["step"] == 3
+    assert trainer_state.load_state(tmp_path, before=3)["step"] == 2
+    newest = tmp_path / "state" / "step_000000003.pt"
     newest.write_bytes(newest.read_bytes()[:50])
-    assert trainer_state.load_state(tmp_path) == {"step": 2}
-    (tmp_path / "state" / names[0]).write_bytes(b"")
-    with pytest.raises(TrainingError, match="no trainer state"):
+    assert trainer_state.load_state(tmp_path)["step"] == 2
+    (tmp_path / "state" / "step_000000002.pt").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"no trainer state .* can be used; start anew"):
         trainer_state.load_state(tmp_path)
+
+
+def test_no_flipped_bit_in_a_state_goes_unnoticed(tmp_path, caplog):
+    for step in (1, 2):
+        trainer_state.save_state(tmp_path, step, state_of(step))
+    path = tmp_path / "state" / "step_000000002.pt"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert trainer_state.load_state(tmp_path)["step"] == 1, place
+    assert "passed over the damaged state" in caplog.text
+    path.write_bytes(whole)
+    assert trainer_state.load_state(tmp_path)["step"] == 2
+    path.with_suffix(".sha256").write_bytes(b"\xff")
+    assert trainer_state.load_state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("name", list(state_of(1)))
+def test_a_state_that_lacks_a_part_is_passed_over(tmp_path, name):
+    trainer_state.save_state(tmp_path, 1, state_of(1))
+    lacking = {key: value for key, value in state_of(2).items() if key != name}
+    for damaged in (lacking, state_of(2) | {name: "something else"}):
+        trainer_state.save_state(tmp_path, 2, damaged)
+        assert trainer_state.load_state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04N."])
+def test_states_of_before_without_a_digest_are_read_and_checked_too(tmp_path, content):
+    (tmp_path / "state").mkdir()
+    torch.save(state_of(1), tmp_path / "state" / "step_000000001.pt")
+    torch.save([1, 2], tmp_path / "state" / "step_000000002.pt")
+    torch.save(state_of(9), tmp_path / "state" / "step_000000003.pt")
+    (tmp_path / "state" / "step_000000004.pt").write_bytes(content)
+    assert trainer_state.load_state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ('{"flour": 500}', "is no recipe that this vitrim reads"),
+        ("[1, 2]", "the recipe is .1, 2.; a table was expected"),
+        ('{"method": {"config": 5}}', "method.config is 5; a table was expected"),
+        ("{" * 9, "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("1" * 5_000, "is damaged"),
+        ("\xff", "is damaged"),
+        (None, "is no file"),
+    ],
+)
+def test_somebody_elses_recipe_is_left_alone(tmp_path, recipe, message):
+    path = tmp_path / "recipe.json"
+    path.mkdir() if recipe is None else path.write_text(recipe, encoding="latin-1")
+    with pytest.raises(TrainingError, match=message):
+        trainer_state.check_folder(tmp_path, tiny_recipe("unused"))
+    assert path.is_dir() or path.read_text(encoding="latin-1") == recipe
+
+
+def test_a_result_without_a_state_is_left_alone(tmp_path, caplog):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(TrainingError, match=r"holds checkpoint, but no recipe\.json"):
+        trainer_state.check_folder(tmp_path, tiny_recipe("unused"))
+    trainer_state.claim_folder(tmp_path, tiny_recipe("unused"), 0)
+    with pytest.raises(TrainingError, match=r"another recipe's run \(it differs in optim\.lr"):
+        trainer_state.check_folder(tmp_path, tiny_recipe("unused", optim__lr=0.5))
+    trainer_state.check_folder(tmp_path, tiny_recipe("unused"))
+    assert "holds no trainer state; the run starts anew" in caplog.text
+    (tmp_path / "checkpoint").rmdir()
+    trainer_state.check_folder(tmp_path, tiny_recipe("unused", optim__lr=0.5))
+    assert "saved nothing; this one takes its place" in caplog.text
+
+
+def test_claiming_sweeps_what_a_kill_left_and_what_comes_after(tmp_path):
+    for name in ("state", "checkpoint", "mine"):
+        (tmp_path / name).mkdir()
+    stale = ["state/.step_000000003.pt.77.tmp", "state/step_000000002.tmp", ".recipe.json.77.tmp"]
+    stale += ["checkpoint/.model.safetensors.77.tmp", ".backbone.safetensors.77.tmp"]
+    others = ["mine/.notes.tmp", "notes.tmp"]
+    for name in stale + others:
+        (tmp_path / name).write_bytes(b"half")
+    for step in (4, 6):
+        trainer_state.save_state(tmp_path, step, state_of(step))
+    trainer_state.claim_folder(tmp_path, tiny_recipe("unused"), 4)
+    found = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
+    state = ["state/step_000000004.pt", "state/step_000000004.sha256"]
+    assert sorted(found) == sorted([*others, *state, "recipe.json"])
+
+
+def test_a_folder_is_held_by_one(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with held(folder):
+        with pytest.raises(TrainingError, match=r"a/run is in use by another run"), held(folder):
+            pass
+        assert folder.is_dir()
+    assert not folder.exists()  # nothing was written into it
+    with held(folder):
+        (folder / "mine").touch()
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    import fcntl
+
+    honest = fcntl.flock
+
+    def late(lock, how):
+        (tmp_path / ".lock").unlink()  # by the run that ends just now
+        honest(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(TrainingError, match="in use"), held(tmp_path):
+        pass
+
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from vitrim.train.folder import held
+with held(Path(sys.argv[1])):
+    if os.fork() == 0:  # as a reader of images that outlives the run
+        os.close(1)
+        time.sleep(20)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(20)
+"""
+
+
+def test_a_killed_process_holds_no_folder(tmp_path):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(TrainingError, match="in use"), held(tmp_path / "run"):
+                pass
+            os.kill(other.pid, signal.SIGKILL)
+            other.wait()
+            with held(tmp_path / "run"):
+                pass
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(TrainingError, match=f"{path} cannot be written to"), held(path):
+            pass
 
 
 def test_a_state_cannot_run_code(tmp_path):
@@ -379,6 +543,39 @@ def test_log_is_cut_back_to_the_saved_step(tmp_path):
     log.write({"step": 4, "new": 1})
     log.close()
     assert read_log(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "new": 1}]
+
+
+def test_damaged_lines_of_the_log_are_left_out_and_named(tmp_path, caplog):
+    damaged = [b"\xff", b"[1]", b"{}", b'{"step": "x"}', b"[" * 100_000, b'{"step": ' + b"1" * 5000]
+    lines = [b'{"step": 1}', *damaged, b'{"step": 2}']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n" + b'{"step": 3')
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert [record.args[0] for record in caplog.records] == [2, 3, 4, 5, 6, 7]
+    JsonLines(tmp_path, 5).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_launch_of_several_that_became_one_is_told(monkeypatch, caplog):
+    with accelerator_of("fp32") as accelerator:
+        assert accelerator.num_processes == 1
+    assert not caplog.records
+    # What `accelerate launch --num_processes 2 --cpu` sets for the one process that it starts.
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with accelerator_of("fp32"):
+        pass
+    assert "started this one alone" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_validation_refuses_answers_that_are_no_numbers(value):
+    model = tiny_vit()
+    loader = [(images(4), torch.tensor([0, 1, 2, 3]))]
+    with accelerator_of("fp32") as accelerator:
+        assert top1(accelerator, model, loader)[1] == 4
+        torch.nn.init.constant_(model.head.bias[3:4], value)
+        with pytest.raises(TrainingError, match="logits of 4 of 4 validation images hold NaN"):
+            top1(accelerator, model, loader)
 
 
 def test_the_bar_shows_the_numbers(capsys):

@@ -140,7 +140,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint in (float, int) and not isinstance(value, bool):
         number = numbers.Real if hint is float else numbers.Integral
         if isinstance(value, number):
-            return hint(value)
+            try:
+                return hint(value)
+            except OverflowError as error:
+                raise ConfigError(f"{path} is too large a number") from error
     if hint is Any:
         return value
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)

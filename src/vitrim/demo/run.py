@@ -79,41 +79,46 @@ def run_demo(
 
     Raises:
         MissingExtraError: the ``demo`` extra is not installed.
+        TrainingError: the folder is in use, or cannot be written to.
     """
+    from vitrim.train.folder import held, writing
     from vitrim.train.recipe import load_recipe
     from vitrim.train.task import create_dense
 
-    started = time.monotonic()
-    found = list(recipes or map(load_recipe, RECIPES))
-    dense = create_dense(found[0].model, found[0].run.seed).eval()
-    trained, train_seconds = {}, {}
-    for recipe in found:
-        limit = seconds or recipe.run.max_seconds or MAX_SECONDS
-        recipe = replace(recipe, run=replace(recipe.run, max_seconds=limit))
-        sparse, took = _train(recipe, limit, progress)
-        trained[sparse.method.name], train_seconds[sparse.method.name] = sparse, took
-    data_config = next(iter(trained.values())).data_config
-    batches = _images("digits/test", data_config, test_images, "making the test images", progress)
-    points = _measure(trained, dense, data_config, batches, tolerance, progress)
-    assert points[0].evaluation.dense is not None
-    outcome = Outcome(
-        recipes=dict(zip(trained, found, strict=True)),
-        train_seconds=train_seconds,
-        points=points,
-        dense=points[0].evaluation.dense,
-        rows=_benchmark(points, dense, batches, rounds, slice_seconds, threads, progress),
-        batches=batches,
-    )
-    page = report_page(outcome)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in trained:
-        point = outcome.main(name)
-        metrics = {"test": point.evaluation.to_dict()}
-        point.sparse.save_pretrained(output / "checkpoints" / name, metrics=metrics)
-    results = _results(outcome) | {"total_seconds": time.monotonic() - started}
-    write_atomic(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    write_atomic(output / "report.html", page.encode())
-    return summary(outcome, output, time.monotonic() - started)
+    with held(output):  # before the work, which takes minutes
+        started = time.monotonic()
+        found = list(recipes or map(load_recipe, RECIPES))
+        dense = create_dense(found[0].model, found[0].run.seed).eval()
+        trained, train_seconds = {}, {}
+        for recipe in found:
+            limit = seconds or recipe.run.max_seconds or MAX_SECONDS
+            recipe = replace(recipe, run=replace(recipe.run, max_seconds=limit))
+            sparse, took = _train(recipe, limit, progress)
+            trained[sparse.method.name], train_seconds[sparse.method.name] = sparse, took
+        data_config = next(iter(trained.values())).data_config
+        batches = _images(
+            "digits/test", data_config, test_images, "making the test images", progress
+        )
+        points = _measure(trained, dense, data_config, batches, tolerance, progress)
+        assert points[0].evaluation.dense is not None
+        outcome = Outcome(
+            recipes=dict(zip(trained, found, strict=True)),
+            train_seconds=train_seconds,
+            points=points,
+            dense=points[0].evaluation.dense,
+            rows=_benchmark(points, dense, batches, rounds, slice_seconds, threads, progress),
+            batches=batches,
+        )
+        page = report_page(outcome)
+        with writing(output):
+            for name in trained:
+                point = outcome.main(name)
+                metrics = {"test": point.evaluation.to_dict()}
+                point.sparse.save_pretrained(output / "checkpoints" / name, metrics=metrics)
+            results = _results(outcome) | {"total_seconds": time.monotonic() - started}
+            write_atomic(output / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            write_atomic(output / "report.html", page.encode())
+        return summary(outcome, output, time.monotonic() - started)
 
 
 def _train(recipe: Recipe, limit: float, progress: ProgressBar) -> tuple[SparseModel, float]:

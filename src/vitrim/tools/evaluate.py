@@ -133,7 +133,8 @@ def evaluate(
         progress: called after each batch with the number of images seen.
 
     Raises:
-        InputError: there is no image, the answers are not finite, or images and labels misfit.
+        InputError: there is no image, weights, answers or the patches' scores are not finite, or
+            images and labels misfit.
     """
     as_it_is: dict[str, Setting] = {"": lambda: None}
     found = evaluate_settings(sparse, loader, as_it_is, dense=dense, dtype=dtype, progress=progress)
@@ -167,6 +168,9 @@ def evaluate_settings(
     runs = {name: _Run() for name in settings}
     size: tuple[int, int] | None = None
     restore = sparse.snapshot()
+    check_weights("sparse", sparse)
+    if reference is not None:
+        check_weights("dense", reference)
     try:
         with evaluating(sparse, *([] if reference is None else [reference])):
             for images, target in _batches(loader, sparse, progress):
@@ -193,31 +197,33 @@ class _Run:
 
     def __init__(self) -> None:
         self.answers = _Answers("sparse")
-        self.macs: list[Tensor] = []
-        self.counts: list[list[Tensor]] = []
+        self.macs = _Column(torch.float64)
+        self.counts: list[_Column] = []
         self.places: list[tuple[int, int]] = []
 
     def add(self, trace: Trace, target: Tensor) -> None:
         """Note a batch."""
         self.answers.add(trace.logits, target)
-        self.macs.append(trace.macs.cpu())
-        self.counts.append([stage.counts.cpu() for stage in trace.stages])
+        check_scores(trace)
+        self.macs.add(trace.macs)
+        self.counts = self.counts or [_Column(torch.int32) for _ in trace.stages]
+        for column, stage in zip(self.counts, trace.stages, strict=True):
+            column.add(stage.counts)
         self.places = [(stage.block, math.prod(stage.grid)) for stage in trace.stages]
 
     def evaluation(
         self, dense: _Answers | None, dense_macs: int, unreadable: tuple[str, ...]
     ) -> Evaluation:
         """All of it, beside the dense model's answers."""
-        per_stage = [torch.cat(stage) for stage in zip(*self.counts, strict=True)]
         return Evaluation(
             images=self.answers.count,
             sparse=self.answers.accuracy(),
             dense=None if dense is None else dense.accuracy(),
             dense_macs=dense_macs,
-            macs=Spread.of(torch.cat(self.macs)),
+            macs=Spread.of(self.macs.values),
             stages=tuple(
-                StageKept(block, num_patches, Spread.of(kept))
-                for (block, num_patches), kept in zip(self.places, per_stage, strict=True)
+                StageKept(block, num_patches, Spread.of(kept.values))
+                for (block, num_patches), kept in zip(self.places, self.counts, strict=True)
             ),
             paired=None if dense is None else compare(dense, self.answers),
             unreadable=unreadable,
@@ -233,6 +239,7 @@ def evaluate_dense(
 ) -> DenseEvaluation:
     """The same pass with a dense model alone; arguments and errors as in :func:`evaluate`."""
     answers, one_image = _Answers("dense"), None
+    check_weights("dense", model)
     with evaluating(model):
         for images, target in _batches(loader, model, progress):
             one_image = images[:1]
@@ -285,42 +292,103 @@ def counted_macs(model: nn.Module, images: Tensor) -> int:
     return int(counter.get_total_flops()) // 2 // len(images)
 
 
+def check_weights(name: str, model: nn.Module) -> None:
+    """Raise :class:`InputError` where a parameter of the model called ``name`` is not finite."""
+    broken = [key for key, value in model.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise InputError(
+            f"{len(broken)} weights of the {name} model hold NaN or infinity, such as {broken[0]}"
+        )
+
+
+def check_logits(name: str, logits_BC: Tensor) -> None:
+    """Raise :class:`InputError` where an answer of the model called ``name`` is not finite."""
+    if not bool(torch.isfinite(logits_BC).all()):
+        raise InputError(
+            f"the {name} model's logits hold NaN or infinity; check its weights, and that the "
+            "images are finite and normalised"
+        )
+
+
+def check_scores(trace: Trace) -> None:
+    """Raise :class:`InputError` where a stage has no finite score for a patch that reached it: the
+    logits need not show it.
+    """
+    grid, counts_B = None, None
+    for stage in trace.stages:
+        reached_B = math.prod(stage.grid) if counts_B is None or stage.grid != grid else counts_B
+        if bool((stage.scores.isfinite().sum(1) < reached_B).any()):
+            raise InputError(
+                f"the scores before block {stage.block} hold NaN or infinity, so what is kept "
+                "means nothing; check the weights of the method"
+            )
+        grid, counts_B = stage.grid, stage.counts
+
+
+class _Column:
+    """One number per image, in an array made beforehand: small tensors that stay between large
+    ones that go would hold the memory of these.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._array, self._count = torch.empty(2**16, dtype=dtype), 0
+
+    def add(self, values: Tensor) -> None:
+        """Copy a batch's values (B,)."""
+        end = self._count + len(values)
+        if end > len(self._array):
+            more = self._array.new_empty(max(len(self._array), len(values)))
+            self._array = torch.cat([self._array, more])
+        self._array[self._count : end] = values
+        self._count = end
+
+    @property
+    def values(self) -> Tensor:
+        """(images,): all that were added."""
+        return self._array[: self._count]
+
+
 class _Answers:
     """Predictions of one model and where the truth stands among them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.predictions: list[Tensor] = []
-        self.ranks: list[Tensor] = []
+        self._predictions, self._ranks = _Column(torch.int32), _Column(torch.int32)
 
     def add(self, logits_BC: Tensor, target_B: Tensor) -> None:
-        """Note a batch; the rank of the truth is the number of classes that come before it."""
-        if not bool(torch.isfinite(logits_BC).all()):
-            raise InputError(
-                f"the {self.name} model's logits hold NaN or infinity; check its weights, and that "
-                "the images are finite and normalised"
-            )
+        """Note a batch; the rank of the truth is the number of classes that come before it: those
+        with more, and of those with as much the ones of lower number.
+        """
+        check_logits(self.name, logits_BC)
         num_classes = logits_BC.shape[1]
         if not bool(((target_B >= 0) & (target_B < num_classes)).all()):
             raise InputError(
                 f"labels run from {int(target_B.min())} to {int(target_B.max())}, but the "
                 f"{self.name} model has {num_classes} classes (0 to {num_classes - 1})"
             )
-        order = logits_BC.float().argsort(dim=1, descending=True, stable=True)
-        self.predictions.append(order[:, 0].cpu())
-        self.ranks.append((order == target_B.unsqueeze(1)).int().argmax(1).cpu())
+        truth_B1 = target_B.unsqueeze(1)
+        truth_logit_B1 = logits_BC.gather(1, truth_B1)
+        number_C = torch.arange(num_classes, device=logits_BC.device)
+        ties_BC = (logits_BC == truth_logit_B1) & (number_C < truth_B1)
+        self._ranks.add(((logits_BC > truth_logit_B1) | ties_BC).sum(1))
+        self._predictions.add(logits_BC.argmax(1))
 
     @property
     def count(self) -> int:
-        return sum(len(ranks) for ranks in self.ranks)
+        return len(self._ranks.values)
+
+    @property
+    def predictions(self) -> Tensor:
+        """(images,): class numbers."""
+        return self._predictions.values
 
     @property
     def right(self) -> Tensor:
         """(images,) bool: whether the prediction is the truth."""
-        return torch.cat(self.ranks) == 0
+        return self._ranks.values == 0
 
     def accuracy(self) -> Accuracy:
-        ranks = torch.cat(self.ranks)
+        ranks = self._ranks.values
         top1, top5 = (100 * float((ranks < k).double().mean()) for k in (1, 5))
         return Accuracy(top1, top5)
 
@@ -329,7 +397,7 @@ def compare(dense: _Answers, sparse: _Answers) -> Paired:
     """Both models' answers to the same images, paired."""
     won = int((sparse.right & ~dense.right).sum())
     lost = int((dense.right & ~sparse.right).sum())
-    same = torch.cat(dense.predictions) == torch.cat(sparse.predictions)
+    same = dense.predictions == sparse.predictions
     low, high = paired_interval(won, lost, dense.count)
     return Paired(
         won=won,

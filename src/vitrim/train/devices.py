@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 
 from vitrim.errors import ConfigError, MissingExtraError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,6 +37,11 @@ def accelerator_of(precision: str) -> Iterator[Any]:
         accelerator = Accelerator(mixed_precision=precision.replace("fp32", "no"), cpu=cpu)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"run.precision = {precision!r} does not run here: {error}") from error
+    if accelerator.num_processes == 1 and _meant_for_several():
+        logger.warning(
+            "accelerate launch was asked for several processes and started this one alone, as it "
+            "does without GPUs; use: torchrun --nproc-per-node N -m vitrim train ..."
+        )
     try:
         yield accelerator
     finally:
@@ -41,3 +50,10 @@ def accelerator_of(precision: str) -> Iterator[Any]:
             torch.distributed.destroy_process_group()
         # It keeps the precision for the life of the process unless it is told to forget.
         type(accelerator.state)._reset_state()
+
+
+def _meant_for_several() -> bool:
+    """Whether Accelerate's launcher of one process was asked for more: then it still says where the
+    processes meet.
+    """
+    return "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ

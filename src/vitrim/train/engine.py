@@ -11,6 +11,7 @@ a dense one. The result is the best by validation, or the last where there is no
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -27,15 +28,21 @@ from vitrim.errors import InputError, TrainingError
 from vitrim.methods.base import Method
 from vitrim.model import SparseModel
 from vitrim.train.devices import accelerator_of
+from vitrim.train.folder import held, writing
 from vitrim.train.latency import LatencyBudget
 from vitrim.train.loader import TrainLoader, validation_loader
 from vitrim.train.logs import Logs, Record
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer
 from vitrim.train.recipe import Recipe
-from vitrim.train.result import save_result, top1
+from vitrim.train.result import check_result, is_finite, save_result, top1
 from vitrim.train.samples import mix_seed, seeded
 from vitrim.train.state import check_folder, claim_folder, load_state, save_state
 from vitrim.train.task import create_task, data_config_of
+
+MOST_SKIPPED = 32
+"""Steps in a row that fp16's scaler may skip; it halves its scale of 65,536 at each."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,18 @@ def train(
         on_progress: takes every log record instead of the progress bar.
 
     Raises:
-        TrainingError: the folder holds another run, the loss is no number any more, or too many
-            images cannot be read. The last saved state is kept.
+        TrainingError: the folder holds another run, is in use or cannot be written to, the loss or
+            the weights are no numbers any more, or too many images cannot be read. The last saved
+            state is kept.
         ConfigError, InputError, CheckpointError: the recipe, its data or its weights are wrong.
     """
     folder = Path(output)
-    check_folder(folder, recipe)
-    with accelerator_of(recipe.run.precision) as accelerator:
+    with (
+        accelerator_of(recipe.run.precision) as accelerator,
+        held(folder) if accelerator.is_main_process else nullcontext(),
+    ):
+        accelerator.wait_for_everyone()
+        check_folder(folder, recipe)
         return _Trainer(recipe, folder, accelerator, resume=resume).run(on_progress)
 
 
@@ -81,7 +93,6 @@ class _Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, accelerator: Any, *, resume: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
-        state = load_state(folder) if resume else None
         task = create_task(recipe)
         self.dense_or_sparse: Any = task.model
         self.method: Method | None = getattr(task.model, "method", None)
@@ -97,12 +108,15 @@ class _Trainer:
         if self.average is not None:
             self.average.model.to(accelerator.device)
         self.step, self.best, self.metrics = 0, -math.inf, dict[str, Any]()
-        if state is not None:
-            self._restore(state)
+        self.skipped, self.time_is_up = 0, False
+        noise = torch.Generator().manual_seed(0)
+        self.probe = torch.randn(2, *self.data_config["input_size"], generator=noise)
+        if resume:
+            self._go_on()
         # Only now, so that a recipe that cannot run leaves nothing behind.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            claim_folder(folder, recipe, fresh=state is None)
+            claim_folder(folder, recipe, self.step)
 
     def _open_data(self) -> None:
         recipe, accelerator, model = self.recipe, self.accelerator, self.dense_or_sparse
@@ -149,24 +163,23 @@ class _Trainer:
             )
         self.started = self.logged = time.monotonic()
         self.logged_step = self.step
-        stop = False
         try:
-            while self.step < self.total_steps and not stop:
+            while self.step < self.total_steps and not self.time_is_up:
                 epoch, within = divmod(self.step, self.steps_per_epoch)
                 batches = self.loader.epoch(epoch, within * self.recipe.optim.accumulate)
                 if self.method is not None:
                     self.method.begin_epoch(epoch)
-                while self.step < (epoch + 1) * self.steps_per_epoch and not stop:
+                while self.step < (epoch + 1) * self.steps_per_epoch and not self.time_is_up:
                     record = self._optimise(batches)
-                    stop = record.pop("time_up") > 0
                     self.step += 1
-                    last = stop or self.step == self.total_steps
+                    last = self.time_is_up or self.step == self.total_steps
                     if last or self.step % run.log_every == 0:
                         self._log_step(epoch, record)
                     epoch_ends = self.step % self.steps_per_epoch == 0
-                    if last or (epoch_ends and (epoch + 1) % run.eval_every == 0):
-                        self._validate(epoch)
                     if last or epoch_ends or self.step % run.checkpoint_steps == 0:
+                        self._refuse_spoiled_weights()
+                        if last or (epoch_ends and (epoch + 1) % run.eval_every == 0):
+                            self._validate(epoch)
                         self._save()
         finally:
             if self.logs is not None:
@@ -197,6 +210,7 @@ class _Trainer:
         means = self._mean_of_processes(sums)
         self._guard(means, float(norm))
         self.optimizer.step()
+        self._count_skipped()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.dense_or_sparse)
@@ -217,21 +231,50 @@ class _Trainer:
         limit = self.recipe.run.max_seconds
         time_up = limit is not None and time.monotonic() - self.started > limit
         values = torch.stack([*terms.values(), terms["total"].new_tensor(float(time_up))])
-        reduced = self.accelerator.reduce(values, "mean").tolist()
-        return dict(zip([*terms, "time_up"], reduced, strict=True))
+        *means, share_up = self.accelerator.reduce(values, "mean").tolist()
+        self.time_is_up = share_up > 0
+        return dict(zip(terms, means, strict=True))
 
     def _guard(self, means: dict[str, float], norm: float) -> None:
-        """Stop before a step that would spoil the weights; fp16's scaler skips overflows itself."""
-        if math.isfinite(means["total"]) and (
-            math.isfinite(norm) or self.recipe.run.precision == "fp16"
-        ):
+        """Stop before a step that would spoil the weights; a scaler skips overflows itself."""
+        has_scaler = self.accelerator.scaler is not None
+        if math.isfinite(means["total"]) and (math.isfinite(norm) or has_scaler):
             return
         terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        raise TrainingError(
-            f"step {self.step + 1} has no finite loss or gradient ({terms}, gradient {norm:.4g}); "
-            f"the last saved state and result in {self.folder} are kept. In another folder, try a "
-            "lower optim.lr, optim.clip_grad = 1.0, or run.precision = 'fp32'; model.checkpoint "
-            "starts from that result"
+        raise self._stopped(
+            f"step {self.step + 1} has no finite loss or gradient ({terms}, gradient {norm:.4g})"
+        )
+
+    def _count_skipped(self) -> None:
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped > MOST_SKIPPED:
+            raise self._stopped(
+                f"step {self.step + 1} is one of {self.skipped} in a row without a finite gradient "
+                "in half precision"
+            )
+
+    def _refuse_spoiled_weights(self) -> None:
+        """Stop before weights are validated or saved from which no run could go on."""
+        fault = self._fault()
+        if fault is not None:
+            raise self._stopped(f"step {self.step} spoiled the weights: {fault}")
+
+    def _fault(self) -> str | None:
+        """What is not finite in the weights, the optimiser, or an answer to noise."""
+        try:
+            check_result(self.dense_or_sparse, self.probe.to(self.accelerator.device))
+            if self.average is not None:
+                check_result(self.average.model, self.probe.to(self.accelerator.device))
+        except InputError as error:
+            return str(error)
+        is_sound = is_finite(self.optimizer.state_dict())
+        return None if is_sound else "the optimiser's moments hold NaN or infinity"
+
+    def _stopped(self, reason: str) -> TrainingError:
+        return TrainingError(
+            f"{reason}; the last saved state and result in {self.folder} are kept. In another "
+            "folder, try a lower optim.lr, optim.clip_grad = 1.0, or run.precision = 'fp32'; "
+            "model.checkpoint starts from that result"
         )
 
     def _log_step(self, epoch: int, record: Record) -> None:
@@ -283,7 +326,8 @@ class _Trainer:
     def _export(self, metrics: dict[str, Any]) -> None:
         self.metrics = metrics
         if self.accelerator.is_main_process:
-            save_result(self._result, self.folder, self.recipe, self.data_config, metrics)
+            with writing(self.folder):
+                save_result(self._result, self.folder, self.recipe, self.data_config, metrics)
 
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
@@ -301,17 +345,35 @@ class _Trainer:
         }
         save_state(self.folder, self.step, state)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["global_batch"] != self.global_batch:
-            raise TrainingError(
-                f"the run in {self.folder} took {state['global_batch']} images per step and would "
-                f"now take {self.global_batch}; use as many processes as before, or change "
-                "optim.accumulate with their number in another folder"
-            )
-        self.dense_or_sparse.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+    def _go_on(self) -> None:
+        """Restore the last state from which the run can go on, if there is any."""
+        state = load_state(self.folder)
+        while state is not None:
+            if state["global_batch"] != self.global_batch:
+                raise TrainingError(
+                    f"the run in {self.folder} took {state['global_batch']} images per step and "
+                    f"would now take {self.global_batch}; use as many processes as before, or "
+                    "change optim.accumulate with their number in another folder"
+                )
+            fault = self._restore(state)
+            if fault is None:
+                return
+            step = state["step"]
+            logger.warning("passed over the state of step %d in %s: %s", step, self.folder, fault)
+            state = load_state(self.folder, before=step)
+
+    def _restore(self, state: dict[str, Any]) -> str | None:
+        """Put everything back as it was saved; returns what is wrong with it."""
+        try:
+            self.dense_or_sparse.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.model.load_state_dict(state["average"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what does not fit raises nearly anything
+            return f"it does not fit: {error}"
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
+        return self._fault()

@@ -6,6 +6,7 @@ Only the main process makes these.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vitrim.checkpoint import write_atomic
+from vitrim.train.folder import writing
 
 LOG_FILE = "log.jsonl"
 
 Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -37,28 +41,38 @@ class JsonLines:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        path = folder / LOG_FILE
+        self._folder, path = folder, folder / LOG_FILE
         kept = [record for record in read_log(folder) if record["step"] <= step]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        with writing(folder):
+            write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self._folder):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a line that the disk has refused already
+            self._file.close()
 
 
 def read_log(folder: Path) -> list[Record]:
-    """The records of ``log.jsonl``; a last line that a kill left torn is passed over."""
+    """The records of ``log.jsonl`` without damaged lines, which are named, and without a last one
+    that a kill left torn.
+    """
     path = folder / LOG_FILE
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line.decode())
+            if type(record) is not dict or type(record.get("step")) is not int:
+                raise ValueError("it is no record with a step")
+            records.append(record)
+        except (ValueError, RecursionError) as error:
+            if line.endswith(b"\n"):
+                logger.warning("left out line %d of %s: %s", number, path, error)
     return records
 
 

@@ -20,6 +20,9 @@ from vitrim.config import closest, from_plain, require, to_plain
 from vitrim.errors import ConfigError
 from vitrim.methods import method_by_name
 
+_MOST = 10**9
+"""Of the numbers in a recipe: larger ones overflow on their way into a step."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRecipe:
@@ -146,12 +149,14 @@ class DataRecipe:
     """Embedded set only: epochs over which the clutter rises from none to all of it."""
 
     def __post_init__(self) -> None:
-        _require_at_least("data", self, 1, "batch_size", "length", "val_length")
-        _require_at_least("data", self, 0, "workers", "curriculum_epochs")
+        _require_at_least("data", self, 1, "batch_size")
+        _require_at_least("data", self, 1, "length", "val_length", most=10**7)
+        _require_at_least("data", self, 0, "workers", most=1000)
+        _require_at_least("data", self, 0, "curriculum_epochs")
         _require_share("data", self, "max_unreadable")
         size, crop = self.image_size, self.crop_pct
-        require(size is None or size > 0, f"data.image_size is {size}; expected pixels")
-        require(crop is None or 0 < crop <= 1, f"data.crop_pct is {crop}; expected (0, 1]")
+        require(size is None or 0 < size <= 10**4, f"data.image_size is {size}; expected pixels")
+        require(crop is None or 0.01 <= crop <= 1, f"data.crop_pct is {crop}; expected 0.01 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +235,8 @@ class OptimRecipe:
         names = ("lr", "backbone_lr_scale", "weight_decay", "warmup_epochs", "min_lr")
         _require_at_least("optim", self, 0, *names, "freeze_backbone_epochs")
         _require_at_least("optim", self, 1, "accumulate")
-        require(self.lr_batch is None or self.lr_batch > 0, "optim.lr_batch must be above 0")
+        if self.lr_batch is not None:
+            _require_at_least("optim", self, 1, "lr_batch")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(good, f"optim.betas is {self.betas}; expected two numbers in [0, 1)")
         clip, decay = self.clip_grad, self.ema_decay
@@ -263,7 +269,7 @@ class RunRecipe:
     def __post_init__(self) -> None:
         names = ("epochs", "checkpoint_steps", "eval_every", "log_every")
         _require_at_least("run", self, 1, *names)
-        _require_at_least("run", self, 0, "seed")
+        _require_at_least("run", self, 0, "seed", most=2**63 - 1)
         limit = self.max_seconds
         require(limit is None or limit > 0, f"run.max_seconds is {limit}; expected more than 0")
 
@@ -321,12 +327,14 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: an unknown key, a missing table, or a value that does not fit.
     """
+    require(isinstance(data, Mapping), f"the recipe is {data!r}; a table was expected")
     tables = dict(data)
     method = tables.get("method", {})
     require(isinstance(method, Mapping), f"method is {method!r}; a table was expected")
     values = {key: value for key, value in method.items() if key != "name"}
     if values.keys() == {"config"}:  # the form of recipe.json
-        values = dict(values["config"])
+        values = values["config"]
+        require(isinstance(values, Mapping), f"method.config is {values!r}; a table was expected")
     values = _scheduled(method.get("name"), values)
     tables["method"] = {"name": method.get("name"), "config": values}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
@@ -404,7 +412,7 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
 
 
@@ -428,15 +436,17 @@ def _value(text: str) -> Any:
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _require_at_least(table: str, config: Any, least: float, *names: str) -> None:
+def _require_at_least(
+    table: str, config: Any, least: float, *names: str, most: float = _MOST
+) -> None:
     for name in names:
         value = getattr(config, name)
-        good = least <= value < math.inf
-        require(good, f"{table}.{name} is {value}; expected {least} or more")
+        require(least <= value, f"{table}.{name} is {value}; expected {least} or more")
+        require(value <= most, f"{table}.{name} is {value}; expected {most} or less")
 
 
 def _require_share(table: str, config: Any, *names: str) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim import checkpoint
 from vitrim.config import to_plain
-from vitrim.errors import InputError
+from vitrim.errors import InputError, TrainingError
 from vitrim.model import SparseModel
+from vitrim.tools.evaluate import check_logits, check_scores, check_weights
 from vitrim.train.data import EvalLoader
 from vitrim.train.recipe import Recipe
+
+RESULTS = ("checkpoint", "backbone.safetensors", "backbone.json")
+"""What may be the result of a run, by name."""
 
 
 @torch.no_grad()
@@ -24,20 +28,55 @@ def top1(accelerator: Any, model: nn.Module, loader: EvalLoader) -> tuple[float,
     """Top-1 in percent over all processes, and on how many images, by the inference forward.
 
     Every process brings its own share of the images, none of them twice, so sums are exact.
+
+    Raises:
+        TrainingError: an answer is not finite.
+        InputError: there is no image.
     """
-    hits = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
+    hits = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
     was_training = model.training
     model.eval()
     for images, labels in loader:
         with accelerator.autocast():
             logits = model(images.to(accelerator.device))
         right = (logits.argmax(-1) == labels.to(accelerator.device)).sum()
-        hits += torch.stack([right, torch.full_like(right, len(labels))])
+        broken = (~logits.isfinite().all(-1)).sum()
+        hits += torch.stack([right, torch.full_like(right, len(labels)), broken])
     model.train(was_training)
-    right, count = accelerator.reduce(hits, "sum").tolist()
+    right, count, broken = accelerator.reduce(hits, "sum").tolist()
+    if broken:
+        raise TrainingError(
+            f"the logits of {int(broken)} of {int(count)} validation images hold NaN or infinity; "
+            "the last saved state and result are kept"
+        )
     if count == 0:
         raise InputError("no validation image can be read; check data.val")
     return 100 * right / count, int(count)
+
+
+@torch.no_grad()
+def check_result(model: nn.Module, images: Tensor) -> None:
+    """Check that the weights, and what the model answers to ``images``, are finite.
+
+    Raises:
+        InputError: they are not.
+    """
+    check_weights("trained", model)
+    if isinstance(model, SparseModel):
+        trace = model.trace(images)
+        check_logits("trained", trace.logits)
+        check_scores(trace)
+        return
+    was_training = model.training
+    check_logits("trained", model.eval()(images))
+    model.train(was_training)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether every tensor in a nested state holds finite numbers only."""
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, dict) or all(map(is_finite, value.values()))
 
 
 def save_result(

@@ -18,6 +18,7 @@ from torch import nn
 
 from vitrim.checkpoint import load_strict, read_weights, write_atomic
 from vitrim.errors import CheckpointError
+from vitrim.train.result import is_finite
 from vitrim.train.task import package_file
 
 DIGITS_NAME = "digits_vit"
@@ -55,6 +56,8 @@ def ship(run: Path) -> Path:
     """Put the result of a ``digits-dense`` run into the package, in half precision."""
     weights = read_weights(run / "backbone.safetensors")
     half = {name: tensor.half() for name, tensor in weights.items()}
+    if not is_finite(half):
+        raise CheckpointError(f"half precision cannot hold the weights of {run}")
     target = package_file(DIGITS_NAME)
     target.parent.mkdir(exist_ok=True)
     write_atomic(target, safetensors.torch.save(half, {"format": "pt"}))

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import pickle
-from contextlib import suppress
+import logging
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitrim.checkpoint import write_atomic
-from vitrim.config import to_plain
+from vitrim.checkpoint import write_atomic, write_together
+from vitrim.config import read_json, to_plain
 from vitrim.errors import ConfigError, TrainingError
+from vitrim.train.folder import writing
 from vitrim.train.logs import LOG_FILE
 from vitrim.train.recipe import Recipe, recipe_from_plain
+from vitrim.train.result import RESULTS
 
 RECIPE_FILE = "recipe.json"
 STATE_FOLDER = "state"
 KEPT_STATES = 2
+
+_PARTS: dict[str, Any] = {
+    "step": int,
+    "global_batch": int,
+    "best": float,
+    "metrics": dict,
+    "model": dict,
+    "optimizer": dict,
+    "average": dict | None,
+    "scaler": dict | None,
+}
 
 # What may change between two parts of a run: nothing in it enters the numbers of a step.
 _FREE = {
@@ -27,32 +40,44 @@ _FREE = {
     "run": ("max_seconds", "checkpoint_steps", "eval_every", "log_every", "tensorboard"),
 }
 
+# What a run that was killed in the midst of writing leaves behind.
+_LEFTOVERS = (".*.tmp", f"{STATE_FOLDER}/*.tmp", f"{STATE_FOLDER}/.*.tmp", "checkpoint/.*.tmp")
+
+logger = logging.getLogger(__name__)
+
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that holds another recipe's run, unless that run never saved anything.
+    """Refuse a folder that holds what is not of this recipe's run, unless that saved nothing.
 
     Raises:
-        TrainingError: it does; the message names what differs.
+        TrainingError: it does; the message names what it holds, or what differs.
     """
     path = folder / RECIPE_FILE
-    if not path.is_file():
-        if (folder / STATE_FOLDER).exists() or (folder / LOG_FILE).exists():
-            raise TrainingError(f"{folder} holds a run without {RECIPE_FILE}; use another folder")
+    results = [name for name in RESULTS if (folder / name).exists()]
+    if not path.exists():
+        others = [name for name in (STATE_FOLDER, LOG_FILE) if (folder / name).exists()]
+        if others or results:
+            found = ", ".join([*others, *results])
+            raise TrainingError(f"{folder} holds {found}, but no {RECIPE_FILE}; use another folder")
         return
-    if not _states(folder):
-        return
+    there = read_json(path, TrainingError)
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); use another folder") from error
-    with suppress(ConfigError):  # written before a field was added: it had the default
-        there = _plain(recipe_from_plain(there))
-    different = _differences(there, _plain(recipe))
-    if different:
+        there = _plain(recipe_from_plain(there))  # a field that was added since has its default
+    except ConfigError as error:
         raise TrainingError(
-            f"{folder} holds another recipe's run (it differs in {', '.join(different)}); use "
-            "another folder, or the same recipe to go on"
-        )
+            f"{path} is no recipe that this vitrim reads ({error}); use another folder"
+        ) from error
+    different = ", ".join(_differences(there, _plain(recipe)))
+    if _states(folder) or results:
+        if different:
+            raise TrainingError(
+                f"{folder} holds another recipe's run (it differs in {different}); use another "
+                "folder, or the same recipe to go on"
+            )
+        if not _states(folder):
+            logger.warning("%s holds no trainer state; the run starts anew", folder)
+    elif different:
+        logger.warning("the run in %s saved nothing; this one takes its place", folder)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -72,51 +97,98 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return names
 
 
-def claim_folder(folder: Path, recipe: Recipe, *, fresh: bool) -> None:
-    """Write the recipe into ``folder``; with ``fresh`` an earlier part of the run is forgotten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
+def claim_folder(folder: Path, recipe: Recipe, step: int) -> None:
+    """Write the recipe into ``folder``, and forget what was saved after ``step``, from which the
+    run goes on.
+
+    Raises:
+        TrainingError: the folder cannot be written to.
+    """
+    with writing(folder):
+        for pattern in _LEFTOVERS:
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
         for path in _states(folder):
-            path.unlink()
-        (folder / LOG_FILE).unlink(missing_ok=True)
-    text = json.dumps(to_plain(recipe), indent=2) + "\n"
-    write_atomic(folder / RECIPE_FILE, text.encode())
+            if not step or path > _state_path(folder, step):
+                _remove(path)
+        if not step:
+            (folder / LOG_FILE).unlink(missing_ok=True)
+        text = json.dumps(to_plain(recipe), indent=2) + "\n"
+        write_atomic(folder / RECIPE_FILE, text.encode())
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``state`` as that of ``step``, whole or not at all; drop all but the latest two."""
-    path = folder / STATE_FOLDER / f"step_{step:09d}.pt"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for old in _states(folder)[:-KEPT_STATES]:
-        old.unlink()
+    """Write ``state`` as that of ``step``, whole or not at all; drop all but the latest two.
 
-
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """The latest state that can be read, or None where there is none yet.
+    Its SHA-256 stands beside it, as ``sha256sum --check`` reads it.
 
     Raises:
-        TrainingError: there are states, and all are damaged.
+        TrainingError: the folder cannot be written to.
+    """
+    path, file = _state_path(folder, step), BytesIO()
+    torch.save(state, file)
+    content = file.getvalue()
+    digest = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+    with writing(folder):
+        path.parent.mkdir(exist_ok=True)
+        write_together({_digest_path(path): digest.encode(), path: content})
+        for old in _states(folder)[:-KEPT_STATES]:
+            _remove(old)
+
+
+def load_state(folder: Path, before: int | None = None) -> dict[str, Any] | None:
+    """The latest state that can be read, or None where there is none yet.
+
+    Args:
+        folder: of the run.
+        before: a step; only earlier states are looked at.
+
+    Raises:
+        TrainingError: there are states, and none is left that can be read.
     """
     paths = _states(folder)
     for path in reversed(paths):
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        if before is not None and path >= _state_path(folder, before):
             continue
-        return state
+        try:
+            return _read(path)
+        except Exception as error:  # a damaged file raises nearly anything
+            logger.warning("passed over the damaged state %s: %s", path, error)
     if paths:
-        raise TrainingError(f"no trainer state in {folder / STATE_FOLDER} can be read; start anew")
+        raise TrainingError(
+            f"no trainer state in {folder / STATE_FOLDER} can be used; start anew (--no-resume)"
+        )
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content, digest = path.read_bytes(), _digest_path(path)
+    if digest.exists():  # states of before had none
+        expected = digest.read_text(encoding="utf-8").partition(" ")[0]
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise ValueError(f"its SHA-256 is not that in {digest.name}")
+    state: dict[str, Any] = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    for name, kind in _PARTS.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise ValueError(f"its {name!r} is missing or of another type")
+    if path.name != _state_path(path.parent, state["step"]).name:
+        raise ValueError(f"it is of step {state['step']}")
+    return state
 
 
 def _states(folder: Path) -> list[Path]:
     return sorted((folder / STATE_FOLDER).glob("step_*.pt"))
+
+
+def _state_path(folder: Path, step: int) -> Path:
+    return folder / STATE_FOLDER / f"step_{step:09d}.pt"
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _remove(path: Path) -> None:
+    """Remove a state, its digest last: a state without one counts as one of before."""
+    path.unlink()
+    _digest_path(path).unlink(missing_ok=True)

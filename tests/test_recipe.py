@@ -133,6 +133,12 @@ def test_a_damaged_file_is_refused(tmp_path, content, message):
         load_recipe(path)
 
 
+@pytest.mark.parametrize("content", [None, 3, "text", ["text"], [["a", 1]]])
+def test_a_plain_form_that_is_no_table_is_refused(content):
+    with pytest.raises(ConfigError, match="a table was expected"):
+        recipe_from_plain(content)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

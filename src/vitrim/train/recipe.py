@@ -326,6 +326,7 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: an unknown key, a missing table, or a value that does not fit.
     """
+    require(isinstance(data, Mapping), f"the recipe is {shown(data)}; a table was expected")
     tables = dict(data)
     method = tables.get("method", {})
     require(isinstance(method, Mapping), f"method is {shown(method)}; a table was expected")

@@ -31,6 +31,10 @@ from vitrim import (
 from vitrim.families import family_of
 
 TARGET = torch.tensor([1, 2, 3])
+DECIDED_BY_IMAGES = (
+    *("dynamicvit threshold", "asvit", "asvit values", "sait mass", "sait threshold", "spvit"),
+    "spvit threshold",
+)
 PAIRS = [
     (case, name)
     for case in KEEPS_ALL
@@ -91,7 +95,8 @@ def test_what_timms_scripts_ask():
 def test_the_steps_of_timms_training_script():
     torch.manual_seed(0)
     sparse = dynamicvit().train()
-    optimizer = create_optimizer_v2(sparse, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.8)
+    options = {"weight_decay": 0.05, "layer_decay": 0.8}
+    optimizer = create_optimizer_v2(sparse, opt="adamw", lr=1e-3, **options)
     ema, losses = ModelEmaV3(sparse, decay=0.9), []
     for _ in range(8):
         loss = nn.functional.cross_entropy(sparse(X), TARGET)
@@ -124,11 +129,12 @@ def test_features_of_everything_are_timms(case, backbone):
 @each_case
 def test_head_of_features_is_the_model(case, backbone):
     sparse = sparse_model(case, backbone)
-    try:
-        features = sparse.forward_features(X)
-    except ConfigError as error:
-        assert "call the model" in str(error)
+    has_own_head = case in ("stvit", "stvit learned pooling")
+    if has_own_head or (backbone == "lv-vit" and case.startswith("spvit")):
+        with pytest.raises(ConfigError, match="call the model"):
+            sparse.forward_features(X)
         return
+    features = sparse.forward_features(X)
     torch.testing.assert_close(sparse.forward_head(features), sparse(X), atol=1e-5, rtol=0)
     width = sparse.forward_head(features, pre_logits=True).shape[1]
     assert width == sparse.head_hidden_size
@@ -174,7 +180,6 @@ def test_another_backbone_is_run():
     sparse.backbone = other
     assert sparse.family.backbone is other
     assert not torch.equal(sparse(X), before)
-    assert torch.equal(sparsify(other, sparse.config).eval().forward_features(X[:1])[:, 0] * 0, X.new_zeros(1, 32))
     replica = sparse._replicate_for_data_parallel()
     replica._modules["backbone"] = other._replicate_for_data_parallel()
     assert replica.family.backbone is replica.backbone
@@ -257,12 +262,11 @@ def test_attributes_can_be_listed(case, backbone):
 @pytest.mark.filterwarnings("ignore")
 def test_jit_traces_fixed_counts_and_refuses_others(case, backbone):
     sparse = sparse_model(case, backbone)
-    try:
-        traced = torch.jit.trace(sparse, X, check_trace=False)
-    except ConfigError as error:
-        assert "torch.jit.trace" in str(error)
-        assert sparse.macs() is None
+    if case in DECIDED_BY_IMAGES:
+        with pytest.raises(ConfigError, match=r"torch\.jit\.trace"):
+            torch.jit.trace(sparse, X, check_trace=False)
         return
+    traced = torch.jit.trace(sparse, X, check_trace=False)
     y = images(3, seed=5)
     torch.testing.assert_close(traced(y), sparse(y), atol=1e-5, rtol=0)
 

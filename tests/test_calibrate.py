@@ -84,7 +84,7 @@ def test_the_mean_cost_meets_the_budget(case, budget):
     assert found.budget == budget
     assert found.images == 24
     assert 2 <= found.passes <= 22
-    assert (found.dial, found.value) == (sparse.method.dial.name, sparse.method.dial.value)
+    assert (found.dial, found.value) == (sparse.method.dial().name, sparse.method.dial().value)
     assert sparse.calibration == (found,)
 
 
@@ -108,7 +108,7 @@ def test_several_budgets_share_their_passes():
     found = calibrate(sparse, batches, (0.75, 0.5, 0.6), progress=told.append)
     assert [point.budget for point in found] == [0.75, 0.5, 0.6]
     assert sparse.calibration == found
-    assert sparse.method.dial.value == found[0].value
+    assert sparse.method.dial().value == found[0].value
     assert len(told) == sum(point.passes for point in found)
     alone = [calibrate(made(config), batches, budget).passes for budget in (0.75, 0.5, 0.6)]
     assert sum(point.passes for point in found) < sum(alone)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import os
 import pickle
 import resource
 import socket
 import threading
 import time
+import zipfile
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -24,6 +28,7 @@ from vitrim import (
     ConfigError,
     DynamicSpatialConfig,
     DynamicViTConfig,
+    checkpoint,
     from_pretrained,
     load_official,
     sparsify,
@@ -32,6 +37,7 @@ from vitrim.checkpoint import write_atomic
 from vitrim.convert import read_file
 
 X = images(2)
+JAGGED = torch.nested.as_nested_tensor([torch.zeros(5)], layout=torch.jagged)
 
 
 @pytest.fixture
@@ -240,11 +246,110 @@ def test_official_mistakes(official, tmp_path):
         load_official({"fc.weight": torch.zeros(1)}, "dynamicvit")
     with pytest.raises(CheckpointError, match="no state dict"):
         load_official({"epoch": 3}, "dynamicvit")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        read_file(tmp_path / "absent.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    for path in (tmp_path / "absent.pth", tmp_path, tmp_path / "pipe.pth", "/dev/zero"):
+        with pytest.raises(CheckpointError, match=f"{path} is no file"):
+            read_file(path)
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(CheckpointError, match="damaged"):
         read_file(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({3: torch.zeros(1)}, "no state dict.*found 3"),
+        ({("a",): torch.zeros(1)}, "no state dict"),
+        ({"epoch": 10**5000}, "no state dict.*'epoch'"),
+        ({"blocks.0.norm1.weight": [1.0]}, "no state dict.*norm1"),
+        ({"cls_token": torch.zeros(())}, r"cls_token has shape \(\)"),
+        ({"patch_embed.proj.weight": torch.zeros(())}, r"proj.weight has shape \(\)"),
+        ({"head.weight": torch.zeros(())}, r"head.weight has shape \(\)"),
+        ({"head.weight": torch.zeros(0, 192)}, "none empty"),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(())}, r"fc1.weight has shape \(\)"),
+        ({"blocks.0.mlp.fc1.bias": torch.zeros(())}, r"fc1.bias has shape \(\) where \(768,\)"),
+        ({"pos_embed": torch.zeros(1, 1, 192)}, "does not fit|cannot create|no model"),
+        ({f"blocks.{'9' * 5000}.x": torch.zeros(1)}, "no model"),
+        ({f"blocks.{i}.x": torch.zeros(1) for i in range(2000)}, "2000 blocks"),
+        ({"head.bias": torch.zeros(5).to_sparse()}, "no plain tensors"),
+        ({"head.bias": torch.zeros(5, device="meta")}, "no plain tensors"),
+        ({"head.bias": torch.zeros(1).expand(5)}, "no plain tensors"),
+        ({"cls_token": torch.zeros(1).expand(1, 1, 10**12)}, "no plain tensors"),
+        ({"head.bias": JAGGED}, "no plain tensors"),
+        ({"head.bias": torch.zeros(5, dtype=torch.int8)}, "no weight's.*head.bias .*int8"),
+        ({"head.bias": torch.zeros(5, dtype=torch.bool)}, "no weight's.*head.bias .*bool"),
+        ({"head.bias": torch.zeros(5, dtype=torch.complex64)}, "no weight's.*head.bias .*complex"),
+        ({"head.bias": torch.zeros(5).to(torch.float8_e5m2)}, "no weight's.*head.bias .*float8"),
+        ({"head.bias": torch.full((5,), math.nan)}, "not finite.*head.bias"),
+        ({"head.bias": torch.full((5,), -math.inf)}, "not finite.*head.bias"),
+        ({"head.bias": torch.tensor([1e300] * 5, dtype=torch.float64)}, "not finite.*head.bias"),
+    ],
+)
+def test_official_weights_that_are_none(official, change, message):
+    state = official_state(official)
+    with pytest.raises(CheckpointError, match=message):
+        load_official(state | change, "dynamicvit", stages=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("state", "system", "message"),
+    [
+        ({"layers.0.x": (1,), "patch_embed.proj.weight": (8, 3, 4, 4)}, "dynamicvit", "0 blocks"),
+        ({"downsample_layers.0.0.weight": (8, 3, 4, 4)}, "dynamicvit", "0 blocks"),
+        ({"layers.2.blocks.1.attn.q.weight": (8, 8)}, "stvit-r", "0 blocks"),
+        (
+            {"layers.2.blocks.1.attn.q.weight": (), "layers.9999999999.blocks.0.norm1.weight": ()},
+            "stvit-r",
+            "1 stages",
+        ),
+        ({"transformers.0.x": (), "pos_embed": (1, 8, 8, 8)}, "spvit", "missing patch_embed.conv"),
+        ({"score_predictor.0.keep_threshold": ()}, "asvit", "missing cls_token"),
+    ],
+)
+def test_official_weights_of_no_model(state, system, message):
+    weights = {name: torch.zeros(shape) for name, shape in state.items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_official(weights, system)
+
+
+def test_a_dictionary_with_names_of_its_own_is_read_as_one(official, tmp_path):
+    """An OrderedDict may carry attributes in the place of its methods."""
+    state = OrderedDict(official_state(official))
+    state.get = state.keys = "no method"
+    torch.save(state, tmp_path / "odd.pth")
+    load_official(read_file(tmp_path / "odd.pth"), "dynamicvit", stages=(1, 2))
+    with pytest.raises(CheckpointError, match="no state dict"):
+        load_official({"model": {"model": official_state(official)}}, "dynamicvit")
+
+
+def test_what_does_not_fit_takes_no_memory(official, monkeypatch):
+    """A backbone of a billion parameters is refused before it has any."""
+    state, made = official_state(official), []
+    create = checkpoint.create_backbone
+
+    def watched(description):
+        made.append(create(description))
+        return made[-1]
+
+    monkeypatch.setattr("vitrim.convert.official.create_backbone", watched)
+    with pytest.raises(CheckpointError, match="does not fit this architecture"):
+        load_official(state, "dynamicvit", architecture="vit_giant_patch14_224", stages=(1, 2))
+    (giant,) = made
+    assert all(tensor.is_meta for tensor in giant.state_dict().values())
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    """Forty kilobytes may hold any number of zeros."""
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 10**6)}}, tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    read_file(tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match="is compressed"):
+        read_file(tmp_path / "small.pth")
 
 
 def tiny_state():
@@ -328,7 +433,7 @@ def test_a_checkpoint_reaches_neither_network_nor_files(folder, kwargs, monkeypa
             config["backbone"]["kwargs"] = kwargs
 
     forge(folder, change)
-    with pytest.raises((ConfigError, CheckpointError), match="backbone.kwargs"):
+    with pytest.raises((ConfigError, CheckpointError), match=r"backbone\.kwargs"):
         from_pretrained(folder)
 
 

@@ -123,7 +123,7 @@ def test_files_that_do_not_fit():
     with pytest.raises(CheckpointError, match="no SPViT state dict"):
         load_official(none, "spvit")
     bare = {key: value for key, value in weights.items() if key != "pos_embed"}
-    with pytest.raises(CheckpointError, match="no PiT's state dict: missing pos_embed"):
+    with pytest.raises(CheckpointError, match="another model's state dict: missing pos_embed"):
         load_official(bare, "spvit")
     key = "transformers.1.score_predictor.0.out_conv.2.0.weight"
     with pytest.raises(CheckpointError, match="pass share_heads=False"):

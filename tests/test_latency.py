@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections import Counter
 
 import pytest
@@ -26,6 +27,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.cli.app import app
+from vitrim.config import MOST_BYTES
 from vitrim.errors import ConfigError, InputError
 from vitrim.families import family_of
 from vitrim.latency import parts, probes, runners
@@ -95,7 +97,11 @@ def damaged(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged, or no latency table"),
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ('{"a": ' + "1" * 5000 + "}", "is damaged"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "nested deeper"),
+        ('{"a": 100000000000000000000}', "more than 64 bits"),
         ("[]", "is no latency table"),
         ('{"format": "other"}', "is no latency table"),
         (damaged(lambda data: data.update(version=2)), "version 2.*reads version 1"),
@@ -105,7 +111,23 @@ def damaged(change):
         (damaged(lambda data: data["curves"]["block"].pop("low")), "is damaged.*low"),
         (damaged(lambda data: data["curves"]["block"]["low"].pop()), "not equally many"),
         (damaged(lambda data: data["curves"]["block"]["tokens"].sort(reverse=True)), "do not rise"),
-        (damaged(lambda data: data["curves"]["stem"].update(low=[float("nan")])), "no finite"),
+        (damaged(lambda data: data["curves"]["stem"].update(low=[float("nan")])), "time is nan"),
+        (damaged(lambda data: data["curves"]["stem"].update(median=[math.inf])), "time is inf"),
+        (damaged(lambda data: data["curves"]["stem"].update(high=[1e300])), "time is 1e[+]300"),
+        (damaged(lambda data: data["curves"]["stem"].update(median=[-0.1])), "time is -0.1"),
+        (damaged(lambda data: data["curves"]["stem"].update(tokens=[-1])), "token counts"),
+        (damaged(lambda data: data["curves"]["stem"].update(tokens=[10**9])), "token counts"),
+        (damaged(lambda data: data["curves"]["stem"].update(tokens=[2.5])), "is damaged.*2.5"),
+        (damaged(lambda data: data["curves"]["stem"].update(tokens=7)), "a list was expected"),
+        (damaged(lambda data: data["curves"].update(stem=[])), "a table was expected"),
+        (damaged(lambda data: data.update(curves=[1])), "a table was expected"),
+        (damaged(lambda data: data.update(stamp=[])), "a table was expected"),
+        (damaged(lambda data: data["stamp"].update(batch=0)), "batch is 0"),
+        (damaged(lambda data: data["stamp"].update(batch=[1])), "batch is"),
+        (damaged(lambda data: data["stamp"].update(threads=math.nan)), "threads is nan"),
+        (damaged(lambda data: data["stamp"].update(depth="12")), "depth is '12'"),
+        (damaged(lambda data: data["stamp"].update(width=True)), "width is True"),
+        (damaged(lambda data: data["stamp"].update(cpu=None)), "cpu is None"),
         (damaged(lambda data: data["curves"]["stem"].update(low=["soon"])), "is damaged.*soon"),
     ],
 )
@@ -116,9 +138,40 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, content, message):
         LatencyTable.load(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.json"):
-        LatencyTable.load(tmp_path / "nowhere.json")
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "nowhere.json", tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ConfigError, match=f"{path} is no file"):
+            LatencyTable.load(path)
+    (tmp_path / "large.json").write_bytes(b" " * (MOST_BYTES + 1))
+    with pytest.raises(ConfigError, match="larger than"):
+        LatencyTable.load(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.pop("samples"), "lacks settings or samples"),
+        (lambda found: found.update(settings=3), "lacks settings or samples"),
+        (lambda found: found["samples"].update({"stem@17": "fast"}), "expected milliseconds"),
+        (lambda found: found["samples"].update({"stem@17": [math.nan]}), "time is nan"),
+        (lambda found: found["samples"].update({"stem@17": [-1.0]}), "time is -1"),
+        (lambda found: found["samples"].update({"stem@17": [1e300]}), "time is 1e"),
+        (lambda found: found["samples"].update({"stem@17": []}), "unlike numbers"),
+        (lambda found: found["samples"].clear(), "unlike numbers"),
+    ],
+)
+def test_a_damaged_side_file_is_refused(monkeypatch, tmp_path, change, message):
+    path = tmp_path / "table.json.partial"
+    options = {"configs": [], "side_file": path, **SETTINGS, "rounds": 1}
+    profile(tiny_vit(), clock=FakeMachine(monkeypatch).clock, **options)
+    found = json.loads(path.read_text())
+    change(found)
+    for content in (json.dumps(found), "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message if content[0] == "{" else "damaged") as error:
+            profile(tiny_vit(), **options)
+        assert "delete it" in str(error.value)
 
 
 def test_a_part_that_was_not_profiled_is_named():

@@ -104,12 +104,58 @@ def test_bad_files(tmp_path):
         broken.write_text(f"name = {damage}")
         with pytest.raises(ConfigError, match=r"broken.toml is no TOML file"):
             load_recipe(broken)
+    with pytest.raises(ConfigError, match="no recipe"):
+        load_recipe(tmp_path)
     broken.write_text('name = "x"\n[model]\nname = "y"\n[run]\nepochs = 1\n')
     with pytest.raises(ConfigError, match=r"broken.toml: the recipe has no 'data'"):
         load_recipe(broken)
     broken.write_text('name = "x"\n[model]\nname = "y"\n[data]\nval = "z"\n[run]\nepochs = 1\n')
     with pytest.raises(ConfigError, match=r"the recipe has no data.train"):
         load_recipe(broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "is damaged"),
+        (b"name = " + b"[" * 100_000, "is no TOML file"),
+        (b"name = " + b"1" * 5000, "is no TOML file"),
+        (b"seed = 0x" + b"f" * 5000, "more than 64 bits"),
+        (b".".join([b"a"] * 50_000) + b" = 1", "49999 dots"),
+        (b"# " * 100_000, "larger than"),
+        (b".".join([b"a"] * 40) + b" = 1", "nested deeper"),
+        (b"description = 2026-11-30", "JSON has no word for"),
+        (b"method = [1]", "method is \\[1\\]"),
+        (b"[method]\nconfig = 3", "method.config is 3"),
+        (b"[method]\nname = 'dynamicvit'\nschedule = 3", "method.schedule is 3"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", [None, 3, "text", ["text"], [["a", 1]]])
+def test_a_plain_form_that_is_no_table_is_refused(content):
+    with pytest.raises(ConfigError, match="a table was expected"):
+        recipe_from_plain(content)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 50_000, "is no value"),
+        ("1" * 5000, "is no value"),
+        ("[" * 40 + "]" * 40, "nested deeper"),
+        ("0x" + "f" * 5000, "more than 64 bits"),
+        ("nan", "optim.lr is nan"),
+    ],
+)
+def test_a_damaged_override_is_refused(value, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("digits-dense", [f"optim.lr={value}"])
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_guards_on_the_count():
                 selector=selector, min_kept=least, max_kept=most, **{selector: strict}
             )
             counts[least, most] = sparse.trace(X).stages[0].counts.tolist()
-            sparse.method.turn(sparse.method.dial.dearest)
+            sparse.method.turn(sparse.method.dial().dearest)
             top = sparse.trace(X).stages[0].counts.tolist()
             assert top == [most or 16] * 3
         assert counts[3, None] == counts[3, 3] == [3] * 3
@@ -348,7 +348,7 @@ def test_run_time_settings_are_saved(tmp_path):
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_the_dial_is_the_field_of_the_selector(selector):
     sparse = sparse_vit(selector=selector, min_kept=1)
-    dial = sparse.method.dial
+    dial = sparse.method.dial()
     assert dial.name == selector
     for value, count in ((dial.cheapest, 1), (dial.dearest, 16)):
         sparse.method.turn(value)
@@ -356,7 +356,7 @@ def test_the_dial_is_the_field_of_the_selector(selector):
         assert sparse.trace(X).stages[0].counts.tolist() == [count] * 3
     sparse.set_density(None)
     with pytest.raises(ConfigError, match="set to be dense"):
-        _ = sparse.method.dial
+        sparse.method.dial()
 
 
 def test_epochs_alternate_and_the_first_is_dense():

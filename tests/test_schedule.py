@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -83,7 +84,9 @@ def test_saved_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"),
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ('{"counts": ' + "1" * 5000 + "}", "is damaged"),
         ("[]", "no schedule"),
         ('{"stages": [1]}', "no schedule"),
         ('{"format": "vitrim schedule", "stages": [1]}', "lacks counts, patches"),
@@ -94,6 +97,14 @@ def test_saved_is_loaded(tmp_path):
         ({"stage": 3}, "did you mean 'stages'"),
         ({"version": 2}, "reads version 1"),
         ({"milliseconds": -1}, "more than 0"),
+        ({"milliseconds": math.nan}, "milliseconds is nan"),
+        ({"milliseconds": 1e300}, "milliseconds is 1e"),
+        ({"macs": math.inf}, "macs is inf"),
+        ({"macs": 1e9}, "macs is 1000000000.0"),
+        ({"loss": math.nan}, "loss is nan"),
+        ({"patches": 10**12}, "patches is"),
+        ({"patches": 10**30}, "64 bits"),
+        ({"asked": [[[]]]}, "a table was expected"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, content, message):

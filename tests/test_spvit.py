@@ -386,14 +386,14 @@ def test_token_loss_compares_each_kept_token_with_its_own_teacher():
 
 def test_dials():
     sparse = decisive(sparse_vit())
-    assert sparse.method.dial.name == "threshold"
+    assert sparse.method.dial().name == "threshold"
     sparse.method.turn(0.55)
     assert sparse.config.inference == "threshold"
-    assert sparse.method.dial.value == 0.55
+    assert sparse.method.dial().value == 0.55
     with pytest.raises(ConfigError, match='inference="top_k" to set ratios'):
         sparse.set_keep_ratio(0.5)
     fixed = twin(sparse, inference="top_k", keep_ratio=0.8)
-    assert fixed.method.dial.name == "keep_ratio"
+    assert fixed.method.dial().name == "keep_ratio"
     before = fixed.macs()
     fixed.method.turn(0.5)
     assert fixed.config.keep_ratio == 0.5

@@ -184,7 +184,7 @@ def test_settings_that_do_not_fit():
     with pytest.raises(ConfigError, match='inference="top_k" to set ratios'):
         sparse_pyramid().set_keep_ratio(0.5)
     with pytest.raises(ConfigError, match='execution="gather" to change its cost'):
-        _ = sparse_pyramid(execution="mask").method.dial
+        sparse_pyramid(execution="mask").method.dial()
 
 
 @pytest.mark.parametrize("make", [tiny_pit, tiny_swin])

@@ -422,7 +422,7 @@ def test_backbones_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="expected a multiple of 6 in the third stage"):
         sparse_swin(tiny_swin(depths=(1, 1, 5, 1)))
     with pytest.raises(ConfigError, match="the cost of stvit_r is fixed"):
-        _ = sparse_swin().method.dial
+        sparse_swin().method.dial()
 
 
 class CfgNode(dict):

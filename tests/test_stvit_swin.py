@@ -239,7 +239,7 @@ def test_losses_are_weighted():
 
 def test_dial_changes_the_number_of_semantic_tokens(tmp_path):
     sparse = sparse_swin(global_centres=False, pooling="avg")
-    dial = sparse.method.dial
+    dial = sparse.method.dial()
     assert (dial.name, dial.value, dial.cheapest, dial.dearest) == ("window_tokens", 4, 1, 16)
     sparse.method.turn(8.1)
     assert sparse.config.window_tokens == 9
@@ -257,7 +257,7 @@ def test_dial_changes_the_number_of_semantic_tokens(tmp_path):
 def test_what_was_learned_for_one_number_has_no_dial(options):
     sparse = sparse_swin(**options)
     with pytest.raises(ConfigError, match="learned to make 4 semantic tokens per window"):
-        _ = sparse.method.dial
+        sparse.method.dial()
 
 
 @pytest.mark.parametrize(

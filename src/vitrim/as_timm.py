@@ -61,8 +61,8 @@ class TimmModel(nn.Module):
         }
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """What timm's ``forward_features`` gives, after the final norm, of the tokens that are kept:
-        (B, P + K, C) for plain transformers, the map for those that keep one.
+        """What timm's ``forward_features`` gives, after the final norm, of the tokens that are
+        kept: (B, P + K, C) for plain transformers, the map for those that keep one.
 
         Raises:
             ConfigError: images of the batch keep different numbers of tokens and the head pools

@@ -204,7 +204,8 @@ def plain_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Raise :class:`CheckpointError` unless all numbers are."""
-    bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    known = {name: tensor for name, tensor in weights.items() if not tensor.is_meta}
+    bad = [name for name, tensor in known.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise CheckpointError(
@@ -398,7 +399,7 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], sou
         if found.shape != due.shape:
             shapes = tuple(found.shape), tuple(due.shape)
             problems.append(f"{key} has shape {shapes[0]} where {shapes[1]} is due")
-        elif found.dtype not in (_FLOATS if due.dtype.is_floating_point else (due.dtype,)):
+        elif found.dtype not in (_FLOATS if due.dtype.is_floating_point else _WHOLES):
             problems.append(f"{key} is of {found.dtype} where {due.dtype} is due")
     if problems:
         raise CheckpointError(
@@ -409,6 +410,7 @@ def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], sou
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WHOLES = (torch.int64, torch.int32)
 
 
 def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import numbers
+import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +20,14 @@ from vitrim.errors import ConfigError, VitrimError
 
 Config = TypeVar("Config")
 
-MOST_JSON = 64 * 2**20
-"""Bytes of the largest JSON file that is read; ours are a thousand times smaller."""
+MOST_BYTES = 16 * 2**20
+"""Of the largest text file that is read; ours are a hundred times smaller."""
+MOST_DEPTH = 32
+"""Of lists and tables inside one another; ours have six."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 def require(condition: bool, message: str) -> None:
@@ -42,22 +49,63 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 
-def read_json(path: Path, error: type[VitrimError] = ConfigError) -> Any:
-    """What the JSON file ``path`` holds, whatever a stranger may have written into it.
+def shown(value: Any) -> str:
+    """``value`` as Python writes it, cut short where a file holds more than fits a message."""
+    return _SHORT.repr(value)
+
+
+def read_text(
+    path: Path, error: type[VitrimError] = ConfigError, most_bytes: int = MOST_BYTES
+) -> str:
+    """The text of the file ``path``, whatever a stranger may have put there.
 
     Raises:
-        error: no file of its own (a folder, a pipe, a device), too large, or not JSON.
+        error: no file of its own (a folder, a pipe, a device), too large, or not UTF-8.
     """
-    if not path.is_file():
-        raise error(f"{path} is no file")
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise error(f"{path} is larger than {MOST_JSON >> 20} MB; a small JSON file is due")
-        return json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise error(f"{path} is no file")
+        with open(path, "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise error(f"{path} is larger than {most_bytes >> 10} kB; a small file is due")
+        return content.decode()
     except OSError as found:
         raise error(f"{path} cannot be read: {found.strerror}") from found
-    except (ValueError, RecursionError) as found:  # not UTF-8, not JSON, nested without end
+    except UnicodeDecodeError as found:
         raise error(f"{path} is damaged: {found}") from found
+
+
+def read_json(path: Path, error: type[VitrimError] = ConfigError) -> Any:
+    """What the JSON file ``path`` holds. Its numbers may be NaN or infinite, as Python reads them.
+
+    Raises:
+        error: :func:`read_text` or :func:`check_plain` refuse it, or it is not JSON.
+    """
+    text = read_text(path, error)
+    try:
+        content = json.loads(text)
+        check_plain(content)
+    except (ValueError, RecursionError) as found:  # not JSON, nested without end
+        raise error(f"{path} is damaged: {found}") from found
+    return content
+
+
+def check_plain(content: Any) -> None:
+    """Raise :class:`ConfigError` unless ``content`` is made of tables, lists, texts, truth values,
+    None, floats and whole numbers of 64 bits, nested no deeper than :data:`MOST_DEPTH`.
+    """
+    level = [content]
+    for _ in range(MOST_DEPTH):
+        for item in level:
+            if not (item is None or isinstance(item, dict | list | str | float | int)):
+                raise ConfigError(f"it holds {shown(item)}, which JSON has no word for")
+            if isinstance(item, int) and not -(2**63) <= item < 2**63:
+                raise ConfigError("it holds a whole number of more than 64 bits")
+        tables = (item.values() for item in level if isinstance(item, dict))
+        lists = (item for item in level if isinstance(item, list))
+        level = [item for items in (*tables, *lists) for item in items]
+    require(not level, f"it is nested deeper than {MOST_DEPTH} levels")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -102,7 +150,8 @@ def from_plain(cls: type[Config], data: Mapping[str, Any], where: str = "") -> C
         where: path of ``data`` in its file, for messages (``"method"`` gives ``method.stages``).
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, or a value that ``cls`` refuses.
+        ConfigError: an unknown or absent key, a value of the wrong type, or one that ``cls``
+            refuses.
     """
     hints = get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
@@ -111,10 +160,19 @@ def from_plain(cls: type[Config], data: Mapping[str, Any], where: str = "") -> C
         path = f"{where}.{key}" if where else key
         if key not in known:
             raise ConfigError(
-                f"unknown key {path!r}{closest(key, known)}; known keys: {', '.join(sorted(known))}"
+                f"unknown key {shown(path)}{closest(key, known)}; known keys: "
+                f"{', '.join(sorted(known))}"
             )
         values[key] = _convert(value, hints[key], path)
+    missing = [field.name for field in dataclasses.fields(cls) if _is_due(field, values)]  # type: ignore[arg-type]
+    require(not missing, f"{where or 'this'} lacks {', '.join(missing)}")
     return cls(**values)
+
+
+def _is_due(field: Any, given: Mapping[str, Any]) -> bool:
+    absent = dataclasses.MISSING
+    required = field.init and field.default is absent and field.default_factory is absent
+    return required and field.name not in given
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
@@ -125,17 +183,17 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin is Literal:
         choices = get_args(hint)
         listed = ", ".join(map(repr, choices))
-        require(value in choices, f"{path} is {value!r}; use one of {listed}")
+        require(value in choices, f"{path} is {shown(value)}; use one of {listed}")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{path} is {value!r}; a list was expected")
+        require(isinstance(value, list | tuple), f"{path} is {shown(value)}; a list was expected")
         item = get_args(hint)[0]
         return tuple(_convert(entry, item, f"{path}[{i}]") for i, entry in enumerate(value))
     if origin is dict:
-        require(isinstance(value, Mapping), f"{path} is {value!r}; a table was expected")
+        require(isinstance(value, Mapping), f"{path} is {shown(value)}; a table was expected")
         return dict(value)
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, Mapping), f"{path} is {value!r}; a table was expected")
+        require(isinstance(value, Mapping), f"{path} is {shown(value)}; a table was expected")
         return from_plain(hint, value, path)  # type: ignore[arg-type]
     if hint in (float, int) and not isinstance(value, bool):
         number = numbers.Real if hint is float else numbers.Integral
@@ -147,7 +205,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    require(fits, f"{path} is {value!r}; a value of type {hint.__name__} was expected")
+    require(fits, f"{path} is {shown(value)}; a value of type {hint.__name__} was expected")
     return value
 
 
@@ -162,4 +220,4 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
         except ConfigError:
             continue
     names = [getattr(option, "__name__", str(option)) for option in options]
-    raise ConfigError(f"{path} is {value!r}; expected one of: {', '.join(names)}")
+    raise ConfigError(f"{path} is {shown(value)}; expected one of: {', '.join(names)}")

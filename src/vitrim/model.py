@@ -245,10 +245,10 @@ class SparseModel(TimmModel):
                     "the weights have changed since vitrim.calibrate met its budgets; calibrate "
                     "again"
                 )
-            value = budget.value_by_record(self.calibration, trial.dial, macs)
+            value = budget.value_by_record(self.calibration, trial.dial(), macs)
         else:
             fraction = partial(self._fraction_at, trial, grid)
-            value = budget.value_by_formula(trial.dial, fraction, macs, tolerance)
+            value = budget.value_by_formula(trial.dial(), fraction, macs, tolerance)
         self.method.turn(value)
 
     def _fraction_at(self, trial: Method, grid: Grid, value: float) -> float:
@@ -353,8 +353,9 @@ class SparseModel(TimmModel):
             here, there = self(images).float(), twin.to(images.device)(images).float()
         if not torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
             raise CheckpointError(
-                f"read back, this model would answer otherwise, by {(here - there).abs().max():.3g} "
-                f"in a logit of random images: no file says what was changed in it; {advice}"
+                "read back, this model would answer otherwise, by "
+                f"{(here - there).abs().max():.3g} in a logit of random images: no file says what "
+                f"was changed in it; {advice}"
             )
 
 

@@ -96,7 +96,7 @@ def calibrate(
     require(0 < tolerance < 1, f"tolerance is {tolerance}; expected a share, such as 0.01")
     require(max_images >= 1, f"max_images is {max_images}; expected at least 1")
     method = sparse.method
-    _ = method.dial  # refuses where there is none
+    method.dial()  # refuses where there is none
     if sparse.is_untrained:
         raise ConfigError(
             f"the selector of {method.name} must be learned, and this one still has the values "
@@ -119,7 +119,7 @@ def calibrate(
 
 def _by_formula(sparse: SparseModel, budget: float, tolerance: float) -> Calibration:
     sparse.set_budget(budget, tolerance=tolerance)
-    dial, macs = sparse.method.dial, sparse.macs()
+    dial, macs = sparse.method.dial(), sparse.macs()
     assert macs is not None
     return Calibration(
         budget=budget,
@@ -139,7 +139,7 @@ def _by_images(
     tolerance: float,
     progress: Progress | None,
 ) -> tuple[Calibration, ...]:
-    dial, images = sparse.method.dial, sum(len(batch) for batch in batches)
+    dial, images = sparse.method.dial(), sum(len(batch) for batch in batches)
     dense = sum(len(batch) * sparse.dense_macs(_size(batch)) for batch in batches)
     measured: dict[float, Tensor] = {}
 

@@ -156,7 +156,7 @@ def meet(
     """
     check_milliseconds(milliseconds, table, sparse.family, sparse.family.grid())
     method, restore = sparse.method, sparse.snapshot()
-    dial, measured, fixed = method.dial, dict[float, Tensor](), sparse.macs() is not None
+    dial, measured, fixed = method.dial(), dict[float, Tensor](), sparse.macs() is not None
 
     def cost(value: float) -> float:
         method.turn(value)

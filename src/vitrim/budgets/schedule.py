@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.checkpoint import write_atomic
-from vitrim.config import from_plain, normalise, require, to_plain
+from vitrim.config import from_plain, normalise, read_json, require, to_plain
 from vitrim.errors import ConfigError
+from vitrim.latency.table import LONGEST, MOST_TOKENS
 from vitrim.layers.stages import check_stages
 from vitrim.methods import METHODS, method_of_config
 from vitrim.methods.records import Plan
 
 FORMAT = "vitrim schedule"
+_MOST_MACS = 10
+"""Times the dense model's; a schedule that drops nothing pays its selectors besides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +60,18 @@ class Schedule(Plan):
             f"counts are {self.counts} of {self.patches} patches; expected 1 or more, none above "
             "the one before it",
         )
-        for name in ("milliseconds", "macs"):
+        require(
+            self.patches <= MOST_TOKENS,
+            f"patches is {self.patches}; expected {MOST_TOKENS:,} or fewer",
+        )
+        for name, most in {"milliseconds": LONGEST, "macs": _MOST_MACS}.items():
             value = getattr(self, name)
-            good = value is None or 0 < value < math.inf
-            require(good, f"{name} is {value}; expected more than 0")
+            good = value is None or 0 < value <= most
+            require(good, f"{name} is {value}; expected more than 0, and {most:,} or less")
+        require(
+            self.loss is None or math.isfinite(self.loss),
+            f"loss is {self.loss}; expected a finite number",
+        )
 
     def apply(self, config: Any) -> Any:
         """``config`` with the schedule's stages and counts in place of its own.
@@ -94,15 +105,9 @@ def load(path: str | os.PathLike[str]) -> Schedule:
         ConfigError: the file is absent, damaged, no schedule, or holds an impossible one.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a schedule: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ConfigError(f"{path} is no schedule; vitrim schedule writes one")
-    needed = ("stages", "counts", "patches")
-    missing = [name for name in needed if name not in content]
-    require(not missing, f"{path} is damaged: it lacks {', '.join(missing)}")
     try:
         return from_plain(Schedule, content)
     except ConfigError as error:

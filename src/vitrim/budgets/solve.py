@@ -120,7 +120,7 @@ def candidate_counts(num_patches: int, prefix: int, table: LatencyTable | None) 
     even = {round(least + (num_patches - least) * i / _GRID) for i in range(_GRID)}
     if table is None:
         return tuple(sorted(even - {num_patches}))
-    for start, stop in jumps(table.curves["block"]):
+    for start, stop in jumps(table.curve("block")):
         even = {count for count in even if not start < count + prefix < stop}
         even.add(start - prefix)
     return tuple(sorted(count for count in even if least <= count < num_patches))

@@ -86,7 +86,7 @@ def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str
         source: what they are called.
     """
     known: dict[float, Met] = {}
-    restore, dial = sparse.snapshot(), sparse.method.dial
+    restore, dial = sparse.snapshot(), sparse.method.dial()
     is_fixed = sparse.macs() is not None
     try:
         for budget in budgets:
@@ -97,7 +97,7 @@ def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str
                     raise
                 continue
             by = "formula" if is_fixed else "record"
-            known[budget] = Met(budget, dial.name, sparse.method.dial.value, by)
+            known[budget] = Met(budget, dial.name, sparse.method.dial().value, by)
         missing = [budget for budget in budgets if budget not in known]
         found = calibrate(sparse, loader, missing, progress=common.note) if missing else ()
         for point in found:

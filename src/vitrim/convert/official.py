@@ -10,18 +10,28 @@ import argparse
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.checkpoint import create_backbone, load_strict, read_weights
 from vitrim.config import closest, from_plain, to_plain
 from vitrim.convert.spatial import is_spatial, load_spatial
 from vitrim.convert.stvit import load_stvit_r
+from vitrim.convert.weights import (
+    StateDict,
+    blocks_of,
+    classes_of,
+    depths_of,
+    rehearsed,
+    shape_of,
+    weights_of,
+)
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
@@ -29,7 +39,7 @@ from vitrim.methods.spvit import SPViTConfig
 from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
 from vitrim.model import SparseModel
 
-StateDict = dict[str, Tensor]
+_ZIP = b"PK\x03\x04"
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -38,22 +48,36 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return dict(read_weights(path))
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(f"{path} is no file")
     try:
+        _check_size(path)
         # The authors store their command line or settings next to the weights: plain containers.
         containers: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
         with torch.serialization.safe_globals(containers), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a remark on pickle's protocol; errors say enough
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} cannot be read as plain weights ({first_line}). It is damaged, or it holds "
             "Python objects, which vitrim refuses to run"
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary")
-    return dict(content)
+    return {key: content[key] for key in content}
+
+
+def _check_size(path: Path) -> None:
+    """Raise :class:`CheckpointError` for an archive that would unpack to more than the file has:
+    torch never compresses what it saves, but reads what is.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"it is compressed, and unpacks to {unpacked:,} bytes")
 
 
 def load_official(
@@ -80,8 +104,8 @@ def load_official(
         raise ConfigError(
             f"unknown system {system!r}{closest(system, SYSTEMS)}; known: {', '.join(SYSTEMS)}"
         )
-    model = SYSTEMS[system](_weights_of(state_dict), architecture, method_options)
-    return model.eval()
+    weights, convert = weights_of(state_dict), SYSTEMS[system]
+    return rehearsed(lambda: convert(weights, architecture, method_options)).eval()
 
 
 def load_dense(
@@ -102,29 +126,19 @@ def load_dense(
         CheckpointError: keys or shapes do not fit; every missing and unexpected key is named.
         ConfigError: unknown architecture.
     """
-    weights = _weights_of(state_dict)
-    backbone: Any = _plain_vit(weights, architecture)
-    load_strict(backbone, weights, f"the file for {architecture or 'a dense backbone'}")
+    weights = weights_of(state_dict)
+
+    def convert() -> nn.Module:
+        backbone = _plain_vit(weights, architecture)
+        load_strict(backbone, weights, f"the file for {architecture or 'a dense backbone'}")
+        return backbone
+
+    backbone: Any = rehearsed(convert)
     if img_size is not None:
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         backbone.set_input_size(img_size=size)
     backbone.eval()
     return cast(nn.Module, backbone)
-
-
-def _weights_of(content: Mapping[str, Any]) -> StateDict:
-    for key in ("model", "state_dict", "model_ema"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if strangers or not content:
-        raise CheckpointError(
-            "this is no state dict: expected tensors by name, or such a dictionary under 'model', "
-            "'state_dict' or 'model_ema'; found "
-            f"{', '.join(map(repr, strangers[:5])) or 'nothing'}"
-        )
-    return {key.removeprefix("module."): tensor for key, tensor in content.items()}
 
 
 def _check_stages(model: SparseModel, found: int, what: str, advice: str) -> None:
@@ -229,27 +243,22 @@ def _pit(weights: StateDict, architecture: str | None) -> tuple[StateDict, nn.Mo
             number = numbers.setdefault(match[1], len(numbers))
             key = f"score_predictor.{number}.{match[2]}"
         renamed[key] = tensor
-    needed = ("pos_embed", "patch_embed.conv.weight", "transformers.0.blocks.0.mlp.fc1.weight")
-    missing = [key for key in needed if key not in renamed]
-    if missing:
-        raise CheckpointError(f"this is no PiT's state dict: missing {', '.join(missing)}")
-    blocks = {re.match(r"transformers\.(\d+)\.blocks\.(\d+)\.", key) for key in renamed}
-    places = {(int(m[1]), int(m[2])) for m in blocks if m}
-    depth = [sum(s == stage for s, _ in places) for stage in range(1 + max(places)[0])]
+    places, patch = shape_of(renamed, "pos_embed", 4)[-1], _patch(renamed, "patch_embed.conv")
+    hidden = shape_of(renamed, "transformers.0.blocks.0.mlp.fc1.weight", 2)[0]
+    depth = depths_of(renamed, r"transformers\.(\d+)\.blocks\.(\d+)\.")
     norms = [f"transformers.{stage}.blocks.0.norm1.weight" for stage in range(len(depth))]
-    dims = [renamed[key].numel() for key in norms]
-    patch = renamed["patch_embed.conv.weight"].shape[-1]
+    dims = [shape_of(renamed, key, 1)[0] for key in norms]
     # Only a selector says how many heads its stage has; their width is the same in all stages.
     squeeze = "score_predictor.0.senet.0.weight"
     seen = int(min(numbers, default="transformers.0").split(".")[1])
-    width = dims[seen] // renamed[squeeze].shape[1] if squeeze in renamed else 48
+    width = dims[seen] // shape_of(renamed, squeeze, 2)[1] if squeeze in renamed else 48
     heads = [dim // width for dim in dims]
     if architecture is None:
         size = {(32, 2): "ti", (48, 2): "xs", (48, 3): "s", (64, 4): "b"}.get(
             (width, heads[0]), "s"
         )
         architecture = f"pit_{size}_224"
-    side = (renamed["pos_embed"].shape[-1] - 1) * (patch // 2) + patch
+    side = (places - 1) * (patch // 2) + patch
     kwargs: dict[str, Any] = {
         "img_size": side,
         "patch_size": patch,
@@ -257,8 +266,8 @@ def _pit(weights: StateDict, architecture: str | None) -> tuple[StateDict, nn.Mo
         "base_dims": [width] * len(depth),
         "depth": depth,
         "heads": heads,
-        "mlp_ratio": renamed[needed[2]].shape[0] / dims[0],
-        "num_classes": renamed["head.weight"].shape[0] if "head.weight" in renamed else 0,
+        "mlp_ratio": hidden / dims[0],
+        "num_classes": classes_of(renamed),
     }
     return renamed, create_backbone({"name": architecture, "kwargs": kwargs})
 
@@ -271,57 +280,43 @@ def _plain_vit(weights: StateDict, architecture: str | None) -> nn.Module:
         raise CheckpointError(
             f"this is no plain vision transformer's state dict: missing {', '.join(missing)}"
         )
-    expected_ndim = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    for key, ndim in expected_ndim.items():
-        if weights[key].ndim != ndim or not weights[key].numel():
-            raise CheckpointError(
-                f"{key} has shape {tuple(weights[key].shape)}; expected {ndim} dimensions"
-            )
+    dim, patch = shape_of(weights, "cls_token", 3)[-1], _patch(weights, "patch_embed.proj")
+    side = round((shape_of(weights, "pos_embed", 3)[1] - 1) ** 0.5)
+    depth = len(blocks_of(weights, r"blocks\.(\d+)\."))
+    mlp_ratio = shape_of(weights, "blocks.0.mlp.fc1.weight", 2)[0] / dim
+    kwargs: dict[str, Any] = {}
     if "patch_embed.conv1.weight" in weights:
-        return _lvvit(weights, architecture)
-    dim = weights["cls_token"].shape[-1]
-    patch = weights["patch_embed.proj.weight"].shape[-1]
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    if architecture is None:
+        patch *= 2  # half of it is in the first stride
+        if architecture is None:
+            architecture = "lvvit_m" if dim == 512 else "lvvit_s"
+            kwargs = {
+                "patch_size": patch,
+                "stem_width": shape_of(weights, "patch_embed.conv1.weight", 4)[0],
+                "embed_dim": dim,
+                "depth": depth,
+                "num_heads": max(1, dim // 64),
+                "mlp_ratio": mlp_ratio,
+            }
+    elif architecture is None:
         sizes = {192: "tiny", 384: "small", 768: "base"}
         architecture = f"deit_{sizes.get(dim, 'small')}_patch16_224"
-        kwargs: dict[str, Any] = {
+        kwargs = {
             "patch_size": patch,
             "embed_dim": dim,
             "depth": depth,
             "num_heads": max(1, dim // 64),
-            "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio,
         }
         if dim in sizes:  # only what differs from the named architecture
             defaults = {"patch_size": 16, "depth": 12, "num_heads": dim // 64, "mlp_ratio": 4.0}
             kwargs = {k: v for k, v in kwargs.items() if k in defaults and v != defaults[k]}
-    else:
-        kwargs = {}
-    kwargs |= {"img_size": side * patch, "num_classes": classes}
+    kwargs |= {"img_size": side * patch, "num_classes": classes_of(weights)}
     return create_backbone({"name": architecture, "kwargs": kwargs})
 
 
-def _lvvit(weights: StateDict, architecture: str | None) -> nn.Module:
-    """The LV-ViT whose shapes ``weights`` has."""
-    width, dim = weights["patch_embed.conv1.weight"].shape[0], weights["cls_token"].shape[-1]
-    patch = 2 * weights["patch_embed.proj.weight"].shape[-1]  # half of it is in the first stride
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    kwargs: dict[str, Any] = {}
-    if architecture is None:
-        architecture = "lvvit_m" if dim == 512 else "lvvit_s"
-        kwargs = {
-            "patch_size": patch,
-            "stem_width": width,
-            "embed_dim": dim,
-            "depth": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
-            "num_heads": max(1, dim // 64),
-            "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        }
-    classes = weights["head.weight"].shape[0] if "head.weight" in weights else 0
-    kwargs |= {"img_size": side * patch, "num_classes": classes}
-    return create_backbone({"name": architecture, "kwargs": kwargs})
+def _patch(weights: StateDict, name: str) -> int:
+    """Side of the patches of an embedding, in pixels."""
+    return shape_of(weights, f"{name}.weight", 4)[-1]
 
 
 SYSTEMS: dict[str, Callable[[StateDict, str | None, dict[str, Any]], SparseModel]] = {

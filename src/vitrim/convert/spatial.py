@@ -11,15 +11,14 @@ import math
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vitrim.checkpoint import create_backbone, load_strict
 from vitrim.config import from_plain
+from vitrim.convert.weights import StateDict, classes_of, depths_of, shape_of
 from vitrim.errors import CheckpointError
 from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
 from vitrim.model import SparseModel
-
-StateDict = dict[str, Tensor]
 
 _SIZES: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
@@ -118,28 +117,12 @@ def _counted_from(first: int, weights: StateDict) -> StateDict:
     }
 
 
-def _shape(weights: StateDict, key: str, ndim: int) -> list[int]:
-    if key not in weights:
-        raise CheckpointError(f"this is no state dict of a Swin or ConvNeXt: missing {key}")
-    shape = list(weights[key].shape)
-    if len(shape) != ndim:
-        raise CheckpointError(f"{key} has shape {tuple(shape)}; expected {ndim} dimensions")
-    return shape
-
-
-def _depths(weights: StateDict, block: str) -> tuple[int, ...]:
-    """Blocks per stage, counted by keys that match ``block``."""
-    places = {m.groups() for key in weights if (m := re.match(block, key))}
-    stages = sorted({int(stage) for stage, _ in places})
-    return tuple(sum(int(place[0]) == stage for place in places) for stage in stages)
-
-
 def _swin(weights: StateDict, architecture: str | None) -> nn.Module:
     """The Swin whose shapes ``weights`` has."""
-    dim, _, patch, _ = _shape(weights, "patch_embed.proj.weight", 4)
-    depths = _depths(weights, r"layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight")
+    dim, _, patch, _ = shape_of(weights, "patch_embed.proj.weight", 4)
+    depths = depths_of(weights, r"layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight")
     tables = [
-        _shape(weights, f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
+        shape_of(weights, f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
         for stage in range(len(depths))
     ]
     window = (math.isqrt(tables[0][0]) + 1) // 2
@@ -148,8 +131,11 @@ def _swin(weights: StateDict, architecture: str | None) -> nn.Module:
         heads = tuple(table[1] for table in tables)
         sizes = {"embed_dim": dim, "depths": depths, "num_heads": heads}
         kwargs = sizes | {"patch_size": patch, "window_size": window}
-    if "layers.0.blocks.1.attn_mask" in weights:  # one mask per window tells the image's size
-        windows = len(weights["layers.0.blocks.1.attn_mask"])
+    mask = "layers.0.blocks.1.attn_mask"
+    if mask in weights:  # one mask per window tells the image's size
+        windows, places, _ = shape_of(weights, mask, 3)
+        if places != window**2:
+            raise CheckpointError(f"{mask} is for {places} places, a window has {window**2}")
         kwargs["img_size"] = patch * window * math.isqrt(windows)
     name = architecture or _SIZES.get((dim, depths), "swin_tiny_patch4_window7_224")
     return _create(name, kwargs, weights)
@@ -157,16 +143,16 @@ def _swin(weights: StateDict, architecture: str | None) -> nn.Module:
 
 def _convnext(weights: StateDict, architecture: str | None) -> nn.Module:
     """The ConvNeXt whose shapes ``weights`` has."""
-    dim, _, patch, _ = _shape(weights, "downsample_layers.0.0.weight", 4)
-    depths = _depths(weights, r"stages\.(\d+)\.(\d+)\.norm\.weight")
+    dim, _, patch, _ = shape_of(weights, "downsample_layers.0.0.weight", 4)
+    depths = depths_of(weights, r"stages\.(\d+)\.(\d+)\.norm\.weight")
     kwargs: dict[str, Any] = {}
     if architecture is None and ((dim, depths) not in _SIZES or patch != 4):
         stages = range(len(depths))
-        dims = tuple(_shape(weights, f"stages.{stage}.0.norm.weight", 1)[0] for stage in stages)
+        dims = tuple(shape_of(weights, f"stages.{stage}.0.norm.weight", 1)[0] for stage in stages)
         kwargs = {"dims": dims, "depths": depths, "patch_size": patch}
     return _create(architecture or _SIZES.get((dim, depths), "convnext_tiny"), kwargs, weights)
 
 
 def _create(name: str, kwargs: dict[str, Any], weights: StateDict) -> nn.Module:
-    classes = _shape(weights, "head.weight", 2)[0] if "head.weight" in weights else 0
-    return create_backbone({"name": name, "kwargs": kwargs | {"num_classes": classes}})
+    kwargs = kwargs | {"num_classes": classes_of(weights)}
+    return create_backbone({"name": name, "kwargs": kwargs})

@@ -11,16 +11,14 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitrim.checkpoint import create_backbone, load_strict
 from vitrim.config import from_plain
 from vitrim.convert.spatial import merging_name
+from vitrim.convert.weights import StateDict, classes_of, depths_of, shape_of
 from vitrim.errors import CheckpointError
 from vitrim.methods.stvit_r import GLOBAL, LOCAL, UNIT, STViTRConfig
 from vitrim.model import SparseModel
-
-StateDict = dict[str, Tensor]
 
 _SIZES = {(96, 6): "conv_stem_swin_tiny", (96, 18): "conv_stem_swin_small"}
 _SIZES |= {(128, 18): "conv_stem_swin_base"}
@@ -78,22 +76,13 @@ def _settings(weights: StateDict) -> dict[str, Any]:
 
 def _description(weights: StateDict, architecture: str | None, dense: bool) -> dict[str, Any]:
     """Name and arguments of the backbone whose shapes ``weights`` has."""
-    places = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight", key) for key in weights]
-    stages = sorted(int(match[1]) for match in places if match)
-    depths = [stages.count(stage) for stage in range(max(stages) + 1)]
-    stem = "patch_embed.proj.2.c.weight"
+    depths = depths_of(weights, r"layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight")
     tables = [f"layers.{s}.blocks.0.attn.relative_position_bias_table" for s in range(len(depths))]
-    missing = [key for key in (stem, *tables) if key not in weights]
-    if missing:
-        raise CheckpointError(f"this is no STViT-R state dict: missing {', '.join(missing)}")
-    kwargs: dict[str, Any] = {
-        "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
-        "drop_path_rate": 0.0,
-    }
-    dim = weights[stem].shape[0]
+    dim = shape_of(weights, "patch_embed.proj.2.c.weight", 4)[0]
+    heads = [shape_of(weights, table, 2)[1] for table in tables]
+    kwargs: dict[str, Any] = {"num_classes": classes_of(weights), "drop_path_rate": 0.0}
     if architecture is None:
         architecture = _SIZES.get((dim, depths[2]), "conv_stem_swin_tiny")
-        heads = [weights[table].shape[1] for table in tables]
         kwargs |= {"embed_dim": dim, "depths": depths, "num_heads": heads}
     if dense:
         kwargs |= {"dynamic_img_size": True, "always_partition": True}  # shifts in every stage

@@ -205,7 +205,7 @@ def _setting(sparse: SparseModel, budget: float | None, tolerance: float) -> Set
 def has_dial(sparse: SparseModel) -> bool:
     """Whether the model's cost can be changed."""
     try:
-        _ = sparse.method.dial
+        sparse.method.dial()
     except ConfigError:
         return False
     return True

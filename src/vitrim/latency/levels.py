@@ -108,7 +108,7 @@ def _deciding(level: Level, shape: tuple[int, ...], shares: Sequence[float]) -> 
 
     found: dict[int, Level] = {}
     for share in shares:
-        curve = Curve(method.dial, kept)
+        curve = Curve(method.dial(), kept)
         place = curve.search(share * positions, tolerance=1e9, near_enough=0.02, tries=30)
         turn(curve.dial.at(place))
         own = Level(level.backbone, level.levels, copy.deepcopy(method))

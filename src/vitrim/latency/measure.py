@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from vitrim.checkpoint import write_atomic
-from vitrim.config import require
+from vitrim.config import read_json, require, shown
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.latency import runners
@@ -35,7 +36,7 @@ from vitrim.latency.probes import (
     kinds_of,
     probes_of,
 )
-from vitrim.latency.table import Curve, LatencyTable, describe_model
+from vitrim.latency.table import Curve, LatencyTable, check_times, describe_model
 from vitrim.model import SparseModel
 from vitrim.tools.benchmark import (
     Clock,
@@ -101,6 +102,7 @@ def profile(
         require(value >= 1, f"{name} is {value}; expected 1 or more")
     points = points or POINTS[runtime]
     require(points >= 2, f"points is {points}; expected 2 or more")
+    require(0 <= min_seconds < math.inf, f"min_seconds is {min_seconds}; expected 0 or more")
     source = model.backbone if isinstance(model, SparseModel) else model
     if configs is None:
         configs = [model.config] if isinstance(model, SparseModel) else kinds_of(family_of(source))
@@ -146,9 +148,8 @@ def _resumed(side_file: Path | None, stamp: Mapping[str, Any], probes: Sequence[
     if side_file is None or not side_file.exists():
         return fresh
     try:
-        found = json.loads(side_file.read_text())
-        before, samples = dict(found["settings"]), dict(found["samples"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before, samples = _read(side_file)
+    except ConfigError as error:
         raise ConfigError(
             f"{side_file}, the times of an interrupted run, is damaged ({error}); delete it"
         ) from error
@@ -166,6 +167,21 @@ def _resumed(side_file: Path | None, stamp: Mapping[str, Any], probes: Sequence[
             f"{'; '.join(differences)}. Give the same again, or delete the file"
         )
     return samples
+
+
+def _read(side_file: Path) -> tuple[dict[str, Any], Samples]:
+    """Settings and times in the file of an interrupted run; ConfigError where they are none."""
+    found = read_json(side_file)
+    names = ("settings", "samples")
+    whole = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in names)
+    require(whole, "it lacks settings or samples")
+    settings, samples = (found[name] for name in names)
+    for part, times in samples.items():
+        numbers = isinstance(times, list) and all(type(time) in (int, float) for time in times)
+        require(numbers, f"{part} is {shown(times)}; expected milliseconds")
+        check_times(times)
+    require(len(set(map(len, samples.values()))) == 1, "its parts have unlike numbers of times")
+    return settings, samples
 
 
 def _settings(stamp: Mapping[str, Any]) -> dict[str, Any]:

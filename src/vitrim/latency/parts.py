@@ -210,7 +210,7 @@ class Selecting(Part):
     def _keep_some(self, like: Tensor) -> None:
         """Have the method tell tokens of noise apart, and turn its dial: new, it may keep all."""
         try:
-            dial = self.method.dial
+            dial = self.method.dial()
         except ConfigError:  # what computes every token has none
             return
         prefix, patches = self.family.num_prefix, math.prod(self.family.grid())

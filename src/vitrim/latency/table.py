@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,20 +21,32 @@ from torch import Tensor
 
 from vitrim import costs
 from vitrim.checkpoint import write_atomic
-from vitrim.config import closest
-from vitrim.errors import ConfigError, InputError
+from vitrim.config import closest, from_plain, read_json, require, shown
+from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.methods.base import Method
+from vitrim.tokens.calls import in_features
 from vitrim.tokens.plain import Grid
 from vitrim.tools.hardware import cpu_name
 
 FORMAT = "vitrim-latency"
 FORMAT_VERSION = 1
+LONGEST = 1e9
+"""Milliseconds that a batch may take: eleven days."""
+MOST_TOKENS = 1 << 24
+"""Of an image; one of 4096 x 4096 pixels has as many."""
 
 Count = TypeVar("Count", int, float, Tensor)
 
 _MODEL_FIELDS = ("family", "depth", "width", "heads", "mlp_width", "prefix", "image_size")
 _PLACE_FIELDS = ("runtime", "batch", "threads", "dtype", "device", "cpu", "gpu")
+
+
+def check_times(milliseconds: Sequence[float]) -> None:
+    """Raise :class:`ConfigError` unless all are from 0 to :data:`LONGEST`."""
+    for value in milliseconds:
+        if not 0 <= value <= LONGEST:
+            raise ConfigError(f"a time is {value} ms; expected 0 to {LONGEST:,.0f}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,11 @@ class Curve:
             raise ConfigError("a curve's tokens, median, low and high are not equally many")
         if any(a >= b for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
             raise ConfigError("a curve's token counts do not rise")
-        if not all(math.isfinite(value) for value in (*self.median, *self.low, *self.high)):
-            raise ConfigError("a curve holds a time that is no finite number")
+        require(
+            self.tokens[0] >= 0 and self.tokens[-1] <= MOST_TOKENS,
+            f"a curve's token counts are {shown(self.tokens)}; expected 0 to {MOST_TOKENS:,}",
+        )
+        check_times((*self.median, *self.low, *self.high))
 
     def milliseconds(self, tokens: Any) -> Any:
         """Median at ``tokens`` (a number, or a tensor of any shape): on straight lines between the
@@ -108,12 +122,20 @@ class LatencyTable:
         Raises:
             ConfigError: the part was not profiled.
         """
+        return cast("float | Tensor", self.curve(part).milliseconds(tokens))
+
+    def curve(self, part: str) -> Curve:
+        """Of one part.
+
+        Raises:
+            ConfigError: the part was not profiled.
+        """
         if part not in self.curves:
             raise ConfigError(
                 f"the latency table has no curve of {part!r}{closest(part, self.curves)}; it has "
                 f"{', '.join(self.curves)}. Profile the model again, with this method"
             )
-        return cast("float | Tensor", self.curves[part].milliseconds(tokens))
+        return self.curves[part]
 
     def check(
         self,
@@ -182,12 +204,12 @@ class LatencyTable:
                 f"{FORMAT_VERSION}. Make it again with vitrim profile"
             )
         try:
-            curves = {part: _curve(curve) for part, curve in data["curves"].items()}
-            stamp = dict(data["stamp"])
-            missing = [name for name in _REQUIRED if name not in stamp]
-            if missing or not curves:
-                raise ConfigError(f"no {', '.join(missing) or 'curves'}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            stamp = _table(data, "stamp")
+            _check_stamp(stamp)
+            found = _table(data, "curves")
+            curves = {part: from_plain(Curve, _table(found, part), part) for part in found}
+            require(len(curves) > 0, "it has no curves")
+        except ConfigError as error:
             raise ConfigError(
                 f"{source} is damaged ({error}); make it again with vitrim profile"
             ) from error
@@ -202,20 +224,9 @@ class LatencyTable:
         """Read a table.
 
         Raises:
-            InputError: there is no such file.
-            ConfigError: it is no latency table, or a damaged one.
+            ConfigError: it is no file, no latency table, or a damaged one.
         """
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the latency table {path}: {error}") from error
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path} is damaged, or no latency table ({error}); vitrim profile writes one"
-            ) from error
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(read_json(Path(path)), str(path))
 
 
 def predict(
@@ -268,12 +279,31 @@ def _step_milliseconds(table: LatencyTable, step: costs.Step) -> Any:
     return table.milliseconds(part, sample.mean())
 
 
+_NAMES = ("runtime", "dtype", "device", "cpu", "family")
 _REQUIRED = ("runtime", "batch", "threads", "dtype", "device", "cpu", *_MODEL_FIELDS)
 
 
-def _curve(data: Mapping[str, Any]) -> Curve:
-    times = {name: tuple(map(float, data[name])) for name in ("median", "low", "high")}
-    return Curve(tokens=tuple(map(int, data["tokens"])), **times)
+def _table(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    table = data.get(name)
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name} is {shown(table)}; a table was expected")
+    return table
+
+
+def _check_stamp(stamp: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` unless ``stamp`` says all that a model and a place are told by."""
+    missing = [name for name in _REQUIRED if name not in stamp]
+    require(not missing, f"no {', '.join(missing)}")
+    for name in _REQUIRED:
+        value = stamp[name]
+        if name in _NAMES:
+            require(isinstance(value, str), f"{name} is {shown(value)}; a name was expected")
+            continue
+        least = 1 if name in _PLACE_FIELDS else 0
+        levels = isinstance(value, list) and name in _MODEL_FIELDS
+        whole = value if levels else [value]
+        good = all(type(item) is int and least <= item <= MOST_TOKENS for item in whole)
+        require(good, f"{name} is {shown(value)}; expected {least} to {MOST_TOKENS:,}")
 
 
 def describe_model(family: Any) -> dict[str, Any]:
@@ -298,7 +328,7 @@ def describe_model(family: Any) -> dict[str, Any]:
 def _sizes(depth: int, width: int, block: Any) -> dict[str, int]:
     """Of blocks like this one; a convolution has no heads."""
     heads = int(block.attn.num_heads) if hasattr(block, "attn") else 0
-    mlp_width = int(block.mlp.fc2.in_features)
+    mlp_width = in_features(block.mlp.fc2)
     return {"depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width}
 
 

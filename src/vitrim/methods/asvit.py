@@ -412,7 +412,6 @@ class ASViT(Method):
         steps += [costs.block(family, b, tokens, "masked") for b in range(first + 1, family.depth)]
         return [*steps, costs.head(family, tokens)]
 
-    @property
     def dial(self) -> Dial:
         """The factor on all thresholds: from one that drops everything to one that drops nothing.
 

@@ -183,7 +183,6 @@ class Method(nn.Module, ABC):
         """What tokens are scored by, where that is read off the attention, in words; else None."""
         return None
 
-    @property
     def dial(self) -> Dial:
         """The number that calibration and :meth:`turn` move.
 
@@ -193,7 +192,7 @@ class Method(nn.Module, ABC):
         raise ConfigError(f"the cost of {self.name} is fixed when the model is made sparse")
 
     def turn(self, value: float) -> None:
-        """Set the :attr:`dial`."""
+        """Set the :meth:`dial`."""
         raise ConfigError(f"the cost of {self.name} is fixed when the model is made sparse")
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
@@ -238,7 +237,6 @@ class RatioMethod(Method):
         """The same, each of so many positions."""
         return fixed_counts(self.config.ratios(len(self.stages)), num_positions)
 
-    @property
     def dial(self) -> Dial:
         """The keep ratio of fixed counts; else the threshold, which decides once it is turned."""
         if self.images_decide:

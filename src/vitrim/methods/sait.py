@@ -412,7 +412,6 @@ class SaiT(Method):
         macs += family.mlp_macs(block, tokens)
         return [costs.select(self.name, block + 1, tokens, macs, adaptive)]
 
-    @property
     def dial(self) -> Dial:
         """The field that the selector in use goes by."""
         config = self.config
@@ -428,7 +427,7 @@ class SaiT(Method):
         )
 
     def turn(self, value: float) -> None:
-        self.set_selector(self.dial.name, value)
+        self.set_selector(self.dial().name, value)
 
     def set_selector(self, selector: str, value: float | None = None) -> None:
         """Select in another way from now on, without any change to the weights.

@@ -357,14 +357,13 @@ class SPViTPyramid(SelectorMethod):
             )
         return costs.pyramid_steps(family, grid, levels)
 
-    @property
     def dial(self) -> Dial:
         require(
             self.config.execution == "gather",
             'spvit_pyramid with execution="mask" computes everything, whatever is dropped; make '
             'the model sparse with execution="gather" to change its cost',
         )
-        return super().dial
+        return super().dial()
 
 
 def default_stages(family: PiT | Swin) -> tuple[int, ...]:

@@ -272,7 +272,6 @@ class STViT(SemanticMethod):
         part = costs.select_part(self.name, adaptive=False)
         return costs.Step(part, semantic, macs, self.base_layers, tokens)
 
-    @property
     def dial(self) -> Dial:
         """The number of semantic tokens, in steps, where nothing was learned for one number.
 
@@ -289,7 +288,7 @@ class STViT(SemanticMethod):
         return Dial("semantic_tokens", rows * columns, float(min(counts)), float(max(counts)))
 
     def turn(self, value: float) -> None:
-        dial = self.dial
+        dial = self.dial()
         require(math.isfinite(value), f"semantic_tokens is {value}; expected a number")
         if round(value) != dial.value:
             shape = min(self._shapes(), key=lambda shape: abs(math.prod(shape) - value))

@@ -253,7 +253,6 @@ class STViTSwin(WindowMethod):
             total = total + family.channel_macs(stage, index, tokens)
         return total
 
-    @property
     def dial(self) -> Dial:
         """The number of semantic tokens per window, in steps, where nothing was learned for one.
 
@@ -271,7 +270,7 @@ class STViTSwin(WindowMethod):
         return Dial("window_tokens", config.window_tokens, 1.0, float(most))
 
     def turn(self, value: float) -> None:
-        dial = self.dial
+        dial = self.dial()
         require(math.isfinite(value), f"window_tokens is {value}; expected a number")
         if round(value) != dial.value:
             sides = range(1, min(self.window) + 1)

@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.config import closest, from_plain, require, to_plain
+from vitrim.checkpoint import check_arguments
+from vitrim.config import check_plain, closest, from_plain, read_text, require, shown, to_plain
 from vitrim.errors import ConfigError
 from vitrim.methods import method_by_name
 
 _MOST = 10**9
 """Of the numbers in a recipe: larger ones overflow on their way into a step."""
+MOST_BYTES = 1 << 17
+"""Of a recipe's file; ours have 3 kB."""
+MOST_DOTS = 64
+"""In one line of it: a dotted key takes memory by the square of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +36,10 @@ class ModelRecipe:
     name: str | None = None
     """timm name; None only with ``checkpoint``."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``timm.create_model``, such as ``num_classes`` or ``drop_path_rate``."""
+    """Arguments of the architecture, such as ``num_classes`` or ``drop_path_rate``."""
     pretrained: bool = False
-    """Take timm's pretrained weights (from its cache, or downloaded by timm)."""
+    """Take timm's pretrained weights, from its cache or from where timm knows them: the one setting
+    that asks the network."""
     weights: str | None = None
     """A safetensors file with timm's names, loaded strictly; ``package:NAME`` is a shipped one."""
     init: Literal["timm", "fan_in"] = "timm"
@@ -47,6 +53,7 @@ class ModelRecipe:
     and ``name`` the teacher is the named model, with ``checkpoint`` alone its own backbone."""
 
     def __post_init__(self) -> None:
+        check_arguments(self.kwargs, "model.kwargs")
         require(
             self.name is not None or self.checkpoint is not None,
             "model has no name; give model.name (a timm model) or model.checkpoint (a folder)",
@@ -327,14 +334,14 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: an unknown key, a missing table, or a value that does not fit.
     """
-    require(isinstance(data, Mapping), f"the recipe is {data!r}; a table was expected")
+    require(isinstance(data, Mapping), f"the recipe is {shown(data)}; a table was expected")
     tables = dict(data)
     method = tables.get("method", {})
-    require(isinstance(method, Mapping), f"method is {method!r}; a table was expected")
+    require(isinstance(method, Mapping), f"method is {shown(method)}; a table was expected")
     values = {key: value for key, value in method.items() if key != "name"}
     if values.keys() == {"config"}:  # the form of recipe.json
         values = values["config"]
-        require(isinstance(values, Mapping), f"method.config is {values!r}; a table was expected")
+        require(isinstance(values, dict), f"method.config is {shown(values)}; expected a table")
     values = _scheduled(method.get("name"), values)
     tables["method"] = {"name": method.get("name"), "config": values}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
@@ -359,7 +366,7 @@ def _scheduled(name: Any, values: dict[str, Any]) -> dict[str, Any]:
     is_setting = "schedule" in {entry.name for entry in fields(config_class)}
     if is_setting and not str(path).endswith(".json"):
         return values
-    require(isinstance(path, str), f"method.schedule is {path!r}; a file name was expected")
+    require(isinstance(path, str), f"method.schedule is {shown(path)}; a file was expected")
     values = {key: value for key, value in values.items() if key != "schedule"}
     config = from_plain(config_class, values, "method")
     before, after = to_plain(config), to_plain(load_schedule(path).apply(config))
@@ -382,6 +389,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     try:
         for override in overrides:
             apply_override(data, override)
+        check_plain(data)
         return recipe_from_plain(data)
     except ConfigError as error:
         changes = f" with {', '.join(overrides)}" if overrides else ""
@@ -410,10 +418,18 @@ def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
             f"no recipe {os.fspath(source)!r}{closest(os.fspath(source), packaged)}; give a TOML "
             f"file or one of: {', '.join(sorted(packaged))}"
         )
+    text = read_text(path, most_bytes=MOST_BYTES) if file is path else file.read_text("utf-8")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return _parse(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """What the TOML ``text`` holds; :class:`ValueError` and RecursionError where it is none."""
+    most = max(line.count(".") for line in text.split("\n"))
+    require(most <= MOST_DOTS, f"a line has {most} dots; expected {MOST_DOTS} or fewer")
+    return tomllib.loads(text)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -435,9 +451,11 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
+        return _parse(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown(text)} is no value: {error}") from error
 
 
 def _require_at_least(

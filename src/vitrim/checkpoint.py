@@ -417,8 +417,11 @@ def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str) -
     """Load ``weights`` into ``module``, naming everything that does not fit; see
     :func:`check_fit`. Nothing is loaded unless everything fits.
     """
-    check_fit(module.state_dict(), weights, source)
-    module.load_state_dict(weights)
+    expected = module.state_dict()
+    check_fit(expected, weights, source)
+    converted = {key: weights[key].to(due.dtype) for key, due in expected.items()}
+    check_finite(converted, source)  # a narrower type may not hold them
+    module.load_state_dict(converted)
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

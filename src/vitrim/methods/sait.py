@@ -37,6 +37,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,7 +52,6 @@ from vitrim.layers import losses
 from vitrim.layers.token_scores import SCORES
 from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
-from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Grid, Tokens
@@ -165,8 +165,7 @@ class SaiTOutput(TrainingOutput):
     """Rows and columns of the patch grid."""
 
 
-Choose = Callable[[Tokens, Tensor], AnyTokens]
-"""Takes the tokens at the point of pruning and their score (B, N); gives those that go on."""
+Choose = Callable[[Tokens, Tensor], AnyTokens]  # by the score (B, N), which go on
 
 
 class SaiT(Method):
@@ -231,42 +230,37 @@ class SaiT(Method):
             return family.head(family.run_blocks(range(family.depth), stem))
 
         def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
-            kept: AnyTokens
+            kept: AnyTokens = tokens
             if counts is None:
                 kept = self._select(tokens, score_BN)
-            elif counts[0] == tokens.num_patches:
-                kept = tokens
-            else:
+            elif counts[0] < tokens.num_patches:
                 kept = tokens.gather(_ranking(score_BN)[:, : counts[0]])
             if recorder:
                 recorder.add(self.stages[0], tokens, score_BN, kept)
             return kept
 
-        return self._finish(family, self._before(family, stem), choose)[0]
+        before = family.run_blocks(range(self.stages[0] - 1), stem)
+        return self._finish(family, before, choose)[0]
 
-    def _before(self, family: ViT, stem: Tokens) -> Tokens:
-        """The tokens before the block in, or behind, which it prunes."""
-        return family.run_blocks(range(self.stages[0] - 1), stem)
-
-    def _finish(self, family: ViT, before: Tokens, choose: Choose) -> tuple[Tensor, Tensor]:
-        """Logits from the tokens that ``choose`` has go on, and the score by which it did."""
-        read, scores = SCORES[self.config.score].read, list[Tensor]()
-
-        def score(record: AttentionRecord) -> Tensor:
-            return read(record).float()
+    def _finish(
+        self, family: ViT, before: Tokens, choose: Choose
+    ) -> tuple[Tensor, Tensor, AnyTokens]:
+        """Logits, the score, and what goes on of the tokens ``before`` the block that scores."""
+        read, chosen = SCORES[self.config.score].read, list[tuple[Tensor, AnyTokens]]()
 
         def between(tokens: AnyTokens, score_BN: Tensor) -> AnyTokens:
             assert isinstance(tokens, Tokens)
-            scores.append(score_BN / score_BN.sum(1, keepdim=True).clamp(min=EPS))
-            return choose(tokens, scores[-1])
+            score_BN = score_BN.float() / score_BN.float().sum(1, keepdim=True).clamp(min=EPS)
+            chosen.append((score_BN, choose(tokens, score_BN)))
+            return chosen[0][1]
 
         block = self.stages[0] - 1
         if self.config.where == "mid":
-            tokens, _ = family.split_block(block, before, score, between)
+            tokens, _ = family.split_block(block, before, read, between)
         else:
-            tokens = between(*family.split_block(block, before, score))
+            tokens = between(*family.split_block(block, before, read))
         tokens = family.run_blocks(range(self.stages[0], family.depth), tokens)
-        return family.head(tokens), scores[-1]
+        return family.head(tokens), *chosen[0]
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
         order_BN = _ranking(score_BN)
@@ -302,24 +296,19 @@ class SaiT(Method):
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> SaiTOutput:
-        before = self._before(family, family.stem(images))
+        before = family.run_blocks(range(self.stages[0] - 1), family.stem(images))
         grid = family.grid((images.shape[-2], images.shape[-1]))
         schedule = self.config.schedule
         sparse = self.sparse_turn or schedule in ("sandwich", "sparse")
         dense_logits = None
         if not sparse or schedule == "sandwich":
-            dense_logits, score_BN = self._finish(family, before, lambda tokens, _: tokens)
-        if not sparse:
-            assert dense_logits is not None
-            return SaiTOutput(dense_logits, score_BN, None, None, grid)
-        drawn: list[Tokens] = []
-
-        def draw(tokens: Tokens, score_BN: Tensor) -> Tokens:
-            drawn.append(self._draw(tokens, score_BN.detach(), generator))
-            return drawn[0]
-
-        logits, score_BN = self._finish(family, before, draw)
-        return SaiTOutput(logits, score_BN, drawn[0], dense_logits, grid)
+            dense_logits, score_BN, _ = self._finish(family, before, lambda tokens, _: tokens)
+            if not sparse:
+                return SaiTOutput(dense_logits, score_BN, None, None, grid)
+        draw = partial(self._draw, generator=generator)
+        logits, score_BN, kept = self._finish(family, before, draw)
+        assert isinstance(kept, Tokens)
+        return SaiTOutput(logits, score_BN, kept, dense_logits, grid)
 
     def _draw(self, tokens: Tokens, score_BN: Tensor, generator: torch.Generator | None) -> Tokens:
         """What goes on in a sparse pass of training; images that keep fewer are padded, masked."""
@@ -328,9 +317,8 @@ class SaiT(Method):
             low, high = self.config.density_range
             device = None if generator is None else generator.device
             share = torch.rand((), generator=generator, device=device).item()
-            return tokens.gather(
-                order_BN[:, : _count(low + share * (high - low), tokens.num_patches)]
-            )
+            count = _count(low + share * (high - low), tokens.num_patches)
+            return tokens.gather(order_BN[:, :count])
         keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.train_selector)
         longest = int(keep_BN.sum(1).max())
         kept = tokens.gather(order_BN[:, :longest])

@@ -24,6 +24,8 @@ class FeatureMap:
     @property
     def grid(self) -> Grid:
         rows, columns = self.x_BHWC.shape[1:3]
+        if torch._C._get_tracing_state():  # what torch.jit.trace records of divisions rounds others
+            return int(rows), int(columns)
         return rows, columns
 
 

@@ -392,7 +392,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         check_plain(data)
         return recipe_from_plain(data)
     except ConfigError as error:
-        changes = f" with {', '.join(overrides)}" if overrides else ""
+        changes = f" with {shown(', '.join(overrides))}" if overrides else ""
         raise ConfigError(f"recipe {os.fspath(source)}{changes}: {error}") from error
 
 

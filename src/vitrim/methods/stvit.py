@@ -196,7 +196,7 @@ class STViT(SemanticMethod):
     ) -> tuple[Tokens, AttentionRecord]:
         """Semantic tokens in the place of the patch tokens, and the last layer's attention."""
         self._check_shape(grid)
-        map_BCHW = tokens.patches.mT.reshape(tokens.num_images, -1, *grid)
+        map_BCHW = tokens.patches.transpose(1, 2).reshape(tokens.num_images, -1, *grid)
         initial = self.pooling(map_BCHW, self.config.shape)
         x = torch.cat([tokens.prefix_BPC, initial], 1)
         x, record = self._cross_block(family, self.base_layers, x, x, tokens.x)

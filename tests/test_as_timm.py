@@ -252,8 +252,12 @@ def test_an_empty_batch_has_empty_answers(case, backbone):
 
 
 def test_a_trace_leaves_every_module_in_its_mode():
-    sparse = dynamicvit(proj_drop_rate=0.5).train()
-    sparse.backbone.eval()
+    model = tiny_vit(proj_drop_rate=0.5).train()
+    model.blocks.eval()
+    sparse = sparsify(model, DynamicViTConfig(stages=(1, 2)))
+    assert sparse.training
+    assert not any(module.training for module in model.blocks.modules())
+    model.eval()
     sparse.trace(X)
     assert sparse.training
     assert sparse.method.training

@@ -76,7 +76,8 @@ class SparseModel(TimmModel):
             unused.requires_grad_(False)
         parameter = next(backbone.parameters())
         self.method.to(device=parameter.device, dtype=parameter.dtype)
-        self.train(backbone.training)
+        self.training = backbone.training  # the backbone's parts stay as they are
+        self.method.train(backbone.training)
         self.origin: str | None = None
         self.data_config: dict[str, Any] = {}
         self.calibration = ()
@@ -140,7 +141,7 @@ class SparseModel(TimmModel):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of ``images`` (B, channels, H, W)."""
         if not exporting() and images.ndim and len(images) == 0:
-            with _eval_mode(self):
+            with eval_mode(self):
                 one: Tensor = self(images.new_zeros(1, *images.shape[1:]))
             return one[:0]
         family, method = self.family, self._settled()
@@ -173,7 +174,7 @@ class SparseModel(TimmModel):
         if images.ndim and len(images) == 0:
             return self.trace(images.new_zeros(1, *images.shape[1:])).of_nothing()
         family, method = self.family, self._settled()
-        with torch.no_grad(), _eval_mode(self):
+        with torch.no_grad(), eval_mode(self):
             grid = family.grid((images.shape[-2], images.shape[-1]))
             recorder = Recorder(grid)
             run = partial(method.infer, family, recorder=recorder)
@@ -384,7 +385,7 @@ def _samples(method: Method) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module is as it was."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     modes = [(module, training) for module, training in modes if training]
@@ -400,7 +401,7 @@ def _eval_mode(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Evaluation and inference mode; afterwards every module is as it was."""
-    with _eval_mode(*models), torch.inference_mode():
+    with eval_mode(*models), torch.inference_mode():
         yield
 
 

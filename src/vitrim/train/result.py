@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrim import checkpoint
 from vitrim.config import to_plain
 from vitrim.errors import InputError, TrainingError
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, eval_mode
 from vitrim.tools.evaluate import check_logits, check_scores, check_weights
 from vitrim.train.data import EvalLoader
 from vitrim.train.recipe import Recipe
@@ -34,15 +34,13 @@ def top1(accelerator: Any, model: nn.Module, loader: EvalLoader) -> tuple[float,
         InputError: there is no image.
     """
     hits = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
-    was_training = model.training
-    model.eval()
-    for images, labels in loader:
-        with accelerator.autocast():
-            logits = model(images.to(accelerator.device))
-        right = (logits.argmax(-1) == labels.to(accelerator.device)).sum()
-        broken = (~logits.isfinite().all(-1)).sum()
-        hits += torch.stack([right, torch.full_like(right, len(labels)), broken])
-    model.train(was_training)
+    with eval_mode(model):
+        for images, labels in loader:
+            with accelerator.autocast():
+                logits = model(images.to(accelerator.device))
+            right = (logits.argmax(-1) == labels.to(accelerator.device)).sum()
+            broken = (~logits.isfinite().all(-1)).sum()
+            hits += torch.stack([right, torch.full_like(right, len(labels)), broken])
     right, count, broken = accelerator.reduce(hits, "sum").tolist()
     if broken:
         raise TrainingError(
@@ -67,9 +65,8 @@ def check_result(model: nn.Module, images: Tensor) -> None:
         check_logits("trained", trace.logits)
         check_scores(trace)
         return
-    was_training = model.training
-    check_logits("trained", model.eval()(images))
-    model.train(was_training)
+    with eval_mode(model):
+        check_logits("trained", model(images))
 
 
 def is_finite(value: Any) -> bool:

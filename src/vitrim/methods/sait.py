@@ -13,12 +13,11 @@ counting epochs from 1 (so that the first is dense), the schedules other than by
 recipes. No table of the paper is reproduced.
 
 * *Value-based* selectors keep a fixed number of tokens (``density``) or those whose score is above
-  a share of the uniform one (``threshold``); the *mass-based* one (``mass``) keeps the smallest set
-  whose scores, which sum to 1, reach it.
-* No parameters are added, so any trained timm model can be used as it is, without training.
-* Scores by the class token read one row of one block's attention beside the fused kernel; the
-  others need one more ``q k^T`` (0.5 % of DeiT-S). Without a class token, the mean over all tokens
-  takes its place.
+  a share of the uniform one (``threshold``); the *mass-based* one (``mass``) the smallest set whose
+  scores reach it; all scores sum to 1.
+* No parameters are added, so any trained timm model can be used as it is, without training. Scores
+  by the class token read one row of one block's attention beside the fused kernel; the others need
+  one more ``q k^T`` (0.5 % of DeiT-S). Without a class token, the mean over all tokens is taken.
 * Defaults were compared without training, on 200 images of ImageNet's training set at 0.65 of the
   dense MACs, by the KL to the dense model. Dropping mid-block beat dropping at the block's end in
   every pair (mean received attention after 4 of 12 blocks: DeiT-T 0.12 and 0.15, ViT-T 0.16 and
@@ -246,7 +245,8 @@ class SaiT(Method):
         self, family: ViT, before: Tokens, choose: Choose
     ) -> tuple[Tensor, Tensor, AnyTokens]:
         """Logits, the score, and what goes on of the tokens ``before`` the block that scores."""
-        read, chosen = SCORES[self.config.score].read, list[tuple[Tensor, AnyTokens]]()
+        read = SCORES[self.config.score].read
+        chosen: list[tuple[Tensor, AnyTokens]] = []
 
         def between(tokens: AnyTokens, score_BN: Tensor) -> AnyTokens:
             assert isinstance(tokens, Tokens)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -96,22 +97,26 @@ def check_arguments(kwargs: Any, where: str = "backbone.kwargs") -> None:
             require(
                 isinstance(value, Mapping)
                 and set(value) == {"input_size"}
-                and _is_setting(value["input_size"]),
+                and isinstance(value["input_size"], list | tuple)
+                and len(value["input_size"]) == 3
+                and all(type(side) is int and 0 < side <= _LARGEST for side in value["input_size"]),
                 f"{where}.{name} is {value!r}; only an input_size may be given",
             )
         else:
             require(_is_setting(value), f"{where}.{name} is {value!r:.100}; a number was expected")
         if name.startswith("depth"):
-            depth = sum(value) if isinstance(value, list | tuple) else value
+            each = value if isinstance(value, list | tuple) else [value]
+            numbers = all(type(depth) is int and depth > 0 for depth in each)
             require(
-                isinstance(depth, int) and 0 < depth <= _DEEPEST,
+                numbers and 0 < sum(each) <= _DEEPEST,
                 f"{where}.{name} is {value!r:.100}; expected {_DEEPEST} blocks at most",
             )
 
 
 def _is_setting(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return len(value) <= 64 and all(map(_is_setting, value))
+        whole = not any(isinstance(item, bool) for item in value)
+        return whole and len(value) <= 64 and all(map(_is_setting, value))
     if isinstance(value, str):
         return re.fullmatch(r"[\w-]{0,40}", value) is not None
     if isinstance(value, int | float):
@@ -152,6 +157,16 @@ def create_backbone(description: Mapping[str, Any], num_tensors: int | None = No
     except Exception as error:  # whatever the arguments make timm stumble over
         raise CheckpointError(f"timm cannot create {name!r} with {kwargs}: {error}") from error
     return model
+
+
+def check_runs(backbone: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raise :class:`CheckpointError` unless ``backbone``, on ``meta``, takes images of ``shape``."""
+    was_training = backbone.training
+    try:
+        backbone.eval()(torch.empty(shape, device="meta"))
+    except Exception as error:  # whatever its arguments make timm stumble over
+        raise CheckpointError(f"timm cannot run what its arguments describe: {error}") from error
+    backbone.train(was_training)
 
 
 def fill_buffers(backbone: nn.Module, description: Mapping[str, Any]) -> None:
@@ -197,7 +212,10 @@ def plain_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"{name} and {places[place]} are one tensor, and would be read back as two; give "
                 "one of them a copy (nn.Parameter(weight.clone())) before saving"
             )
-        weights[name] = tensor.detach().contiguous()
+        tensor = tensor.detach().contiguous()
+        if tensor.is_inference() or tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a part of something larger, or from inference mode
+        weights[name] = tensor
     check_finite(weights, "the model")
     return weights
 
@@ -214,11 +232,23 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, put together; any other as it is."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+    """SHA-256 of names, types, shapes and values; of what holds no values in memory (on ``meta``,
+    packed by quantisation) of its name alone. Names are without ``torch.compile``'s part.
+    """
+    digest, plain = hashlib.sha256(), {name.replace("_orig_mod.", ""): name for name in weights}
+    for name in sorted(plain):
+        found: Any = weights[plain[name]]
+        if not isinstance(found, Tensor) or found.is_meta or found.is_quantized:
+            digest.update(f"{name} {type(found)};".encode())
+            continue
+        tensor = whole(found.detach()).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -252,12 +282,15 @@ def write(
     )
 
 
-def described(backbone: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
+def described(
+    backbone: nn.Module, data: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
     """The ``config.json`` of a model, its digests left out.
 
     Args:
         backbone: made by timm.
-        known: JSON-ready: ``method`` and ``data``, and what else is known.
+        data: what is known of how images are prepared, beside what timm knows.
+        known: JSON-ready: ``method``, and what else is known.
 
     Raises:
         CheckpointError: timm does not know how the backbone was made, or no file can say it.
@@ -268,16 +301,20 @@ def described(backbone: nn.Module, known: Mapping[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {"vitrim": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "backbone": describe_backbone(backbone),
+        "backbone": _plain(describe_backbone(backbone), "the backbone was made with an argument"),
+        "data": describe_data(backbone) | dict(data),
         **known,
     }
+    return _plain(config, "origin, metrics or data hold something")
+
+
+def _plain(table: Mapping[str, Any], what: str) -> dict[str, Any]:
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        plain: dict[str, Any] = json.loads(json.dumps(table, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"the backbone was made with an argument that no file can hold, or a metric is not "
-            f"finite ({error}); create it with plain values, such as names of layers instead of "
-            "classes"
+            f"{what} that no file can hold ({error}); use plain finite values, such as names of "
+            "layers instead of classes"
         ) from error
     return plain
 
@@ -289,7 +326,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Write several files: all are complete on disk before the first one takes its place."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = {path: path.with_name(f".{path.name}.{writer}.tmp") for path in contents}
     try:
         for path, content in contents.items():
             with open(temporary[path], "wb") as file:
@@ -379,7 +417,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist, or is no file")
     try:
         return safetensors.torch.load(path.read_bytes())
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it may be truncated or a pickle, "
             "which vitrim does not open here. For an authors' .pth file use: vitrim convert"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import numbers
 import reprlib
 import types
@@ -69,7 +70,7 @@ def read_text(
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
             raise error(f"{path} is larger than {most_bytes >> 10} kB; a small file is due")
-        return content.decode()
+        return content.decode("utf-8-sig")  # Windows begins with a mark
     except OSError as found:
         raise error(f"{path} cannot be read: {found.strerror}") from found
     except UnicodeDecodeError as found:
@@ -199,6 +200,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         number = numbers.Real if hint is float else numbers.Integral
         if isinstance(value, number):
             try:
+                require(math.isfinite(value), f"{path} is {value}; a finite number was expected")
                 return hint(value)
             except OverflowError as error:
                 raise ConfigError(f"{path} is too large a number") from error

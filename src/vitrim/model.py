@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import budget, checkpoint
-from vitrim.as_timm import TimmModel
+from vitrim.as_timm import TimmModel, is_empty, one_for_none
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from vitrim.families import Family, family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
-from vitrim.methods.records import DenseOutput, Recorder, StageTrace
-from vitrim.tokens.calls import called, is_hooked
-from vitrim.tokens.graphs import exporting
+from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
+from vitrim.tokens.calls import is_hooked
 from vitrim.tokens.plain import Grid
 
 
@@ -140,9 +139,9 @@ class SparseModel(TimmModel):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of ``images`` (B, channels, H, W)."""
-        if not exporting() and images.ndim and len(images) == 0:
+        if is_empty(images):
             with eval_mode(self):
-                one: Tensor = self(images.new_zeros(1, *images.shape[1:]))
+                one: Tensor = self(one_for_none(images))
             return one[:0]
         family, method = self.family, self._settled()
 
@@ -151,34 +150,25 @@ class SparseModel(TimmModel):
                 return method.train_forward(family, images).logits
             return method.infer(family, images)
 
-        return called(self.backbone, partial(called, self.method, run), images)
+        return self.through(run, images)
 
     def _settled(self) -> Method:
         """The method with the settings that it has now, whatever another thread turns meanwhile."""
         return self.method if torch.compiler.is_compiling() else copy.copy(self.method)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The feature pyramid of ``images`` (B, channels, H, W) for heads of dense prediction: the
-        map (B, C, H, W) after each of the backbone's stages, by the inference forward.
-
-        Raises:
-            ConfigError: the method does not keep the backbone's map.
-        """
-        return self.method.features(self.family, images)
 
     def trace(self, images: Tensor) -> Trace:
         """Logits, and what each stage kept, by the inference forward without gradients.
 
         Deterministic: a model in training mode is put into evaluation mode for it, and back.
         """
-        if images.ndim and len(images) == 0:
-            return self.trace(images.new_zeros(1, *images.shape[1:])).of_nothing()
+        if is_empty(images):
+            return self.trace(one_for_none(images)).of_nothing()
         family, method = self.family, self._settled()
         with torch.no_grad(), eval_mode(self):
             grid = family.grid((images.shape[-2], images.shape[-1]))
             recorder = Recorder(grid)
             run = partial(method.infer, family, recorder=recorder)
-            logits = called(self.backbone, partial(called, self.method, run), images)
+            logits = self.through(run, images)
         counts = [stage.counts.double() for stage in recorder.stages]
         macs = method.macs(family, grid, counts)
         macs = torch.as_tensor(macs, dtype=torch.float64, device=logits.device)
@@ -200,12 +190,27 @@ class SparseModel(TimmModel):
             generator: source of the method's noise; None uses torch's global one.
 
         Raises:
-            InputError: the batch is empty.
+            InputError: the batch is empty, or the teacher knows another number of classes.
+            ConfigError: there are labels, and the backbone has no classifier.
         """
         if len(images) == 0:
             raise InputError("the batch is empty; a loss is a mean over at least one image")
-        output = self.method.train_forward(self.family, images, generator)
-        return self.method.losses(output, target, teacher)
+        if target is not None and getattr(self.backbone, "num_classes", None) == 0:
+            raise ConfigError("the backbone has no classifier (num_classes=0); leave labels out")
+        family = self.family
+        outputs: list[TrainingOutput] = []
+
+        def run(images: Tensor) -> Tensor:
+            outputs.append(self.method.train_forward(family, images, generator))
+            return outputs[0].logits
+
+        logits = self.through(run, images)
+        if teacher is not None and teacher.logits.shape[1] != logits.shape[1]:
+            raise InputError(
+                f"the teacher gives {teacher.logits.shape[1]} logits, and this model "
+                f"{logits.shape[1]}; distil from a model of the same classes"
+            )
+        return self.method.losses(replace(outputs[0], logits=logits), target, teacher)
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """Change the keep ratio at run time.
@@ -283,7 +288,8 @@ class SparseModel(TimmModel):
         """
         now = _samples(self.method)
         return bool(self._newborn) and all(
-            torch.allclose(sample.float(), now[name].to(sample).float(), rtol=1e-2, atol=1e-4)
+            name in now
+            and torch.allclose(sample.float(), now[name].to(sample).float(), rtol=1e-2, atol=1e-4)
             for name, sample in self._newborn.items()
         )
 
@@ -322,24 +328,26 @@ class SparseModel(TimmModel):
                 backbone, something in it was replaced, adapted, tied, quantised or sharded, or a
                 weight is not finite.
         """
-        weights = checkpoint.plain_weights(self.state_dict())
+        still = copy.copy(self)  # whatever another thread turns meanwhile
+        still._modules = self._modules | {"method": self._settled()}
+        weights = checkpoint.plain_weights(still.state_dict())
         records = self.calibration if self.calibration and self._is_calibrated else ()
         known = {
-            "data": checkpoint.describe_data(self.backbone) | self.data_config,
-            "method": {"name": self.method.name, "config": to_plain(self.config)},
+            "method": {"name": still.method.name, "config": to_plain(still.config)},
             "calibration": [to_plain(record) for record in records],
             "origin": origin or self.origin,
             "metrics": metrics or {},
         }
-        description = checkpoint.described(self.backbone, known)
-        self._check_rebuilt(description, weights)
+        description = checkpoint.described(self.backbone, self.data_config, known)
+        still._check_rebuilt(description, weights)
         checkpoint.write(folder, description, weights)
 
     def _check_rebuilt(self, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Raise :class:`CheckpointError` unless a checkpoint would be read back as this model."""
         advice = (
             "what is in a model besides timm's own arguments must be undone or merged before "
-            "(reset_classifier for another head, merge for adapters, prune.remove for pruning)"
+            "(reset_classifier for another head, merge for adapters, prune.remove for pruning; for "
+            "another image size make it sparse at that size)"
         )
         try:
             twin = _made(checkpoint.checked(description), weights, "the model", {})
@@ -351,10 +359,14 @@ class SparseModel(TimmModel):
         size = (2, self.family.in_channels, *self.family.image_size)
         images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(parameter)
         with evaluating(self, twin):
-            here, there = self.trace(images), twin.to(images.device).trace(images)
+            try:
+                here, answer = self.trace(images), self(images)
+            except RuntimeError as error:
+                raise CheckpointError(f"the model cannot run on images: {error}") from error
+            there = twin.to(images.device).trace(images)
         if not here.logits.isfinite().all():
             raise CheckpointError("the model's answers are not finite (NaN or infinite)")
-        pairs = [(here.logits, there.logits)]
+        pairs = [(here.logits, there.logits), (answer, there.logits)]
         pairs += [(a.scores, b.scores) for a, b in zip(here.stages, there.stages, strict=True)]
         if not all(_alike(a, b, parameter.dtype) for a, b in pairs):
             raise CheckpointError(
@@ -378,7 +390,7 @@ def _samples(method: Method) -> dict[str, Tensor]:
     if method.needs_training is None:
         return {}
     return {
-        name: parameter.detach().flatten()[:8].clone()
+        name: checkpoint.whole(parameter.detach()).flatten()[:8].clone()
         for name, parameter in method.named_parameters()
         if not parameter.is_meta
     }
@@ -435,7 +447,8 @@ def _made(
     with torch.device("meta"):
         backbone = checkpoint.create_backbone(description["backbone"], len(weights))
         model = SparseModel(backbone, config)
-    checkpoint.check_fit(model.state_dict(), weights, source)
+        checkpoint.check_fit(model.state_dict(), weights, source)
+        checkpoint.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
     model.load_state_dict(weights, assign=True)
     checkpoint.fill_buffers(model.backbone, description["backbone"])
     return model

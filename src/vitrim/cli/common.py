@@ -127,7 +127,7 @@ def _load_dense(
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         model: nn.Module = timm.create_model(name, **size)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise InputError(f"timm cannot create {name!r} with {size}: {error}") from error
     if weights is not None:
         checkpoint.load_strict(model, checkpoint.read_weights(weights), str(weights))

@@ -48,12 +48,20 @@ def weights_of(content: Mapping[str, Any]) -> StateDict:
             f"{', '.join(map(shown, strangers[:5])) or 'nothing'}"
         )
     odd = [key for key, tensor in weights.items() if not _is_plain(tensor)]
+    if not odd and sum(w.nbytes for w in weights.values()) > 2 * _memory(weights):
+        odd = ["tensors that share their memory"]
     if odd:
         raise CheckpointError(
             f"{shown(odd)} are no plain tensors on a CPU; expected ones whose values all lie in "
             "memory"
         )
     return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+
+
+def _memory(weights: StateDict) -> int:
+    """Bytes that the weights take; what is shared counts once."""
+    storages = (weight.untyped_storage() for weight in weights.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _is_plain(tensor: Tensor) -> bool:

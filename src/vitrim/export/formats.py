@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ Program = torch.export.ExportedProgram
 
 def write_pt2(program: Program, path: Path, dtype: str) -> None:
     """A file that torch itself loads."""
-    torch.export.save(program, path)
+    content = BytesIO()  # on a full disk torch would end the process
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 def write_onnx(program: Program, path: Path) -> None:

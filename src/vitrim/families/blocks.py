@@ -108,6 +108,7 @@ def mlp_half(block: Any, tokens: AnyTokens) -> AnyTokens:
         out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return out
 
-    if isinstance(tokens, PackedTokens) and not is_hooked(block.mlp):
+    parts = (block.norm2, *block.mlp.modules())
+    if isinstance(tokens, PackedTokens) and not any(map(is_hooked, parts)):
         return tokens.with_x(in_slices(half, tokens.x))
     return tokens.with_x(half(tokens.x))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from vitrim.errors import UnsupportedBackboneError
 
@@ -36,8 +38,12 @@ def kind(module: Any) -> type:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether calling ``module`` does more than its class's forward."""
+    return "forward" in vars(module) or _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Result:
@@ -51,8 +57,12 @@ def called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Resul
     Raises:
         UnsupportedBackboneError: somebody gave this module a forward of its own.
     """
-    module = bare(module)
-    if not is_hooked(module):
+    inside = bare(module)
+    if inside is not module:
+        run = partial(called, inside, run)
+        if not _has_hooks(module):
+            return run(*inputs)
+    elif not is_hooked(module) and not _watched_by_all():
         return run(*inputs)
     if torch.compiler.is_compiling():
         result: Result = _called_eagerly(module, run, *inputs)
@@ -65,7 +75,7 @@ def _called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Resu
     name = "_old_forward" if "_hf_hook" in vars(module) else "forward"
     with _one_at_a_time:
         before = vars(module).get(name)
-        if name == "forward" and before is not None:
+        if name == "forward" and before is not None and bare(module) is module:
             raise UnsupportedBackboneError(
                 f"a {type(module).__name__} of the backbone was given another forward, and vitrim, "
                 "which runs its parts one by one, would pass it over; use hooks, or put a module "
@@ -73,18 +83,35 @@ def _called(module: nn.Module, run: Callable[..., Result], *inputs: Any) -> Resu
             )
         own, thread = getattr(module, name), threading.get_ident()
 
+        def put_back() -> None:
+            vars(module).pop(name, None)
+            if before is not None:
+                vars(module)[name] = before
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (run if threading.get_ident() == thread else own)(*args, **kwargs)
+            if threading.get_ident() != thread:
+                return own(*args, **kwargs)
+            put_back()  # the first call is ours; what hooks call or copy is the module as it was
+            given = [word for word, value in kwargs.items() if value is not None]
+            if given:
+                raise UnsupportedBackboneError(
+                    f"a hook gives a {type(module).__name__} of the backbone {', '.join(given)}, "
+                    "which vitrim, running its parts one by one, would pass over"
+                )
+            return run(*args)
 
         vars(module)[name] = forward
         try:
             result: Result = module(*inputs)
         finally:
-            if before is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = before
+            put_back()
     return result
+
+
+def _watched_by_all() -> bool:
+    """Whether hooks are set for all modules, as by torch's counter of operations."""
+    is_compiling = torch.compiler.is_compiling()
+    return not is_compiling and bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 _called_eagerly = torch.compiler.disable(_called)  # type: ignore[no-untyped-call]

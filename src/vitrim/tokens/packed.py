@@ -37,7 +37,7 @@ from vitrim.tokens.bucketing import (
     divide,
     make_bucket,
 )
-from vitrim.tokens.calls import called
+from vitrim.tokens.calls import called, is_hooked
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.padding import select_padded
 from vitrim.tokens.plain import Tokens
@@ -413,7 +413,7 @@ def packed_attention(
 def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
     """(rows, 3, H, D): queries, keys and values."""
     qkv: Tensor = attention.qkv(x_TC).unflatten(1, (3, attention.num_heads, attention.head_dim))
-    if not isinstance(attention.q_norm, nn.Identity):  # then timm norms the keys too
+    if not isinstance(attention.q_norm, nn.Identity) or is_hooked(attention.q_norm):
         q, k, v = qkv.unbind(1)
         qkv = torch.stack([attention.q_norm(q).to(v), attention.k_norm(k).to(v), v], 1)
     return qkv

@@ -131,6 +131,11 @@ def _open_reader(
     class_map: str | os.PathLike[str] | None,
     seed: int,
 ) -> Any:
+    for text in (name, os.fspath(root or ""), split):
+        if "pipe:" in text or "://" in text or "::" in text:
+            raise InputError(
+                f"{text!r} is no path: data are read from files alone, not from pipes and addresses"
+            )
     try:
         dataset: Any = create_dataset(
             name,
@@ -241,7 +246,7 @@ def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
     try:
         if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):
             raise ValueError(f"it is no file of up to {MOST_BYTES >> 20} MB")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"the class map {class_map} cannot be read: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
@@ -267,9 +272,11 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: _natural(str(path)))
 
 
-def _natural(name: str) -> list[str | int]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts ``class_2`` before ``class_10``, as timm orders class folders."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+    parts = re.split(r"(\d+)", name.lower())
+    whole = (part.lstrip("0") if number % 2 else part for number, part in enumerate(parts))
+    return [(len(part) if number % 2 else 0, part) for number, part in enumerate(whole)]
 
 
 def _first(names: Sequence[str], count: int = 5) -> str:

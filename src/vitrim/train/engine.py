@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitrim.checkpoint import load_strict
 from vitrim.errors import InputError, TrainingError
 from vitrim.methods.base import Method
 from vitrim.model import SparseModel
@@ -85,13 +86,33 @@ def train(
     ):
         accelerator.wait_for_everyone()
         check_folder(folder, recipe)
-        return _Trainer(recipe, folder, accelerator, resume=resume).run(on_progress)
+        before: int | None = None
+        while True:
+            trainer = _Trainer(recipe, folder, accelerator, resume=resume, before=before)
+            try:
+                return trainer.run(on_progress)
+            except _SpoiltStateError as error:
+                before = trainer.step
+                logger.warning("passed over the state of step %d in %s: %s", before, folder, error)
+
+
+class _SpoiltStateError(TrainingError):
+    """The first step after a resume is not finite: what it was resumed from is to blame."""
 
 
 class _Trainer:
     """The parts of a run and its loop."""
 
-    def __init__(self, recipe: Recipe, folder: Path, accelerator: Any, *, resume: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        accelerator: Any,
+        *,
+        resume: bool,
+        before: int | None = None,
+    ) -> None:
+        """``before`` is a step: only earlier states are resumed from."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         task = create_task(recipe)
         self.dense_or_sparse: Any = task.model
@@ -112,7 +133,8 @@ class _Trainer:
         noise = torch.Generator().manual_seed(0)
         self.probe = torch.randn(2, *self.data_config["input_size"], generator=noise)
         if resume:
-            self._go_on()
+            self._go_on(before)
+        self.resumed_at = self.step
         # Only now, so that a recipe that cannot run leaves nothing behind.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -241,9 +263,12 @@ class _Trainer:
         if math.isfinite(means["total"]) and (math.isfinite(norm) or has_scaler):
             return
         terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        raise self._stopped(
+        reason = (
             f"step {self.step + 1} has no finite loss or gradient ({terms}, gradient {norm:.4g})"
         )
+        if 0 < self.step == self.resumed_at:
+            raise _SpoiltStateError(reason)
+        raise self._stopped(reason)
 
     def _count_skipped(self) -> None:
         self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
@@ -345,9 +370,9 @@ class _Trainer:
         }
         save_state(self.folder, self.step, state)
 
-    def _go_on(self) -> None:
+    def _go_on(self, before: int | None) -> None:
         """Restore the last state from which the run can go on, if there is any."""
-        state = load_state(self.folder)
+        state = load_state(self.folder, before)
         while state is not None:
             if state["global_batch"] != self.global_batch:
                 raise TrainingError(
@@ -365,10 +390,11 @@ class _Trainer:
     def _restore(self, state: dict[str, Any]) -> str | None:
         """Put everything back as it was saved; returns what is wrong with it."""
         try:
-            self.dense_or_sparse.load_state_dict(state["model"])
+            load_strict(self.dense_or_sparse, state["model"], "its model")
             self.optimizer.load_state_dict(state["optimizer"])
+            self._check_moments()
             if self.average is not None:
-                self.average.model.load_state_dict(state["average"])
+                load_strict(self.average.model, state["average"], "its average")
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except torch.OutOfMemoryError:
@@ -377,3 +403,11 @@ class _Trainer:
             return f"it does not fit: {error}"
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         return self._fault()
+
+    def _check_moments(self) -> None:
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                    raise ValueError(f"{name} of the optimiser is no tensor of floats")
+                if value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of the optimiser has shape {tuple(value.shape)}")

@@ -55,7 +55,7 @@ def held(folder: Path) -> Iterator[None]:
     is_new, path = not folder.exists(), folder / LOCK_FILE
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     _locks.add(lock)
     try:
         if not _take(lock, path):

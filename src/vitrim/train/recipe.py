@@ -387,6 +387,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     data = _read(source)
     try:
+        _refuse_hubs(data)
         for override in overrides:
             apply_override(data, override)
         check_plain(data)
@@ -394,6 +395,18 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     except ConfigError as error:
         changes = f" with {shown(', '.join(overrides))}" if overrides else ""
         raise ConfigError(f"recipe {os.fspath(source)}{changes}: {error}") from error
+
+
+def _refuse_hubs(data: dict[str, Any]) -> None:
+    """Refuse data of a hub that a file names: only the command line may send us there."""
+    table = data.get("data")
+    for key in ("train", "val"):
+        name = table.get(key) if isinstance(table, dict) else None
+        require(
+            not (isinstance(name, str) and name.lower().startswith(("hfds/", "hfids/", "tfds/"))),
+            f"data.{key} is {shown(name)}, which is read from a hub; a recipe's file may not ask "
+            f"the network, so give it by hand: --set data.{key}=...",
+        )
 
 
 def list_recipes() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from vitrim.checkpoint import write_atomic, write_together
-from vitrim.config import read_json, to_plain
+from vitrim.config import read_json, read_text, to_plain
 from vitrim.errors import ConfigError, TrainingError
 from vitrim.train.folder import writing
 from vitrim.train.logs import LOG_FILE
@@ -41,7 +42,14 @@ _FREE = {
 }
 
 # What a run that was killed in the midst of writing leaves behind.
-_LEFTOVERS = (".*.tmp", f"{STATE_FOLDER}/*.tmp", f"{STATE_FOLDER}/.*.tmp", "checkpoint/.*.tmp")
+_LEFTOVERS = (
+    *(
+        f".{name}.*.tmp"
+        for name in (RECIPE_FILE, LOG_FILE, "backbone.json", "backbone.safetensors")
+    ),
+    *(f"{STATE_FOLDER}/.step_*.{kind}.*.tmp" for kind in ("pt", "sha256")),
+    *(f"checkpoint/.{name}.*.tmp" for name in ("config.json", "model.safetensors")),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +114,7 @@ def claim_folder(folder: Path, recipe: Recipe, step: int) -> None:
     """
     with writing(folder):
         for pattern in _LEFTOVERS:
-            for leftover in folder.glob(pattern):
+            for leftover in filter(Path.is_file, folder.glob(pattern)):
                 leftover.unlink()
         for path in _states(folder):
             if not step or path > _state_path(folder, step):
@@ -162,22 +170,21 @@ def load_state(folder: Path, before: int | None = None) -> dict[str, Any] | None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content, digest = path.read_bytes(), _digest_path(path)
-    if digest.exists():  # states of before had none
-        expected = digest.read_text(encoding="utf-8").partition(" ")[0]
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise ValueError(f"its SHA-256 is not that in {digest.name}")
+    content = path.read_bytes()
+    expected = read_text(_digest_path(path), TrainingError).partition(" ")[0]
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise ValueError("its SHA-256 is not that in the file beside it")
     state: dict[str, Any] = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     for name, kind in _PARTS.items():
         if name not in state or not isinstance(state[name], kind):
             raise ValueError(f"its {name!r} is missing or of another type")
-    if path.name != _state_path(path.parent, state["step"]).name:
+    if state["step"] < 1 or path.name != _state_path(path.parent, state["step"]).name:
         raise ValueError(f"it is of step {state['step']}")
     return state
 
 
 def _states(folder: Path) -> list[Path]:
-    return sorted((folder / STATE_FOLDER).glob("step_*.pt"))
+    return sorted(filter(Path.is_file, (folder / STATE_FOLDER).glob("step_*.pt")))
 
 
 def _state_path(folder: Path, step: int) -> Path:
@@ -189,6 +196,6 @@ def _digest_path(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a state, its digest last: a state without one counts as one of before."""
     path.unlink()
-    _digest_path(path).unlink(missing_ok=True)
+    with suppress(OSError):  # it is a folder, perhaps
+        _digest_path(path).unlink()

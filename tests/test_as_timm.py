@@ -249,6 +249,15 @@ def test_an_empty_batch_has_empty_answers(case, backbone):
     assert all(len(stage.kept) == 0 and len(stage.counts) == 0 for stage in trace.stages)
     with pytest.raises(InputError, match="empty"):
         sparse.losses(X[:0], TARGET[:0])
+    for call in (sparse.forward_features, sparse.features, sparse.forward_intermediates):
+        try:
+            found = call(X[:0])
+        except ConfigError:  # it has none, of any batch
+            with pytest.raises(ConfigError):
+                call(X)
+            continue
+        tensors = [found] if isinstance(found, torch.Tensor) else [*found]
+        assert all(len(t) == 0 for t in tensors if isinstance(t, torch.Tensor))
 
 
 def test_a_trace_leaves_every_module_in_its_mode():
@@ -348,3 +357,20 @@ def test_models_on_meta_may_be_asked_whether_they_are_trained():
     sparse.to_empty(device="cpu").load_state_dict(dynamicvit().state_dict())
     assert not sparse.is_untrained
     assert copy.deepcopy(sparse).eval()(X).shape == (3, 10)
+
+
+def test_a_teacher_of_other_classes_and_a_missing_head_are_named():
+    sparse = dynamicvit()
+    teacher = sparse.method.teach(sparse.family, X)
+    sparse.reset_classifier(5)
+    with pytest.raises(InputError, match="gives 10 logits, and this model 5"):
+        sparse.losses(X, None, teacher)
+    sparse.reset_classifier(0)
+    with pytest.raises(ConfigError, match="no classifier"):
+        sparse.losses(X, TARGET)
+
+
+def test_what_the_backbone_lacks_the_sparse_model_lacks_too():
+    sparse = sparsify(tiny_pit(), CASES["spvit_pyramid"])
+    assert not hasattr(sparse, "group_matcher")
+    assert hasattr(dynamicvit(), "group_matcher")

@@ -24,10 +24,12 @@ import torch.nn.utils.prune
 
 from tests.conftest import forge, images, seeded, tiny_swin, tiny_vit
 from vitrim import (
+    ASViTConfig,
     CheckpointError,
     ConfigError,
     DynamicSpatialConfig,
     DynamicViTConfig,
+    calibrate,
     checkpoint,
     from_pretrained,
     load_official,
@@ -412,6 +414,12 @@ def test_loading_may_change_the_method(folder):
         {"depth": 10_000},
         {"depth": [10, 10**9]},
         {"depth": "x"},
+        {"depth": [[2]]},
+        {"depth": [None]},
+        {"depths": [1, 1, [1], 1]},
+        {"num_heads": [True]},
+        {"pretrained_cfg_overlay": {"input_size": "abc"}},
+        {"pretrained_cfg_overlay": {"input_size": [3, 0, 0]}},
         {"embed_dim": 10**12},
         {"img_size": float("nan")},
         {"img_size": [1] * 1000},
@@ -557,13 +565,28 @@ def spoiled(model):
     model.method.predictors[0].embed[1].bias.data[0] = torch.nan
 
 
+def hooked_outside(model):
+    model.register_forward_hook(lambda _m, _i, out: out + 1)
+
+
 def of_the_method(model):
     for parameter in model.method.parameters():
         parameter.data.mul_(20)  # new ones hardly tell tokens apart
     model.method.predictors[0].embed[0].eps = 1.0
 
 
-CHANGES = (replaced_head, tied, activation, heads, epsilon, pruned, hooked, spoiled, of_the_method)
+CHANGES = (
+    of_the_method,
+    replaced_head,
+    tied,
+    activation,
+    heads,
+    epsilon,
+    pruned,
+    hooked,
+    hooked_outside,
+    spoiled,
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -601,3 +624,63 @@ def test_buffers_that_no_file_holds_are_made(tmp_path):
     loaded = from_pretrained(tmp_path)
     assert not any(buffer.is_meta for buffer in loaded.buffers())
     assert torch.equal(loaded(images(2, 36)), sparse(images(2, 36)))
+
+
+def test_arguments_that_timm_cannot_run_are_refused(folder):
+    forge(folder, lambda config: config["backbone"]["kwargs"].update(norm_layer="layernorm2d"))
+    with pytest.raises(CheckpointError):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"a": float("nan")}, {"a": object()}, {(1, 2): 3}], ids=["nan", "object", "key"]
+)
+def test_metrics_that_no_file_holds_are_named(sparse, tmp_path, metrics):
+    with pytest.raises(CheckpointError, match="origin, metrics or data"):
+        sparse.save_pretrained(tmp_path / "model", metrics=metrics)
+    assert not (tmp_path / "model").exists()
+
+
+def test_views_of_one_tensor_are_saved_whole(sparse, tmp_path):
+    shared = torch.randn(192, 32, generator=seeded(5)) / 10
+    sparse.backbone.blocks[0].mlp.fc1.weight.data = shared[:128]
+    sparse.backbone.blocks[1].mlp.fc1.weight.data = shared[64:]
+    sparse.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
+
+
+def test_threads_save_and_turn_one_model(sparse, tmp_path):
+    stop, errors = threading.Event(), []
+
+    def turn():
+        while not stop.is_set():
+            for ratio in ((0.9, 0.8), (0.4, 0.2)):
+                sparse.set_keep_ratio(ratio)
+
+    def save():
+        try:
+            for _ in range(6):
+                sparse.save_pretrained(tmp_path)
+        except Exception as error:
+            errors.append(error)
+
+    turner = threading.Thread(target=turn)
+    savers = [threading.Thread(target=save) for _ in range(2)]
+    turner.start()
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join()
+    stop.set()
+    turner.join()
+    assert not errors
+    assert from_pretrained(tmp_path).config.keep_ratio in ((0.9, 0.8), (0.4, 0.2))
+
+
+def test_compiling_a_block_keeps_the_record_of_a_calibration(tmp_path):
+    sparse = sparsify(tiny_vit(), ASViTConfig(thresholds=0.06)).eval()
+    calibrate(sparse, [images(8)], macs=(0.6, 0.8))
+    sparse.backbone.blocks[0] = torch.compile(sparse.backbone.blocks[0], backend="eager")
+    sparse.set_budget(0.7)
+    sparse.save_pretrained(tmp_path)
+    assert len(from_pretrained(tmp_path).calibration) == 2

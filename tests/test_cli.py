@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -621,6 +622,13 @@ def test_an_export_of_nan_is_an_error(capsys, monkeypatch, made, tmp_path, to):
     code, _, err = run(capsys, "export", tmp_path / "spoilt", "--to", to, *words)
     assert code == 2
     assert "hold NaN or infinity" in err
+
+
+def test_what_is_logged_is_printable():
+    from vitrim.cli import _Printable
+
+    record = logging.LogRecord("x", 30, "f", 1, "left out %s", ("a\x1b]0;x\x07\x9b31m",), None)
+    assert _Printable("%(message)s").format(record).isprintable()
 
 
 def test_a_difference_that_is_no_number_is_refused():

@@ -247,3 +247,27 @@ def test_a_transform_that_fails_names_the_image(tmp_path):
     dataset = open_dataset(write_images(tmp_path / "set"), transform)
     with pytest.raises(UnreadableImageError, match=r"class_0.0\.png cannot be .*: too large"):
         dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "root", "split"),
+    [
+        ("wds/x", "pipe:touch {marker} #", "a.tar|100"),
+        ("wds/x", "http://127.0.0.1:9/", "a.tar|100"),
+        ("wds/x", "data", "pipe:touch {marker}|100"),
+        ("wds/x", "zip://a::b", "a.tar|1"),
+    ],
+)
+def test_data_are_read_from_files_alone(tmp_path, name, root, split):
+    marker = tmp_path / "marker"
+    words = (text.format(marker=marker) for text in (root, split))
+    with pytest.raises(InputError, match="not from pipes and addresses"):
+        open_dataset(name, root=next(words), split=next(words))
+    assert not marker.exists()
+
+
+def test_names_with_long_numbers_are_sorted(tmp_path):
+    for name in ("c10", "c9", "c" + "1" * 100, "c01"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    assert open_dataset(tmp_path).classes == ["c01", "c9", "c10", "c" + "1" * 100]

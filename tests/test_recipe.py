@@ -198,3 +198,29 @@ def test_sparse_recipes_start_from_the_dense_model_of_their_family():
         if name.startswith("digits-") and family:
             dense, sparse = load_recipe(f"digits-{family}").model, load_recipe(name).model
             assert (sparse.name, sparse.kwargs) == (dense.name, dense.kwargs), name
+
+
+@pytest.mark.parametrize("name", ["hfds/someone/data", "hfids/x", "tfds/x", "HFDS/x"])
+def test_a_recipes_file_does_not_send_us_to_a_hub(tmp_path, name):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'name = "x"\n[model]\nname = "vit_tiny_patch16_224"\n[data]\ntrain = "{name}"\n'
+        "[run]\nepochs = 1\n"
+    )
+    with pytest.raises(ConfigError, match=r"read from a hub; .* give it by hand"):
+        load_recipe(path)
+    path.write_text(path.read_text().replace(name, "digits"))
+    assert load_recipe(path, [f"data.train={name}"]).data.train == name
+
+
+@pytest.mark.parametrize(
+    "kwargs", ["{ pretrained = true }", '{ checkpoint_path = "/etc/passwd" }', "{ depth = [[1]] }"]
+)
+def test_a_recipes_arguments_are_an_architectures(tmp_path, kwargs):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'name = "x"\n[model]\nname = "vit_tiny_patch16_224"\nkwargs = {kwargs}\n[data]\n'
+        'train = "digits"\n[run]\nepochs = 1\n'
+    )
+    with pytest.raises(ConfigError, match=r"model\.kwargs"):
+        load_recipe(path)

@@ -434,7 +434,17 @@ def test_a_bad_last_state_is_passed_over_for_the_one_before(folder, tmp_path, ca
     def groups(state):
         state["optimizer"] = {}
 
-    for number, damage in enumerate((weights, one_value, optimiser, shape, groups)):
+    def moments(state):
+        next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(3)
+
+    def kinds(state):
+        state["model"]["backbone.head.bias"] = state["model"]["backbone.head.bias"].to(torch.int8)
+
+    def gradient(state):  # weights and answers are finite, the next loss or gradient is not
+        state["model"]["backbone.norm.weight"] *= 1e25
+
+    damages = (weights, one_value, optimiser, shape, groups, moments, kinds, gradient)
+    for number, damage in enumerate(damages):
         run = tmp_path / str(number)
         for _ in range(6):
             train(part, run, on_progress=quiet)

@@ -390,12 +390,20 @@ def test_a_state_that_lacks_a_part_is_passed_over(tmp_path, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x04N."])
-def test_states_of_before_without_a_digest_are_read_and_checked_too(tmp_path, content):
-    (tmp_path / "state").mkdir()
-    torch.save(state_of(1), tmp_path / "state" / "step_000000001.pt")
-    torch.save([1, 2], tmp_path / "state" / "step_000000002.pt")
-    torch.save(state_of(9), tmp_path / "state" / "step_000000003.pt")
-    (tmp_path / "state" / "step_000000004.pt").write_bytes(content)
+def test_states_are_checked_whatever_their_digest_says(tmp_path, content):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    torch.save(state_of(1), folder / "step_000000001.pt")
+    torch.save([1, 2], folder / "step_000000002.pt")
+    torch.save(state_of(9), folder / "step_000000003.pt")
+    (folder / "step_000000004.pt").write_bytes(content)
+    torch.save(state_of(5), folder / "step_000000005.pt")
+    for path in sorted(folder.glob("*.pt"))[:4]:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.with_suffix(".sha256").write_text(f"{digest}  {path.name}\n")
+    os.mkfifo(folder / "step_000000005.sha256")
+    (folder / "step_000000006.pt").mkdir()
+    os.mkfifo(folder / "step_000000007.pt")
     assert trainer_state.load_state(tmp_path)["step"] == 1
 
 
@@ -437,9 +445,9 @@ def test_a_result_without_a_state_is_left_alone(tmp_path, caplog):
 def test_claiming_sweeps_what_a_kill_left_and_what_comes_after(tmp_path):
     for name in ("state", "checkpoint", "mine"):
         (tmp_path / name).mkdir()
-    stale = ["state/.step_000000003.pt.77.tmp", "state/step_000000002.tmp", ".recipe.json.77.tmp"]
+    stale = ["state/.step_000000003.pt.77.tmp", ".recipe.json.77.tmp"]
     stale += ["checkpoint/.model.safetensors.77.tmp", ".backbone.safetensors.77.tmp"]
-    others = ["mine/.notes.tmp", "notes.tmp"]
+    others = ["mine/.notes.tmp", "notes.tmp", ".notes.tmp", "state/work.tmp"]
     for name in stale + others:
         (tmp_path / name).write_bytes(b"half")
     for step in (4, 6):

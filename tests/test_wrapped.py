@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils import parametrizations, prune
 
 from tests.conftest import seeded, tiny_swin, tiny_vit
@@ -71,6 +71,84 @@ def test_hooks_of_blocks_and_attention_run_once_a_call(case, backbone, training)
         assert sorted(map(id, seen)) == sorted(map(id, watched))
     assert logits.isfinite().all()
     logits.sum().backward()
+
+
+@each_case
+def test_hooks_of_backbone_and_method_run_in_every_entry(case, backbone):
+    sparse, seen = sparse_model(case, backbone), []
+    for module in (sparse.backbone, sparse.method):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+
+    def runs(call):
+        seen.clear()
+        call()
+        return seen == [sparse.method, sparse.backbone]
+
+    assert runs(lambda: sparse(X))
+    assert runs(lambda: sparse.trace(X))
+    assert runs(lambda: sparse.losses(X, torch.tensor([1, 2, 3])))
+    if case.startswith("dynamic_spatial"):
+        assert runs(lambda: sparse.features(X))
+        assert runs(lambda: sparse.forward_features(X))
+
+
+def test_a_hook_that_changes_logits_changes_the_loss():
+    sparse = sparse_model("dynamicvit").train()
+    target = torch.tensor([1, 2, 3])
+    torch.manual_seed(0)
+    before = sparse.losses(X, target)["classification"]
+    sparse.backbone.register_forward_hook(lambda _module, _inputs, out: out * 0)
+    torch.manual_seed(0)
+    after = sparse.losses(X, target)["classification"]
+    assert before != after
+    torch.testing.assert_close(after, torch.tensor(10.0).log())
+
+
+def test_hooks_of_compiled_blocks_and_of_all_modules_run():
+    model = tiny_vit()
+    sparse = sparsify(model, ASViTConfig(thresholds=1e-9)).eval()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, backend="eager")
+        model.blocks[index].register_forward_hook(lambda _m, _i, out: out * 1.1)
+    torch.testing.assert_close(sparse(X), model(X), atol=2e-5, rtol=1e-5)
+    other = sparse_model("spvit_pyramid", "swin")
+    watched, seen = [other.backbone, *blocks_of(other)], []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        other(X)
+    finally:
+        handle.remove()
+    assert {id(module) for module in watched} <= {id(module) for module in seen}
+
+
+def test_hooks_may_call_and_copy_their_block():
+    sparse = sparse_model("asvit")
+    expected, copies = sparse(X), []
+
+    def hook(block, inputs):
+        copies.append(copy.deepcopy(block))
+        block.norm1(inputs[0])
+
+    handles = [block.register_forward_pre_hook(hook) for block in blocks_of(sparse)]
+    assert torch.equal(sparse(X), expected)
+    for handle in handles:
+        handle.remove()
+    block = sparse.backbone.blocks[1]
+    block.register_forward_hook(
+        lambda module, inputs, out: copies.append(copy.deepcopy(module)) or None
+    )
+    sparse(X)
+    x = torch.randn(1, 17, 32, generator=seeded(0))
+    assert torch.equal(copies[-1](x), type(block).forward(block, x))
+    block.register_forward_pre_hook(
+        lambda _m, inputs, words: (inputs, words | {"attn_mask": None}), with_kwargs=True
+    )
+    sparse(X)
+    block.register_forward_pre_hook(
+        lambda _m, inputs, words: (inputs, words | {"attn_mask": x}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedBackboneError, match=r"gives a Block .* attn_mask"):
+        sparse(X)
 
 
 @each_case
@@ -245,6 +323,17 @@ def test_sharded_by_block_and_as_a_whole(case, backbone, each_block, mesh):
         if name in gradients:
             found = parameter.grad.full_tensor()
             torch.testing.assert_close(found, gradients[name], atol=2e-4, rtol=1e-3)
+    for entry in ("losses", "trace"):
+        register_fsdp_forward_method(sparse, entry)
+    target = torch.tensor([1, 2, 3])
+    torch.manual_seed(0)
+    due = training.losses(X, target)["total"]
+    torch.manual_seed(0)
+    loss = sparse.losses(X, target)["total"]
+    torch.testing.assert_close(loss, due, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    torch.testing.assert_close(sparse.trace(X).logits, expected, atol=1e-5, rtol=0)
+    assert sparse.is_untrained == training.is_untrained
 
 
 @each_case
@@ -252,10 +341,16 @@ def test_offloaded_by_accelerate(case, backbone):
     accelerate = pytest.importorskip("accelerate")
     sparse = sparse_model(case, backbone)
     expected = sparse(X)
+    torch.manual_seed(0)
+    loss = sparse.losses(X, torch.tensor([1, 2, 3]))["total"]
     method, blocks = type(sparse.method).__name__, {type(b).__name__ for b in blocks_of(sparse)}
     accelerate.cpu_offload(sparse, torch.device("cpu"), preload_module_classes=[method, *blocks])
     with torch.no_grad():
         torch.testing.assert_close(sparse(X), expected, atol=1e-5, rtol=0)
+        torch.manual_seed(0)
+        found = sparse.losses(X, torch.tensor([1, 2, 3]))["total"]
+        torch.testing.assert_close(found, loss)
+    assert not sparse.is_untrained
 
 
 def test_families_know_what_they_pass_over():

@@ -160,7 +160,7 @@ def create_backbone(description: Mapping[str, Any], num_tensors: int | None = No
 
 
 def check_runs(backbone: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raise :class:`CheckpointError` unless ``backbone``, on ``meta``, takes images of ``shape``."""
+    """Raise :class:`CheckpointError` unless ``backbone``, on ``meta``, takes such images."""
     was_training = backbone.training
     try:
         backbone.eval()(torch.empty(shape, device="meta"))

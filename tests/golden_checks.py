@@ -30,6 +30,15 @@ def features_of(model, names):
     return kept
 
 
+def gradients_of(model, official_name):
+    """Gradients by the authors' names; of AS-ViT's thresholds each is a parameter of theirs."""
+    found = {official_name(name): p.grad for name, p in model.named_parameters()}
+    thresholds = found.pop("method.thresholds", None)
+    for stage, gradient in enumerate([] if thresholds is None else thresholds):
+        found[f"score_predictor.{stage}.keep_threshold"] = gradient
+    return found
+
+
 def assert_gradients(gradients, outputs, tolerance):
     """Compare gradients, by the authors' names of their parameters, with the golden ones."""
     for name, expected in outputs["grads"].items():

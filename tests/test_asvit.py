@@ -146,22 +146,19 @@ def test_adapting_leaves_the_thresholds_alone(tmp_path):
 def test_adapting_runs_as_inference_does():
     sparse = sparse_vit(learn_thresholds=False).train()
     torch.testing.assert_close(sparse(X), sparse.eval()(X))
-    assert not any(threshold.requires_grad for threshold in sparse.method.thresholds)
+    assert not sparse.method.thresholds.requires_grad
     with pytest.raises(ConfigError, match="learns from labels or a teacher"):
         sparse.losses(X)
 
 
-def test_thresholds_are_scalars_without_weight_decay():
+def test_thresholds_are_a_vector_without_weight_decay():
     sparse = sparse_vit()
     state = {key: value for key, value in sparse.state_dict().items() if key.startswith("method.")}
-    assert {key: value.shape for key, value in state.items()} == {
-        "method.thresholds.0": (),
-        "method.thresholds.1": (),
-    }
+    assert {key: value.shape for key, value in state.items()} == {"method.thresholds": (2,)}
     for group in parameter_groups(sparse, OptimRecipe(weight_decay=0.1)):
         if group["role"] == "method":
             assert group["weight_decay"] == 0
-            assert len(group["params"]) == 2
+            assert len(group["params"]) == 1
 
 
 @each_head
@@ -323,7 +320,7 @@ def test_budget_moves_the_thresholds_towards_it():
         assert parts["budget"].item() == pytest.approx(gap, rel=1e-5)
         assert parts["total"].item() == pytest.approx(2 * gap, rel=1e-5)
         parts["budget"].backward()
-        assert sign * sparse.method.thresholds[0].grad > 0
+        assert sign * sparse.method.thresholds.grad[0] > 0
 
 
 def test_the_budget_is_met_by_learning():
@@ -349,7 +346,7 @@ def test_the_step_is_taken_in_float32_under_autocast():
         set(keep.detach().round(decimals=5).unique().tolist()) <= {0, 1} for keep in output.keeps
     )
     total.backward()
-    assert all(threshold.grad.isfinite() for threshold in sparse.method.thresholds)
+    assert sparse.method.thresholds.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -10,7 +10,7 @@ import torch
 
 from tests import test_golden_asvit, test_golden_dynamicvit, test_golden_spvit
 from tests.conftest import golden, golden_input, golden_weights
-from tests.golden_checks import assert_feature, assert_gradients, taught
+from tests.golden_checks import assert_feature, assert_gradients, gradients_of, taught
 from vitrim import ASViTConfig, load_official, sparsify
 from vitrim.convert import load_dense
 
@@ -49,7 +49,7 @@ def assert_training(case, model, official_name):
     torch.testing.assert_close(output.logits, expected, atol=tolerance["logits_atol"], rtol=0)
     assert_feature(output.patch_features, outputs["tokens"], tolerance)
     assert_features(features, outputs["features"], tolerance)
-    gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
+    gradients = gradients_of(model, official_name)
     assert_gradients(gradients, outputs, tolerance)
     return output, found
 

@@ -161,12 +161,10 @@ def create_backbone(description: Mapping[str, Any], num_tensors: int | None = No
 
 def check_runs(backbone: nn.Module, shape: tuple[int, ...]) -> None:
     """Raise :class:`CheckpointError` unless ``backbone``, on ``meta``, takes such images."""
-    was_training = backbone.training
     try:
         backbone.eval()(torch.empty(shape, device="meta"))
     except Exception as error:  # whatever its arguments make timm stumble over
         raise CheckpointError(f"timm cannot run what its arguments describe: {error}") from error
-    backbone.train(was_training)
 
 
 def fill_buffers(backbone: nn.Module, description: Mapping[str, Any]) -> None:

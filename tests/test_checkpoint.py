@@ -467,9 +467,10 @@ def test_every_setting_is_required(folder, field):
     [
         (lambda weight: weight.fill_(torch.nan), "not finite"),
         (lambda weight: weight.fill_(torch.inf), "not finite"),
+        (lambda weight: weight.double(), "weights of torch.float32 and torch.float64; one is due"),
         (lambda weight: weight.to(torch.int8), "torch.int8 where torch.float32 is due"),
         (lambda weight: weight.bool(), "torch.bool where"),
-        (lambda weight: weight.to(torch.float8_e5m2), "torch.float8_e5m2 where"),
+        (lambda weight: weight.to(torch.float8_e5m2), "weights of torch.float32 and torch.float8"),
         (lambda weight: weight.to(torch.complex64), "torch.complex64 where"),
     ],
 )

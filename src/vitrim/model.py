@@ -444,6 +444,9 @@ def _made(
     any memory is taken, before they are known to fit.
     """
     config = checkpoint.method_config(description, options)
+    types = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
+    if len(types) > 1:
+        raise CheckpointError(f"{source} has weights of {' and '.join(sorted(types))}; one is due")
     with torch.device("meta"):
         backbone = checkpoint.create_backbone(description["backbone"], len(weights))
         model = SparseModel(backbone, config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vitrim.checkpoint import write_atomic
+from vitrim.errors import TrainingError
 from vitrim.train.folder import writing
 
 LOG_FILE = "log.jsonl"
@@ -63,7 +64,10 @@ def read_log(folder: Path) -> list[Record]:
     """
     path = folder / LOG_FILE
     records = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}); remove it") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode())

@@ -195,9 +195,9 @@ class SparseModel(TimmModel):
         """
         if len(images) == 0:
             raise InputError("the batch is empty; a loss is a mean over at least one image")
+        family = self.family
         if target is not None and getattr(self.backbone, "num_classes", None) == 0:
             raise ConfigError("the backbone has no classifier (num_classes=0); leave labels out")
-        family = self.family
         outputs: list[TrainingOutput] = []
 
         def run(images: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from vitrim.config import closest
-from vitrim.errors import InputError
+from vitrim.config import closest, read_text
+from vitrim.errors import ConfigError, InputError
 from vitrim.runtime import open_image
 from vitrim.train.digits import MEAN, STD, ClutteredDigits
 from vitrim.train.samples import (
@@ -43,8 +43,6 @@ from vitrim.train.samples import (
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")
-MOST_BYTES = 16 * 2**20
-"""Of the largest class map."""
 
 
 def open_dataset(
@@ -242,12 +240,9 @@ def _label_order(
 
 
 def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
-    path = Path(class_map)
     try:
-        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_BYTES):
-            raise ValueError(f"it is no file of up to {MOST_BYTES >> 20} MB")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
+        lines = read_text(Path(class_map)).split("\n")
+    except ConfigError as error:
         raise InputError(f"the class map {class_map} cannot be read: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names or len(set(names)) != len(names):

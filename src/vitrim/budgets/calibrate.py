@@ -6,7 +6,6 @@ measurement; the search brackets the budget and closes in on it, a handful of pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -16,8 +15,8 @@ from torch import Tensor
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread, check_budget
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
-from vitrim.methods.records import StageTrace
-from vitrim.model import SparseModel, Trace, evaluating
+from vitrim.model import SparseModel, evaluating
+from vitrim.tools.evaluate import check_answers
 
 MAX_IMAGES = 256
 """How many images are looked at, if not said otherwise; 154 MB of them at 224 x 224 pixels."""
@@ -218,27 +217,9 @@ def _measure(sparse: SparseModel, batches: Sequence[Tensor]) -> Tensor:
     with evaluating(sparse):
         for images in batches:
             trace = sparse.trace(images.to(device))
-            check_finite(sparse, trace)
+            check_answers(trace)
             macs.append(trace.macs.cpu())
     return torch.cat(macs)
-
-
-def check_finite(sparse: SparseModel, trace: Trace) -> None:
-    """Raise :class:`InputError` for scores or logits that mean nothing."""
-    what = "" if bool(trace.logits.isfinite().all()) else "logits"
-    before: StageTrace | None = None
-    for stage in trace.stages:
-        # The scores of what was dropped before are NaN by design; those of the rest must not be.
-        same = before is not None and before.grid == stage.grid
-        alive = before.counts if before is not None and same else math.prod(stage.grid)
-        if not what and bool((stage.scores.isfinite().sum(1) < alive).any()):
-            what = f"token scores before block {stage.block}"
-        before = stage
-    if what:
-        raise InputError(
-            f"the model's {what} hold NaN or infinity; check the weights of its backbone and of "
-            f"{sparse.method.name}, and that the images are finite and normalised"
-        )
 
 
 def _size(images: Tensor) -> tuple[int, int]:

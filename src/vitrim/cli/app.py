@@ -16,7 +16,6 @@ import typer
 
 from vitrim import capabilities, checkpoint, convert
 from vitrim.budget import Calibration
-from vitrim.budgets.calibrate import check_finite
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
 from vitrim.cli.evaluate import eval_command
@@ -29,6 +28,7 @@ from vitrim.errors import InputError, UnsupportedBackboneError, printable
 from vitrim.families import FAMILIES, family_of
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
+from vitrim.tools.evaluate import check_answers
 
 app = typer.Typer(
     name="vitrim",
@@ -216,7 +216,7 @@ def _calibrated(point: Calibration) -> str:
 
 def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
     trace = sparse.trace(torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0)))
-    check_finite(sparse, trace)
+    check_answers(trace)
     if sparse.macs() is None:
         return "a number that depends on the image"
     return ", ".join(

@@ -11,7 +11,6 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from vitrim.budgets.calibrate import check_finite as check_trace
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
 from vitrim.cli.images import prepared_images
@@ -21,6 +20,7 @@ from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, evaluating, sparsify
 from vitrim.runtime import check_finite as check_logits
 from vitrim.tools.benchmark import benchmark
+from vitrim.tools.evaluate import check_answers
 
 _MOST_BATCHES = 8
 
@@ -130,7 +130,7 @@ def _check_answers(model: nn.Module, shape: Sequence[int], images: Tensor | None
     image = noise if images is None else images[:1]
     with evaluating(model):
         if isinstance(model, SparseModel):
-            check_trace(model, model.trace(image))
+            check_answers(model.trace(image))
         else:
             check_logits(model(image).float().numpy())
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrim.budgets.calibrate import check_finite
 from vitrim.checkpoint import write_atomic
 from vitrim.cli import common
 from vitrim.errors import InputError, printable
 from vitrim.model import SparseModel
 from vitrim.runtime import UnreadableImageError
 from vitrim.tools import report, visualize
+from vitrim.tools.evaluate import check_answers
 
 _LONGEST = 50
 """Characters of an image's name in that of its strip, of up to four bytes each."""
@@ -108,7 +108,7 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
     files, counts = {}, []
     for number, shown in enumerate(found.images, 1):
         trace = model.trace(shown.pixels.unsqueeze(0).to(device))
-        check_finite(model, trace)
+        check_answers(trace)
         picture = visualize.denormalize(shown.pixels, mean, std)
         row = visualize.panels(picture, trace, 0, class_names=found.class_names, truth=shown.truth)
         stem = re.sub(r"[^\w.-]+", "_", Path(shown.name).stem)[:_LONGEST]

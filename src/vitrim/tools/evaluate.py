@@ -319,10 +319,16 @@ def check_scores(trace: Trace) -> None:
         reached_B = math.prod(stage.grid) if counts_B is None or stage.grid != grid else counts_B
         if bool((stage.scores.isfinite().sum(1) < reached_B).any()):
             raise InputError(
-                f"the scores before block {stage.block} hold NaN or infinity, so what is kept "
+                f"the token scores before block {stage.block} hold NaN or infinity, so what is kept "
                 "means nothing; check the weights of the method"
             )
         grid, counts_B = stage.grid, stage.counts
+
+
+def check_answers(trace: Trace) -> None:
+    """Raise :class:`InputError` for logits or scores of a sparse model that mean nothing."""
+    check_logits("sparse", trace.logits)
+    check_scores(trace)
 
 
 class _Column:

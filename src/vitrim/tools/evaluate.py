@@ -319,8 +319,8 @@ def check_scores(trace: Trace) -> None:
         reached_B = math.prod(stage.grid) if counts_B is None or stage.grid != grid else counts_B
         if bool((stage.scores.isfinite().sum(1) < reached_B).any()):
             raise InputError(
-                f"the token scores before block {stage.block} hold NaN or infinity, so what is kept "
-                "means nothing; check the weights of the method"
+                f"the token scores before block {stage.block} hold NaN or infinity, so what is "
+                "kept means nothing; check the weights of the method"
             )
         grid, counts_B = stage.grid, stage.counts
 

@@ -6,6 +6,7 @@ from vitrim.costs.steps import (
     block,
     dense_levels,
     head,
+    last_block,
     level,
     mlp,
     packed_part,

@@ -21,8 +21,8 @@ class Step:
 
     part: str
     """Its kind, which names the table's curve: ``stem``, ``block``, ``attention`` and ``mlp`` (the
-    halves of a block), ``cross`` (a block between two sequences), ``masked`` (a block that hides
-    tokens and computes them all), ``head``, or a method's own, see :func:`select`; in pyramids
+    halves of a block), ``last`` (the last block, for the logits alone), ``cross`` (a block between
+    two sequences), ``masked`` (a block that hides tokens and computes them all), ``head``, or a method's own, see :func:`select`; in pyramids
     whole levels, see :func:`level` and :func:`sparse_levels`."""
     tokens: Any
     """That enter it, prefix included; of levels the positions that are computed."""
@@ -51,6 +51,14 @@ def stem(family: Any, num_patches: int) -> Step:
 def block(family: Any, index: int, tokens: Any, part: str = "block") -> Step:
     """Block ``index`` on ``tokens`` tokens."""
     return Step(part, tokens, family.block_macs(index, tokens), index)
+
+
+def last_block(family: Any, tokens: Any, exact: bool = True, part: str = "block") -> Step:
+    """The last block before the logits, see ``ViT.answer``; ``part``, where it runs whole."""
+    index = family.depth - 1
+    if not exact or family.whole_last_block is not None:
+        return block(family, index, tokens, part)
+    return Step("last", tokens, family.answer_macs(tokens), index)
 
 
 def attention_macs(family: Any, index: int, tokens: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitrim.tokens.attention import Score, recorded_attention
+from vitrim.tokens.attention import Score, attention_of_first, recorded_attention
 from vitrim.tokens.calls import bare, called, is_hooked
 from vitrim.tokens.packed import AnyTokens, PackedTokens, in_slices, packed_attention
+from vitrim.tokens.plain import Tokens
 
 SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
 Between = Callable[[AnyTokens, Tensor], AnyTokens]
@@ -37,14 +38,47 @@ def run_blocks(
 
 
 def run_block(block: Any, tokens: AnyTokens, has_class: bool) -> AnyTokens:
-    """A ``Block``: timm's own (fused) forward, or by halves, masked under a mask or packed."""
-    if isinstance(tokens, PackedTokens) or tokens.keep_BN is not None:
+    """A ``Block``: timm's own (fused) forward, or by halves: packed, under a mask, or of tokens
+    that stand for several patches.
+    """
+    if isinstance(tokens, PackedTokens) or is_changed(tokens):
 
         def run(x: Tensor) -> Tensor:
             return mlp_half(block, attention_half(block, tokens.with_x(x), has_class)[0]).x
 
         return tokens.with_x(called(block, run, tokens.x))
     return tokens.with_x(block(tokens.x))
+
+
+def is_changed(tokens: Tokens) -> bool:
+    """Whether a block needs to know more of the tokens than their features."""
+    return tokens.keep_BN is not None or tokens.size_BN is not None
+
+
+def whole_for(block: Any) -> str | None:
+    """Why a ``Block`` must be run on all tokens though few are asked for; None: it need not be."""
+    attention = bare(block).attn
+    if not attention.fused_attn:
+        return "fused_attn is off, so that its attention map can be looked at"
+    if type(attention.qkv) is not nn.Linear:
+        return "its qkv is no plain linear layer"
+    if any(map(is_hooked, (block, *bare(block).modules()))):
+        return "something in it is hooked"
+    return None
+
+
+def first_rows(block: Any, tokens: AnyTokens, rows: int) -> Tokens:
+    """The first ``rows`` prefix tokens as a ``Block`` leaves them, alone: exact, for the price of
+    their queries; see :func:`vitrim.tokens.attention.attention_of_first`.
+    """
+    block = bare(block)
+    x = block.norm1(tokens.x)
+    x = tokens.layout.pad(x) if isinstance(tokens, PackedTokens) else x
+    out = attention_of_first(block.attn, x, rows, tokens.bias)
+    half = tokens.prefix_BPC[:, :rows] + block.drop_path1(block.ls1(out))
+    after = mlp_half(block, Tokens.of(half, rows))
+    assert isinstance(after, Tokens)
+    return after
 
 
 def split_block(
@@ -92,10 +126,12 @@ def attention_half(
     """
     x = block.norm1(tokens.x)
     if isinstance(tokens, PackedTokens):
-        out, scores = packed_attention(block.attn, x, tokens.layout, score, has_class)
+        layout, bias = tokens.layout, tokens.log_size_T
+        out, scores = packed_attention(block.attn, x, layout, score, has_class, bias)
     else:
         keep = None if tokens.keep_BN is None else tokens.keep_all
-        out, record = recorded_attention(block.attn, x, tokens.num_prefix, has_class, keep)
+        prefix, bias = tokens.num_prefix, tokens.log_size
+        out, record = recorded_attention(block.attn, x, prefix, has_class, keep, bias)
         scores = None if score is None else score(record)
     return tokens.with_x(tokens.x + block.drop_path1(block.ls1(out))), scores
 

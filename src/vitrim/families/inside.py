@@ -32,6 +32,10 @@ class Changed:
 class WithoutHead(Changed):
     """A family that gives what the backbone's head reads, for logits."""
 
+    def answer(self, start: int, tokens: Any, exact: bool = True) -> Tensor:
+        """The whole last block, whatever the classifier reads: all tokens are asked for."""
+        return self.head(self.whole.run_blocks(range(start, self.whole.depth), tokens))
+
     def head(self, state: Any) -> Tensor:
         features: Tensor = self.whole.normed(state)
         return features
@@ -74,6 +78,9 @@ class WithoutBlocks(Inside):
 
     def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
         return self.instead(indices, tokens)
+
+    def answer(self, start: int, tokens: Any, exact: bool = True) -> Tensor:
+        return self.head(self.run_blocks(range(start, self.whole.depth), tokens))
 
     def mlp_half(self, index: int, tokens: Any) -> Any:
         return self.whole.mlp_half(index, tokens) if self.with_mlp else tokens

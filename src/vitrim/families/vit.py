@@ -26,7 +26,7 @@ from vitrim.families import blocks
 from vitrim.families.base import Family, check_patched_images
 from vitrim.families.blocks import Between, SomeTokens
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
-from vitrim.tokens.calls import bare, called, kind
+from vitrim.tokens.calls import bare, called, is_hooked, kind
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Tokens
@@ -183,6 +183,38 @@ class ViT(Family):
 
         return called(block, run, query_BSC), records[0]
 
+    @property
+    def whole_last_block(self) -> str | None:
+        """Why all of the last block is needed for the logits; None where :meth:`answer` does with
+        the rows that the head reads.
+        """
+        if self.pools_patches:
+            return "the head reads the patch tokens too"
+        if is_hooked(self.backbone.norm):
+            return "the final norm is hooked"
+        return blocks.whole_for(self.backbone.blocks[-1])
+
+    @property
+    def read_rows(self) -> int:
+        """Prefix tokens that the head reads, from the first: those that have a classifier."""
+        return 2 if getattr(self.backbone, "head_dist", None) is not None else 1
+
+    def answer(self, start: int, tokens: AnyTokens, exact: bool = True) -> Tensor:
+        """Logits (B, classes), given what enters block ``start``.
+
+        Args:
+            start: the first block that is left to run.
+            tokens: what enters it.
+            exact: of the last block, compute no more than the logits need, where that can be: the
+                same function, less work (:attr:`whole_last_block`). Training runs it whole.
+        """
+        last = self.depth - 1
+        exact = exact and start <= last and not self.backbone.training
+        if not exact or self.whole_last_block is not None:
+            return self.head(self.run_blocks(range(start, self.depth), tokens))
+        tokens = self.run_blocks(range(start, last), tokens)
+        return self.head(blocks.first_rows(self.backbone.blocks[last], tokens, self.read_rows))
+
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
 
@@ -314,6 +346,17 @@ class ViT(Family):
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
         block = self.backbone.blocks[index]
         return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
+
+    def answer_macs(self, num_tokens: Any) -> Any:
+        """MACs of the last block on ``num_tokens`` tokens where :meth:`answer` does with less."""
+        block, rows = self.backbone.blocks[-1], self.read_rows
+        attention, width = block.attn, self.embed_dim
+        per_row = linear_macs(block)
+        if isinstance(attention.k_norm, nn.Identity):
+            return rows * (per_row + 2 * attention.num_heads * width * num_tokens)
+        keys = linear_macs(attention.qkv) // 3
+        looking = rows * (attention.attn_dim + attention.num_heads * width)
+        return rows * (per_row - keys) + (keys + looking) * num_tokens
 
     def cross_block_macs(self, index: int, num_queries: Any, num_memory: Any) -> Any:
         """MACs of :meth:`cross_block`: ``num_queries`` tokens look at ``num_memory`` tokens."""

@@ -11,6 +11,7 @@ from vitrim.errors import ConfigError
 from vitrim.families import FAMILIES
 from vitrim.methods.asvit import ASViT
 from vitrim.methods.base import Method
+from vitrim.methods.dense import Dense
 from vitrim.methods.dynamic_spatial import DynamicSpatial
 from vitrim.methods.dynamicvit import DynamicViT
 from vitrim.methods.sait import SaiT
@@ -25,6 +26,7 @@ Kind = TypeVar("Kind", bound=Method)
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Dense,
         DynamicViT,
         DynamicSpatial,
         ASViT,

@@ -101,6 +101,9 @@ class ASViTConfig:
     """Weight of KL(teacher || student) on the logits. Paper: 0.5."""
     token_weight: float = 0.5
     """Weight of the same on the logits of the kept patch tokens, which LV-ViT has. Authors: 0.5."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need: the same logits for
+    fewer MACs. False is how the papers execute and count it."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -277,7 +280,7 @@ class ASViT(Method):
 
             tokens = family.run_blocks(whole, tokens)
             tokens, _ = family.split_block(block, tokens, self._score, drop)
-        return family.head(family.run_blocks(last, tokens))
+        return family.answer(last.start, tokens, self.config.exact_last_block)
 
     def _score(self, record: AttentionRecord) -> Tensor:
         head_weighting, value_weighting = self.config.head_weighting, self.config.value_weighting
@@ -391,7 +394,7 @@ class ASViT(Method):
     ) -> list[costs.Step]:
         steps = [costs.stem(family, num_patches)]
         tokens: Any = num_patches + family.num_prefix
-        for block in range(family.depth):
+        for block in range(family.depth - 1):
             if block + 1 not in self.stages:
                 steps.append(costs.block(family, block, tokens))
                 continue
@@ -399,6 +402,7 @@ class ASViT(Method):
             steps.append(costs.select(self.name, block + 1, tokens, macs, adaptive=True))
             tokens = counts[self.stages.index(block + 1)] + family.num_prefix
             steps.append(costs.mlp(family, block, tokens))
+        steps.append(costs.last_block(family, tokens, self.config.exact_last_block))
         return [*steps, costs.head(family, tokens)]
 
     def _masked_steps(self, family: ViT, num_patches: int) -> list[costs.Step]:
@@ -409,7 +413,10 @@ class ASViT(Method):
         macs = costs.attention_macs(family, first, tokens) + family.score_macs(first, tokens)
         steps.append(costs.select(self.name, first + 1, tokens, macs, adaptive=True))
         steps.append(costs.mlp(family, first, tokens))
-        steps += [costs.block(family, b, tokens, "masked") for b in range(first + 1, family.depth)]
+        between = range(first + 1, family.depth - 1)
+        steps += [costs.block(family, block, tokens, "masked") for block in between]
+        exact = self.config.exact_last_block
+        steps.append(costs.last_block(family, tokens, exact, "masked"))
         return [*steps, costs.head(family, tokens)]
 
     def dial(self) -> Dial:

@@ -66,6 +66,9 @@ class DynamicViTConfig(RatioConfig):
     score_noise: float = 0.0
     """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
     being kept when training chooses, so that the backbone meets other choices. Paper: none."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need: the same logits for
+    fewer MACs. False is how the papers execute and count it."""
 
     def __post_init__(self) -> None:
         RatioConfig.__post_init__(self)
@@ -114,12 +117,12 @@ class DynamicViT(RatioMethod):
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
-        before, *others = stretches(self.stages, family.depth)
-        tokens = cast(AnyTokens, family.run_blocks(before, stem))
+        tokens = cast(AnyTokens, stem)
+        *others, last = stretches(self.stages, family.depth)
         for stage, blocks in enumerate(others):
-            tokens = self._drop(family, tokens, stage, stem.num_patches, recorder)
             tokens = family.run_blocks(blocks, tokens)
-        return family.head(tokens)
+            tokens = self._drop(family, tokens, stage, stem.num_patches, recorder)
+        return family.answer(last.start, tokens, self.config.exact_last_block)
 
     def _drop(
         self,
@@ -209,7 +212,9 @@ class DynamicViT(RatioMethod):
                     tokens = patches + prefix
                     steps.append(costs.select(self.name, block, tokens, macs, self.images_decide))
                 patches = counts[stage]
-            steps.append(costs.block(family, block, patches + prefix))
+            if block < family.depth - 1:
+                steps.append(costs.block(family, block, patches + prefix))
+        steps.append(costs.last_block(family, patches + prefix, self.config.exact_last_block))
         return [*steps, costs.head(family, patches + prefix)]
 
 

@@ -104,6 +104,9 @@ class SaiTConfig:
     """Block of the teacher whose class attention is taught; from the end if negative."""
     distill_weight: float = 0.0
     """Weight of KL(teacher || student) on the logits."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need: the same logits for
+    fewer MACs. False is how the papers execute and count it."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -259,8 +262,8 @@ class SaiT(Method):
             tokens, _ = family.split_block(block, before, read, between)
         else:
             tokens = between(*family.split_block(block, before, read))
-        tokens = family.run_blocks(range(self.stages[0], family.depth), tokens)
-        return family.head(tokens), *chosen[0]
+        logits = family.answer(self.stages[0], tokens, self.config.exact_last_block)
+        return logits, *chosen[0]
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
         order_BN = _ranking(score_BN)
@@ -384,8 +387,9 @@ class SaiT(Method):
         steps = [costs.stem(family, num_patches)]
         steps += [costs.block(family, index, tokens) for index in range(block)]
         steps += self._select_steps(family, block, tokens, kept)
-        steps += [costs.block(family, index, kept) for index in range(block + 1, family.depth)]
-        return [*steps, costs.head(family, kept)]
+        steps += [costs.block(family, index, kept) for index in range(block + 1, family.depth - 1)]
+        last = costs.last_block(family, kept, self.config.exact_last_block)
+        return [*steps, last, costs.head(family, kept)]
 
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""

@@ -83,6 +83,9 @@ class SPViTConfig(SelectorConfig):
     score_noise: float = 0.0
     """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
     being kept when training chooses, so that the backbone meets other choices. Authors: none."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need: the same logits for
+    fewer MACs. False is how the papers execute and count it."""
 
     def __post_init__(self) -> None:
         SelectorConfig.__post_init__(self)
@@ -138,18 +141,18 @@ class SPViT(SelectorMethod):
         num_patches, noise = stem.num_patches, None
         if self.config.inference == "gumbel":
             noise = torch.Generator(images.device).manual_seed(self.config.seed)
-        first, *others = stretches(self.stages, family.depth)
-        tokens = cast(AnyTokens, family.run_blocks(first, stem))
+        tokens = cast(AnyTokens, stem)
+        *others, last = stretches(self.stages, family.depth)
         for stage, blocks in enumerate(others):
-            before, skips = tokens, self._drops_nothing(stage, num_patches)
+            before = tokens = family.run_blocks(blocks, tokens)
+            skips = self._drops_nothing(stage, num_patches)
             if not skips or recorder:
                 scores = self._score(family, stage, before)
             if not skips:
                 tokens = self._drop(family, stage, before, scores, num_patches, noise)
             if recorder:
                 recorder.add(self.stages[stage], before, self._rank(scores), tokens)
-            tokens = family.run_blocks(blocks, tokens)
-        return family.head(tokens)
+        return family.answer(last.start, tokens, self.config.exact_last_block)
 
     def _score(self, family: ViT, stage: int, tokens: AnyTokens) -> Scores:
         scores: Scores = self.selectors[stage](tokens, tokens.prefix_BPC[:, family.num_prefix :])
@@ -285,5 +288,8 @@ class SPViT(SelectorMethod):
                     part = "masked" if self.config.execution == "mask" else "block"
                 if self.config.execution == "gather":
                     patches = counts[stage]
-            steps.append(costs.block(family, block, patches + prefix, part))
+            if block < family.depth - 1:
+                steps.append(costs.block(family, block, patches + prefix, part))
+        exact = self.config.exact_last_block
+        steps.append(costs.last_block(family, patches + prefix, exact, part))
         return [*steps, costs.head(family, patches + prefix, prefix - family.num_prefix)]

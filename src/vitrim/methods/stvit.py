@@ -76,6 +76,9 @@ class STViTConfig(SemanticConfig):
     from the generation layers on, and the backbone's own head reads them. After the generation
     layers each semantic token weighs as much in attention as the patches that it stands for (the
     proportional attention of ToMe, arXiv 2210.09461). Paper: no class token."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need, where there is one
+    (``keep_prefix``): the same logits for fewer MACs."""
 
     def __post_init__(self) -> None:
         SemanticConfig.__post_init__(self)
@@ -170,11 +173,17 @@ class STViT(SemanticMethod):
         return (rows * columns,)
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
-        semantic = self._run(family, images, recorder)
+        semantic = self._make(family, images, recorder)
+        if self.config.keep_prefix and not len(self.layer_scales):
+            return family.answer(self.stages[0], semantic, self.config.exact_last_block)
+        semantic = self._rest(family, semantic)
         return family.head(semantic) if self.config.keep_prefix else family.patch_head(semantic.x)
 
-    def _run(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tokens:
-        """The semantic tokens after the last block, behind the prefix if it is kept."""
+    def _make(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tokens:
+        """The semantic tokens that the generation layers make, behind the prefix if it is kept.
+
+        Prefix tokens see each of them as the patches that it stands for.
+        """
         tokens = family.stem(images)
         if not self.config.keep_prefix:
             tokens = Tokens.of(tokens.patches, 0)
@@ -186,9 +195,21 @@ class STViT(SemanticMethod):
             looks_BSN = record.weights()[:, :, prefix:, -num_patches:].float().mean(1)
             count = semantic.num_patches
             recorder.stages.append(self.semantic_trace(self.stages[0], grid, looks_BSN, count))
-        log_size = self._log_size(semantic, tokens.num_patches)
+        if not semantic.num_prefix:
+            return semantic
+        size = tokens.num_patches / semantic.num_patches
+        return replace(semantic, size_BN=semantic.x.new_full(semantic.index_BN.shape, size))
+
+    def _rest(self, family: ViT, semantic: Tokens) -> Tokens:
+        """The semantic tokens after the last block."""
         for block in range(self.stages[0], family.depth):
-            semantic = self._self_block(family, block, semantic, log_size)
+            if len(self.layer_scales):
+                log_size = semantic.log_size
+                bias_N = None if log_size is None else log_size[0, 0, 0]
+                x, _ = self._cross_block(family, block, *[semantic.x] * 3, bias_N)
+                semantic = semantic.with_x(x)
+            else:
+                semantic = family.run_blocks((block,), semantic)
         return semantic
 
     def _generate(
@@ -223,26 +244,10 @@ class STViT(SemanticMethod):
             scales = self.layer_scales[first], self.layer_scales[first + 1]
         return family.cross_block(block, query, residual, memory, bias_N, scales)
 
-    def _self_block(self, family: ViT, block: int, tokens: Tokens, bias_N: Tensor | None) -> Tokens:
-        if bias_N is None and not len(self.layer_scales):
-            return family.run_blocks((block,), tokens)
-        x, _ = self._cross_block(family, block, tokens.x, tokens.x, tokens.x, bias_N)
-        return tokens.with_x(x)
-
-    def _log_size(self, semantic: Tokens, num_patches: int) -> Tensor | None:
-        """What to add to attention logits, (P + S,), so that prefix tokens see each semantic token
-        as the patches that it stands for; None where there is no other kind of token.
-        """
-        if not semantic.num_prefix:
-            return None
-        size = semantic.x.new_ones(semantic.x.shape[1])
-        size[semantic.num_prefix :] = num_patches / semantic.num_patches
-        return size.log()
-
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> PooledOutput:
-        semantic = self._run(family, images)
+        semantic = self._rest(family, self._make(family, images))
         if self.config.keep_prefix:
             return PooledOutput(family.head(semantic), family.pool(semantic))
         return PooledOutput(family.patch_head(semantic.x), family.patch_pool(semantic.x))
@@ -254,10 +259,12 @@ class STViT(SemanticMethod):
         steps = [costs.stem(family, num_patches)]
         steps += [costs.block(family, block, tokens) for block in range(self.base_layers)]
         steps.append(self._generation(family, num_patches, counts[0], prefix))
-        # Weighted by what each stands for, tokens meet in the explicit attention of cross blocks.
-        part = "cross" if prefix or len(self.layer_scales) else "block"
-        for block in range(self.stages[0], family.depth):
+        part = "cross" if len(self.layer_scales) else "block"
+        for block in range(self.stages[0], family.depth - 1):
             steps.append(costs.block(family, block, semantic, part))
+        if self.stages[0] < family.depth:
+            exact = bool(prefix) and part == "block" and self.config.exact_last_block
+            steps.append(costs.last_block(family, semantic, exact, part))
         if self.config.keep_prefix:
             return [*steps, costs.head(family, semantic)]
         return [*steps, costs.Step("head", semantic, family.patch_head_macs(counts[0]))]

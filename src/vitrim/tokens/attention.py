@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim.tokens.calls import called, linear_part
 from vitrim.tokens.graphs import exporting
@@ -46,16 +46,16 @@ class AttentionRecord:
     """True for a token that is there: neither padding nor dropped; None: all are."""
     weights_BHQN: Tensor | None = None
     """The whole attention map, where it was computed."""
-    bias_N: Tensor | None = None
-    """What was added to the logits of each key; None: nothing."""
+    bias: Tensor | None = None
+    """What was added to the logits (B, H, Q, N), some of these 1; None: nothing."""
 
     def weights(self, num_queries: int | None = None) -> Tensor:
         """(B, H, num_queries, N): attention of the first queries, or of all of them."""
         if self.weights_BHQN is not None:
             return self.weights_BHQN[:, :, :num_queries]
         logits = (self.q_BHQD[:, :, :num_queries] * self.scale) @ self.k_BHND.transpose(-2, -1)
-        if self.bias_N is not None:
-            logits = logits + self.bias_N
+        if self.bias is not None:
+            logits = logits + self.bias
         if self.visible_BN is not None:
             logits = logits.masked_fill(~self.visible_BN[:, None, None, :], -math.inf)
         return logits.softmax(-1)
@@ -132,6 +132,7 @@ def recorded_attention(
     num_prefix: int,
     has_class: bool,
     keep_BN: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, AttentionRecord]:
     """Timm's attention layer, and its inner values.
 
@@ -142,11 +143,13 @@ def recorded_attention(
         has_class: whether token 0 is a class token.
         keep_BN: one entry per token, prefix tokens included: then :func:`masked_softmax` takes the
             softmax's place, in an exported graph a plain mask; None runs the fused kernel.
+        bias: added to the logits (B, H, Q, N), some of these 1, such as the logarithm of the number
+            of patches that a key stands for; None: nothing.
     """
     records: list[AttentionRecord] = []
 
     def run(x_BNC: Tensor) -> Tensor:
-        record = _self_attention(attention, x_BNC, num_prefix, has_class, keep_BN)
+        record = _self_attention(attention, x_BNC, num_prefix, has_class, keep_BN, bias)
         records.append(record)
         return merge(attention, x_BNC, record.context_BHQD)
 
@@ -159,23 +162,29 @@ def _self_attention(
     num_prefix: int,
     has_class: bool,
     keep_BN: Tensor | None,
+    bias: Tensor | None,
 ) -> AttentionRecord:
     q, k, v = project(attention, x_BNC)
     scale, weights, visible = scale_of(attention, q), None, None
+    bias = None if bias is None else bias.to(q.dtype)
     if keep_BN is None:
-        context = attend(attention, q, k, v)
+        context = attend(attention, q, k, v, bias)
     elif exporting():
         # Plain products: of fused attention some exporters want to know the number of tokens.
         visible = keep_BN > 0.5
         token_N = torch.arange(q.shape[2], device=q.device)
         seen = visible[:, None, None, :] | (token_N.unsqueeze(1) == token_N)  # itself in any case
-        logits = (q * scale @ k.transpose(-2, -1)).masked_fill(~seen, -math.inf)
+        logits = _biased(q * scale @ k.transpose(-2, -1), bias).masked_fill(~seen, -math.inf)
         context = logits.softmax(-1) @ v
     else:
-        weights = masked_softmax(q * scale @ k.transpose(-2, -1), keep_BN)
+        weights = masked_softmax(_biased(q * scale @ k.transpose(-2, -1), bias), keep_BN)
         context = attention.attn_drop(weights) @ v
         visible = keep_BN.detach() > 0.5
-    return AttentionRecord(q, k, v, context, scale, num_prefix, has_class, visible, weights)
+    return AttentionRecord(q, k, v, context, scale, num_prefix, has_class, visible, weights, bias)
+
+
+def _biased(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits if bias is None else logits + bias
 
 
 def cross_attention(
@@ -212,10 +221,48 @@ def _cross_attention(
     q = q.reshape(*q.shape[:2], *heads).transpose(1, 2)
     k, v = kv.reshape(*kv.shape[:2], 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attention.q_norm(q), attention.k_norm(k)
-    bias_N = None if bias_N is None else bias_N.to(q.dtype)
-    mask = None if bias_N is None else bias_N.expand(q.shape[2], -1)
-    context = attend(attention, q, k, v, mask)
-    return AttentionRecord(q, k, v, context, scale_of(attention, q), 0, False, bias_N=bias_N)
+    bias = None if bias_N is None else bias_N.to(q.dtype).expand(q.shape[2], -1)
+    context = attend(attention, q, k, v, bias)
+    return AttentionRecord(q, k, v, context, scale_of(attention, q), 0, False, bias=bias)
+
+
+def attention_of_first(
+    attention: Attention, x_BNC: Tensor, rows: int, bias: Tensor | None = None
+) -> Tensor:
+    """The first ``rows`` rows (B, rows, C) of what timm's attention layer gives, and no others.
+
+    With few queries neither keys nor values of the other tokens are needed. Per head,
+    ``q . (W_k y) = (W_k^T q) . y``, so the tokens ``y`` themselves stand in for the keys, and for
+    the values too: ``sum p W_v y = W_v sum p y``, as the weights ``p`` sum to 1. The bias of the
+    keys adds the same to all logits of a head. All heads ask the same tokens, as so many queries of
+    one wide head; for so few, plain products beat the fused kernel. Where keys are normed, they are
+    not linear in ``y``, and are made.
+
+    Args:
+        attention: a ``timm.layers.Attention`` with a plain linear layer ``qkv``.
+        x_BNC: all tokens, normalised for attention.
+        rows: how many, from the first.
+        bias: added to the logits of each key, (B, 1, 1, N); None: nothing.
+    """
+    width, heads, dim = attention.attn_dim, attention.num_heads, attention.head_dim
+    first = x_BNC[:, :rows]
+    q = linear_part(attention.qkv, first, 0, width).unflatten(2, (heads, dim)).transpose(1, 2)
+    q = attention.q_norm(q)
+    weight_3HDC = attention.qkv.weight.unflatten(0, (3, heads, dim))
+    scale = scale_of(attention, q)
+    if isinstance(attention.k_norm, nn.Identity):
+        asked_BQC = (q * scale @ weight_3HDC[1]).flatten(1, 2)
+        logits = (asked_BQC @ x_BNC.transpose(-2, -1)).unflatten(1, (heads, rows))
+    else:
+        k = linear_part(attention.qkv, x_BNC, width, 2 * width)
+        k = attention.k_norm(k.unflatten(2, (heads, dim)).transpose(1, 2))
+        logits = (q * scale) @ k.transpose(-2, -1)
+    weights_BHRN = _biased(logits, bias).softmax(-1).to(x_BNC.dtype)
+    seen_BHRC = (weights_BHRN.flatten(1, 2) @ x_BNC).unflatten(1, (heads, rows))
+    context_BHRD = seen_BHRC @ weight_3HDC[2].transpose(-2, -1)
+    if attention.qkv.bias is not None:
+        context_BHRD = context_BHRD + attention.qkv.bias[2 * width :].view(heads, 1, dim)
+    return merge(attention, first, context_BHRD)
 
 
 def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Tensor:

@@ -159,16 +159,27 @@ def make_bucket(
     return Bucket(images, longest, num_rows, rows, mask, back)
 
 
-def bucketed_attention(qkv_T3HD: Tensor, buckets: list[Bucket], dropout: float) -> Tensor:
-    """(rows, H, D): the context of every row, a call per bucket."""
+def bucketed_attention(
+    qkv_T3HD: Tensor, buckets: list[Bucket], dropout: float, bias_T: Tensor | None = None
+) -> Tensor:
+    """(rows, H, D): the context of every row, a call per bucket; ``bias_T`` (rows,) is added to the
+    logits of the keys.
+    """
     contexts = []
-    parts = torch.split(qkv_T3HD, [bucket.num_rows for bucket in buckets])
-    for part, bucket in zip(parts, buckets, strict=True):
+    rows = [bucket.num_rows for bucket in buckets]
+    parts = torch.split(qkv_T3HD, rows)
+    biases = [None] * len(rows) if bias_T is None else torch.split(bias_T, rows)
+    for part, bias, bucket in zip(parts, biases, buckets, strict=True):
         padded = part if bucket.rows is None else part.index_select(0, bucket.rows)
         q, k, v = _heads(padded, bucket.images)
         if bucket.rows is not None:
             q = q[:, :, : bucket.longest]
-        context = F.scaled_dot_product_attention(q, k, v, bucket.mask, dropout)
+        mask = bucket.mask
+        if bias is not None:
+            bias = bias if bucket.rows is None else bias.index_select(0, bucket.rows)
+            bias = bias.view(bucket.images, 1, 1, -1)
+            mask = bias if mask is None else mask + bias
+        context = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         context = context.transpose(1, 2).flatten(0, 1)
         if bucket.back is not None:
             context = context.index_select(0, bucket.back)

@@ -196,6 +196,8 @@ class PackedTokens:
     layout: Layout
     index_N: Tensor
     """(patch rows,) int64: place of each patch token in the original row-major patch grid."""
+    size_N: Tensor | None = None
+    """(patch rows,): how many patches each patch token stands for; None: one each."""
 
     @property
     def num_prefix(self) -> int:
@@ -221,6 +223,24 @@ class PackedTokens:
     @_not_compiled
     def prefix_BPC(self) -> Tensor:
         return self.x[self.layout.prefix_row_BP]
+
+    @property
+    @_not_compiled
+    def log_size_T(self) -> Tensor | None:
+        """(rows,): see :attr:`Tokens.log_size`."""
+        if self.size_N is None:
+            return None
+        zeros = self.size_N.new_zeros(self.layout.num_rows)
+        return zeros.index_copy(0, self.layout.patch_row_N, self.size_N.log())
+
+    @property
+    @_not_compiled
+    def bias(self) -> Tensor:
+        """(B, 1, 1, longest): of the padded sequences, see :attr:`Tokens.bias`."""
+        layout, log_size_T = self.layout, self.log_size_T
+        bias = self.x.new_zeros(layout.visible_BN.shape)
+        bias = bias if log_size_T is None else layout.pad(log_size_T)
+        return bias.masked_fill(~layout.visible_BN, -math.inf)[:, None, None, :]
 
     def with_x(self, x: Tensor) -> PackedTokens:
         return replace(self, x=x)
@@ -270,7 +290,8 @@ class PackedTokens:
         layout = self.layout
         keep = layout.visible_BN[:, self.num_prefix :].to(self.x.dtype)
         index = layout.pad_patches(self.index_N)
-        return Tokens(layout.pad(self.x), self.num_prefix, index, keep)
+        size = None if self.size_N is None else layout.pad_patches(self.size_N).clamp(min=1)
+        return Tokens(layout.pad(self.x), self.num_prefix, index, keep, size)
 
 
 AnyTokens = Tokens | PackedTokens
@@ -315,6 +336,7 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
         present = tokens.num_patches
         place = torch.arange(num_images * present, device=device)
         image_N, index_N = place // max(present, 1), tokens.index_BN.flatten()
+        size_N = None if tokens.size_BN is None else tokens.size_BN.flatten()
         row_N = place + (image_N + 1) * prefix
         start_B = torch.arange(num_images, device=device) * (prefix + present)
         prefix_row_BP = start_B.unsqueeze(1) + torch.arange(prefix, device=device)
@@ -322,6 +344,7 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
     else:
         layout = tokens.layout
         order, image_N, index_N = layout.order, layout.image_N, tokens.index_N
+        size_N = tokens.size_N
         row_N, prefix_row_BP, rows = layout.patch_row_N, layout.prefix_row_BP, tokens.x
     alive_N = keep_BN.flatten().index_select(0, image_N * num_patches + index_N)
     if isinstance(tokens, Tokens) and tokens.keep_BN is not None:
@@ -346,10 +369,13 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
     source_T = source_T.scatter(0, packed.prefix_row_BP.flatten(), prefix_row_BP.flatten())
     source_T = source_T.scatter(0, packed.patch_row_N, row_N.index_select(0, kept_N))
     x, index_N = rows.index_select(0, source_T), index_N.index_select(0, kept_N)
+    size_N = None if size_N is None else size_N.index_select(0, kept_N)
     if min(counts) < max(counts):
-        return PackedTokens(x, packed, index_N)
+        return PackedTokens(x, packed, index_N, size_N)
+    shape = num_images, counts[0]
     x = x.view(num_images, packed.longest, x.shape[1])
-    return Tokens(x, packed.num_prefix, index_N.view(num_images, counts[0]))
+    size_BN = None if size_N is None else size_N.view(shape)
+    return Tokens(x, packed.num_prefix, index_N.view(shape), size_BN=size_BN)
 
 
 def _select_one(tokens: Tokens, keep_N: Tensor, packages_1PC: Tensor | None) -> Tokens:
@@ -379,6 +405,7 @@ def packed_attention(
     layout: Layout,
     score: Score | None = None,
     has_class: bool = False,
+    bias_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Timm's attention layer on packed rows, each image seeing itself alone.
 
@@ -388,6 +415,7 @@ def packed_attention(
         layout: where the images lie.
         score: asks for a score of the patch tokens.
         has_class: whether each image's token 0 is a class token.
+        bias_T: added to the logits of each key (rows,); None: nothing.
 
     Returns:
         the layer's output (rows, C), and the score (patch rows,) if it was asked for.
@@ -396,9 +424,9 @@ def packed_attention(
 
     def run(x_TC: Tensor) -> Tensor:
         qkv = _projected(attention, x_TC)
-        context = _contexts(attention, qkv, layout)
+        context = _contexts(attention, qkv, layout, bias_T)
         if score is not None:
-            record = _padded_record(attention, qkv, context, layout, has_class)
+            record = _padded_record(attention, qkv, context, layout, has_class, bias_T)
             scores.append(score(record).flatten().index_select(0, layout.patch_place_N))
         out = attention.norm(context.flatten(1))
         if attention.gate is not None:
@@ -419,28 +447,40 @@ def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
     return qkv
 
 
-def _contexts(attention: Attention, qkv: Tensor, layout: Layout) -> Tensor:
+def _contexts(
+    attention: Attention, qkv: Tensor, layout: Layout, bias_T: Tensor | None
+) -> Tensor:
     """(rows, H, D)"""
+    bias_T = None if bias_T is None else bias_T.to(qkv.dtype)
     if not attention.fused_attn:  # one whole map of all images, for who looks at it
         q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = q.new_zeros(layout.visible_BN.shape).masked_fill(~layout.visible_BN, -math.inf)
+        mask = q.new_zeros(layout.visible_BN.shape) if bias_T is None else layout.pad(bias_T)
+        mask = mask.masked_fill(~layout.visible_BN, -math.inf)
         context = attend(attention, q, k, v, mask[:, None, None, :]).transpose(1, 2)
         return context.flatten(0, 1).index_select(0, layout.place_T)
     dropout = attention.attn_drop.p if attention.training else 0.0
-    if _takes_varlen(qkv, dropout):
+    if bias_T is None and _takes_varlen(qkv, dropout):
         q, k, v = qkv.unbind(1)
         bounds, longest = layout.bounds, layout.longest
         return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
-    return bucketed_attention(qkv, layout.buckets(qkv.dtype, attention.num_heads), dropout)
+    buckets = layout.buckets(qkv.dtype, attention.num_heads)
+    return bucketed_attention(qkv, buckets, dropout, bias_T)
 
 
 def _padded_record(
-    attention: Attention, qkv: Tensor, context: Tensor, layout: Layout, has_class: bool
+    attention: Attention,
+    qkv: Tensor,
+    context: Tensor,
+    layout: Layout,
+    has_class: bool,
+    bias_T: Tensor | None,
 ) -> AttentionRecord:
     q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
     context = layout.pad(context).transpose(1, 2)
     scale, visible = scale_of(attention, q), layout.visible_BN
-    return AttentionRecord(q, k, v, context, scale, layout.num_prefix, has_class, visible)
+    bias = None if bias_T is None else layout.pad(bias_T)[:, None, None, :]
+    prefix = layout.num_prefix
+    return AttentionRecord(q, k, v, context, scale, prefix, has_class, visible, bias=bias)
 
 
 def in_slices(run: Callable[[Tensor], Tensor], x_TC: Tensor) -> Tensor:

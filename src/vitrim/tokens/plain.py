@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.tokens.graphs import exporting
@@ -34,6 +35,9 @@ class Tokens:
     keep_BN: Tensor | None = None
     """(B, N) float: 1 keeps a patch token and 0 masks it out; None keeps all. It may carry
     straight-through gradients."""
+
+    size_BN: Tensor | None = None
+    """(B, N): how many patches each patch token stands for; None: one each."""
 
     @classmethod
     def of(cls, x: Tensor, num_prefix: int) -> Tokens:
@@ -72,6 +76,24 @@ class Tokens:
         assert self.keep_BN is not None
         ones = self.keep_BN.new_ones(self.keep_BN.shape[0], self.num_prefix)
         return torch.cat([ones, self.keep_BN], dim=1)
+
+    @property
+    def log_size(self) -> Tensor | None:
+        """(B, 1, 1, P + N): what makes attention see each token as the patches that it stands for,
+        added to the logits of keys; None: nothing.
+        """
+        if self.size_BN is None:
+            return None
+        return F.pad(self.size_BN.log(), (self.num_prefix, 0))[:, None, None, :]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The same, with -inf where a mask hides a token."""
+        if self.keep_BN is None:
+            return self.log_size
+        hidden = (self.keep_all < 0.5)[:, None, None, :]
+        bias = self.x.new_zeros(hidden.shape) if self.log_size is None else self.log_size
+        return bias.masked_fill(hidden, -math.inf)
 
     def keep_on_grid(self, num_patches: int) -> Tensor:
         """(B, num_patches): the keep mask on the original grid, 0 where a patch was removed."""
@@ -137,15 +159,13 @@ class Tokens:
             [prefix.expand(num_images, self.num_prefix), position_BK + self.num_prefix], dim=1
         )
         if isinstance(num_images, int) and num_images == 1:  # a graph for one image does with less
-            x, index_BN = self.x.index_select(1, rows[0]), self.index_BN.gather(1, position_BK)
-            return Tokens(x, self.num_prefix, index_BN)
-        # One index_select over whole rows copies contiguous memory: the fastest gather that torch
-        # has, on CPU and CUDA.
-        start = torch.arange(num_images, device=self.x.device).unsqueeze(1) * num_tokens
-        flat = self.x.reshape(num_images * num_tokens, num_channels)
-        x = flat.index_select(0, (rows + start).flatten())
-        return Tokens(
-            x.view(num_images, rows.shape[1], num_channels),
-            self.num_prefix,
-            self.index_BN.gather(1, position_BK),
-        )
+            x = self.x.index_select(1, rows[0])
+        else:
+            # One index_select over whole rows copies contiguous memory: the fastest gather that
+            # torch has, on CPU and CUDA.
+            start = torch.arange(num_images, device=self.x.device).unsqueeze(1) * num_tokens
+            flat = self.x.reshape(num_images * num_tokens, num_channels)
+            x = flat.index_select(0, (rows + start).flatten())
+            x = x.view(num_images, rows.shape[1], num_channels)
+        size_BN = None if self.size_BN is None else self.size_BN.gather(1, position_BK)
+        return Tokens(x, self.num_prefix, self.index_BN.gather(1, position_BK), size_BN=size_BN)

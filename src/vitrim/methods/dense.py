@@ -1,0 +1,92 @@
+"""Dense: no token is dropped, and the last block computes what the answer needs.
+
+Only the class token's row of the last block reaches a class token's head. So that block needs one
+query, and neither keys nor values of the other tokens: see
+:func:`vitrim.tokens.attention.attention_of_first`. The logits are the backbone's own, to rounding;
+for 8 % fewer MACs in DeiT-T, DeiT-S and DeiT-B alike. Heads that read the patch tokens (pooling,
+LV-ViT's second classifier) need the whole block, and run it; ``vitrim info`` says so.
+
+This library's own; nothing is learned, and there is nothing to turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vitrim import costs
+from vitrim.config import check_weights, normalise, require
+from vitrim.families import ViT
+from vitrim.layers import losses
+from vitrim.methods.base import Method, with_total
+from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
+from vitrim.tokens.plain import Grid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseConfig:
+    """How the dense model runs."""
+
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need; False runs and
+    counts timm's own model."""
+    classification_weight: float = 1.0
+    """Weight of the cross entropy."""
+    distill_weight: float = 0.5
+    """Weight of KL(teacher || student) on the logits."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        normalise(self)
+        check_weights(self, "classification", "distill")
+
+
+class Dense(Method):
+    """A plain vision transformer, or LV-ViT, with all its tokens."""
+
+    name = "dense"
+    config_class = DenseConfig
+    families = ("vit", "lvvit")
+    refusals: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("pit", "swin", "convnext"),
+        "the last block of a pyramid is a small part of it; use the timm model as it is",
+    )
+    config: DenseConfig
+
+    def __init__(
+        self, family: ViT, config: DenseConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = ()
+
+    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...]:
+        return ()
+
+    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        return family.answer(0, family.stem(images), self.config.exact_last_block)
+
+    def train_forward(
+        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+    ) -> TrainingOutput:
+        return TrainingOutput(family.training_head(family.dense(images)))
+
+    def losses(
+        self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        parts = dict[str, Tensor]()
+        if target is not None:
+            parts["classification"] = losses.classification_loss(output.logits, target)
+        if teacher is not None:
+            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+        require(len(parts) > 0, "dense learns from labels or from a dense teacher; give either")
+        return with_total(self.config, parts)
+
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+        *others, _, head = family.dense_steps(grid)
+        last = costs.last_block(family, head.tokens, self.config.exact_last_block)
+        return [*others, last, head]

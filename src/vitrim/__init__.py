@@ -22,6 +22,7 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
         from vitrim.methods.asvit import ASViTConfig
         from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
         from vitrim.methods.dynamicvit import DynamicViTConfig
+        from vitrim.methods.merging import MergingConfig
         from vitrim.methods.sait import SaiTConfig
         from vitrim.methods.spvit import SPViTConfig
         from vitrim.methods.spvit_pyramid import SPViTPyramidConfig
@@ -45,6 +46,7 @@ __all__ = [
     "DynamicSpatialConfig",
     "DynamicViTConfig",
     "InputError",
+    "MergingConfig",
     "MissingExtraError",
     "SPViTConfig",
     "SPViTPyramidConfig",

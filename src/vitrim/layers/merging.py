@@ -50,11 +50,12 @@ def match(
         weight_BN: see above; None: 1.
     """
     first = num_prefix % 2
+    norm_BN = torch.linalg.vector_norm(metric_BNC, dim=-1)
     a_BAC, b_BTC = metric_BNC[:, first::2], metric_BNC[:, 1 - first :: 2]
-    b_BTC = b_BTC / torch.linalg.vector_norm(b_BTC, dim=-1, keepdim=True)
-    best = (a_BAC @ b_BTC.transpose(1, 2)).max(-1)
-    cosine_BA = best.values / torch.linalg.vector_norm(a_BAC, dim=-1)
-    cost_BA = 1 - cosine_BA.float()
+    # Rows of targets, columns of sources: torch finds maxima faster along the first of the two.
+    similar_BTA = (b_BTC @ a_BAC.transpose(1, 2)) / norm_BN[:, 1 - first :: 2].unsqueeze(-1)
+    best = similar_BTA.max(1)
+    cost_BA = 1 - (best.values / norm_BN[:, first::2]).float()
     if weight_BN is not None:
         cost_BA = cost_BA * weight_BN[:, first::2]
     order_BA = cost_BA.argsort(1)

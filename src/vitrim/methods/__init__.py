@@ -14,6 +14,7 @@ from vitrim.methods.base import Method
 from vitrim.methods.dense import Dense
 from vitrim.methods.dynamic_spatial import DynamicSpatial
 from vitrim.methods.dynamicvit import DynamicViT
+from vitrim.methods.merging import Merging
 from vitrim.methods.sait import SaiT
 from vitrim.methods.spvit import SPViT
 from vitrim.methods.spvit_pyramid import SPViTPyramid
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         DynamicSpatial,
         ASViT,
         SaiT,
+        Merging,
         SPViT,
         SPViTPyramid,
         STViT,

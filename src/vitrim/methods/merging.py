@@ -1,0 +1,369 @@
+"""Merging: similar tokens become one, in a few blocks, by how little they matter.
+
+ToMe's (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461): in a
+block, between attention and MLP, a fixed number of patch tokens goes into others. Tokens at even
+places of the sequence may go into tokens at odd places, each into the most similar one; attention
+weighs a token as the patches that it stands for. :meth:`MergingConfig.tome` is that method as
+published: compared by the mean of the keys over the heads, the most similar pairs first, the mean
+weighted by sizes, in every block.
+
+This library's, by experiments on real weights without training (``results/tried.md``):
+
+* Tokens are compared by the keys of all heads.
+* Going costs ``(1 - cosine) * importance ** 0.5``. A token's importance is the attention that the
+  class token pays to it, mean over the heads (without a class token, what all tokens pay to it).
+* What becomes one is the mean weighted by importance.
+* Few blocks merge, and many tokens at once: each block that merges takes time for it, whatever it
+  merges, and few lose no accuracy.
+
+Where the code of ToMe is wrong (LayerScale and QK-norm are passed over by its blocks), this is not:
+blocks are timm's own. Pooling heads weigh tokens by their sizes, which ToMe's do not.
+
+Nothing is learned: any trained model can be used as it is, and adapted by distillation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vitrim import costs
+from vitrim.config import check_weights, normalise, require
+from vitrim.families import ViT
+from vitrim.layers import losses, sampling
+from vitrim.layers.merging import match, merge, most_sources
+from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
+from vitrim.methods.base import RatioMethod, with_total
+from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.plain import Grid, Tokens
+
+Action = Literal["merge", "drop"]
+EPS = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergingConfig:
+    """How merging is set up."""
+
+    keep_ratio: float | tuple[float, ...] = 0.7
+    """Share of the patches' number that goes on from the stages: one number r gives r, r^2, r^3
+    ...; a tuple gives the share at each. Half of the tokens can go at once, no more do."""
+    stages: tuple[int, ...] | None = None
+    """Blocks before which tokens are fewer: they are merged between attention and MLP of the block
+    before. None takes the blocks behind a quarter, a half and three quarters of the depth."""
+    merged_per_block: float | None = None
+    """ToMe's r: so many tokens are merged away in every block, in place of ``keep_ratio`` and
+    ``stages``; of a fraction, as many as add up. Published: 13 for DeiT-S."""
+    action: Action | tuple[Action, ...] = "merge"
+    """Whether tokens are merged, or the least important ones dropped; a tuple says it for each
+    stage."""
+    metric: Literal["keys", "mean_keys", "keys_and_features"] = "keys"
+    """What tokens are compared by: the keys of all heads; their mean over the heads (ToMe); or the
+    keys and the features, half each, which is a little better and dearer."""
+    importance_power: float = 0.5
+    """Of the importance in the cost of going; 0 leaves it out (ToMe)."""
+    weigh_by: Literal["importance", "size"] = "importance"
+    """What weighs the tokens that become one; ToMe's are weighed by size."""
+    train_keep_ratio: tuple[float, ...] | None = None
+    """Training draws ``keep_ratio`` for each batch between these two numbers; None trains at
+    ``keep_ratio``."""
+    exact_last_block: bool = True
+    """Whether the last block computes no more than a class token's logits need: the same logits for
+    fewer MACs."""
+    classification_weight: float = 1.0
+    """Weight of the cross entropy."""
+    distill_weight: float = 1.0
+    """Weight of KL(teacher || student) on the logits."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        normalise(self)
+        check_keep_ratio(self.keep_ratio)
+        if self.stages is not None:
+            _check_stages(self.stages)
+            self.ratios(len(self.stages))
+            self.actions(len(self.stages))
+        power, per_block, drawn = self.importance_power, self.merged_per_block, self.train_keep_ratio
+        require(0 <= power < math.inf, f"importance_power is {power}; expected 0 or more")
+        if per_block is not None:
+            require(
+                0 <= per_block < math.inf, f"merged_per_block is {per_block}; expected 0 or more"
+            )
+            require(self.stages is None, "merged_per_block merges in every block; leave out stages")
+        require(
+            drawn is None or (len(drawn) == 2 and 0 < drawn[0] <= drawn[1] <= 1),
+            f"train_keep_ratio is {drawn}; expected the smaller and the larger of two ratios",
+        )
+        check_weights(self, "classification", "distill")
+
+    @classmethod
+    def tome(cls, merged_per_block: float = 13, **changes: Any) -> MergingConfig:
+        """ToMe as published, with ``changes``."""
+        fields: dict[str, Any] = {
+            "merged_per_block": merged_per_block,
+            "metric": "mean_keys",
+            "importance_power": 0.0,
+            "weigh_by": "size",
+            "exact_last_block": False,
+        }
+        return cls(**fields | changes)
+
+    def ratios(self, num_stages: int) -> tuple[float, ...]:
+        """The share of the patches' number that goes on from each stage."""
+        return stage_ratios(self.keep_ratio, num_stages)
+
+    def actions(self, num_stages: int) -> tuple[Action, ...]:
+        """What each stage does."""
+        if not isinstance(self.action, tuple):
+            return (self.action,) * num_stages
+        require(
+            len(self.action) == num_stages,
+            f"action has {len(self.action)} entries for {num_stages} stages",
+        )
+        return self.action
+
+    @property
+    def asks_importance(self) -> bool:
+        """Whether merging itself needs the tokens' importance."""
+        return self.importance_power > 0 or self.weigh_by == "importance"
+
+
+class Merging(RatioMethod):
+    """The method on a plain vision transformer, and on LV-ViT."""
+
+    name = "merging"
+    config_class = MergingConfig
+    families = ("vit", "lvvit")
+    refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("pit", "swin", "convnext"),
+        "tokens that became one have no place in a map; use spvit_pyramid or dynamic_spatial",
+    )
+    config: MergingConfig
+
+    def __init__(
+        self, family: ViT, config: MergingConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        depth, stages = family.depth, config.stages
+        require(depth > 1, "the backbone has one block; merging needs two")
+        if config.merged_per_block is not None:
+            stages = tuple(range(1, depth))
+        elif stages is None:
+            stages = tuple(sorted({min(depth * q // 4 + 1, depth - 1) for q in (1, 2, 3)}))
+        _check_stages(stages, depth)
+        config.ratios(len(stages))
+        config.actions(len(stages))
+        self.config = config
+        self.stages = stages
+        self.has_class = family.has_class
+        self.num_prefix = family.num_prefix
+        self.native_patches = math.prod(family.grid())
+
+    @classmethod
+    def kinds(cls) -> tuple[MergingConfig, ...]:
+        return (MergingConfig(),)
+
+    @property
+    def score_name(self) -> str:
+        source = "the class token" if self.has_class else "all tokens"
+        return f"attention received from {source}"
+
+    def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
+        """Of the tokens at even places, all may go; those at odd places stay."""
+        per_block = self.config.merged_per_block
+        if per_block is None:
+            wanted = list(super()._fixed_counts(num_positions))
+        else:
+            wanted = [num_positions - int(per_block * (n + 1)) for n in range(len(self.stages))]
+        counts, before = list[int](), num_positions
+        for count, action in zip(wanted, self.config.actions(len(self.stages)), strict=True):
+            least = before - most_sources(before, self.num_prefix) if action == "merge" else 1
+            before = min(before, max(count, least, 1))
+            counts.append(before)
+        return tuple(counts)
+
+    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        stem = family.stem(images)
+        tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
+        return family.answer(last.start, tokens, self.config.exact_last_block)
+
+    def _merged(
+        self, family: ViT, tokens: Tokens, counts: Sequence[int], recorder: Recorder | None = None
+    ) -> tuple[Tokens, range]:
+        """The tokens behind the last stage, and the blocks that are left to run."""
+        *others, last = stretches(self.stages, family.depth)
+        actions = self.config.actions(len(self.stages))
+        for (*whole, block), count, action in zip(others, counts, actions, strict=True):
+            tokens = family.run_blocks(whole, tokens)
+            if count == tokens.num_patches and not recorder:
+                tokens = family.run_blocks((block,), tokens)
+                continue
+            records: list[AttentionRecord] = []
+
+            def between(
+                before: Any, importance: Tensor, count: int = count, action: Action = action
+            ) -> Tokens:
+                after = self._fewer(before, records[-1], importance, count, action)
+                if recorder:
+                    recorder.add(block + 1, before, importance, after)
+                return after
+
+            def importance_of(record: AttentionRecord) -> Tensor:
+                records.append(record)
+                return self._importance(record, action, bool(recorder))
+
+            tokens, _ = family.split_block(block, tokens, importance_of, between)
+        return tokens, last
+
+    def _importance(self, record: AttentionRecord, action: Action, is_asked: bool) -> Tensor:
+        """(B, N), where it is asked for; else a stand-in."""
+        if action == "drop" or is_asked or self.config.asks_importance:
+            return record.patch_attention().mean(1)
+        return record.k_BHND[:, 0, record.num_prefix :, 0]
+
+    def _fewer(
+        self,
+        tokens: Tokens,
+        record: AttentionRecord,
+        importance_BN: Tensor,
+        count: int,
+        action: Action,
+    ) -> Tokens:
+        """So many tokens, by merging or by dropping."""
+        config, going = self.config, tokens.num_patches - count
+        if going == 0:
+            return tokens
+        if action == "drop":
+            return tokens.gather(sampling.top_k(importance_BN, count))
+        cost_weight = importance_BN.clamp(min=EPS).pow(config.importance_power)
+        matching = match(
+            self._metric(tokens, record),
+            going,
+            tokens.num_prefix,
+            cost_weight if config.importance_power else None,
+        )
+        weight = importance_BN.clamp(min=EPS) if config.weigh_by == "importance" else None
+        return merge(tokens, matching, weight)
+
+    def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:
+        """(B, N, C): what patch tokens are compared by."""
+        keys_BNHD = record.k_BHND.transpose(1, 2)[:, tokens.num_prefix :]
+        if self.config.metric == "mean_keys":
+            return keys_BNHD.mean(2)
+        keys = keys_BNHD.flatten(2)
+        if self.config.metric == "keys":
+            return keys
+        halves = (keys, tokens.patches)
+        return torch.cat([half / half.norm(dim=-1, keepdim=True) for half in halves], -1)
+
+    def train_forward(
+        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+    ) -> TrainingOutput:
+        tokens, method = family.stem(images), self
+        counts = method._fixed_counts(tokens.num_patches)
+        if self.config.train_keep_ratio is not None:
+            low, high = self.config.train_keep_ratio
+            device = None if generator is None else generator.device
+            share = torch.rand((), generator=generator, device=device).item()
+            counts = self._counts_at(low + share * (high - low), tokens.num_patches)
+        tokens, last = self._merged(family, tokens, counts)
+        return TrainingOutput(family.training_head(family.run_blocks(last, tokens)))
+
+    def _counts_at(self, keep_ratio: float, num_patches: int) -> tuple[int, ...]:
+        config = self.config
+        try:
+            self.config = replace(config, keep_ratio=keep_ratio, merged_per_block=None)
+            return self._fixed_counts(num_patches)
+        finally:
+            self.config = config
+
+    def losses(
+        self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+    ) -> dict[str, Tensor]:
+        parts = dict[str, Tensor]()
+        if target is not None:
+            parts["classification"] = losses.classification_loss(output.logits, target)
+        if teacher is not None:
+            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+        require(len(parts) > 0, "merging learns from labels or from a dense teacher; give either")
+        return with_total(self.config, parts)
+
+    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+        num_patches, prefix = math.prod(grid), family.num_prefix
+        steps = [costs.stem(family, num_patches)]
+        patches: Any = num_patches
+        actions = self.config.actions(len(self.stages))
+        for block in range(family.depth - 1):
+            if block + 1 not in self.stages:
+                steps.append(costs.block(family, block, patches + prefix))
+                continue
+            stage = self.stages.index(block + 1)
+            macs = self._stage_macs(family, block, patches, actions[stage])
+            steps.append(costs.select(self.name, block + 1, patches + prefix, macs))
+            patches = counts[stage]
+            steps.append(costs.mlp(family, block, patches + prefix))
+        steps.append(costs.last_block(family, patches + prefix, self.config.exact_last_block))
+        return [*steps, costs.head(family, patches + prefix)]
+
+    def _stage_macs(self, family: ViT, block: int, patches: Any, action: Action) -> Any:
+        """Attention, importance and matching."""
+        tokens = patches + family.num_prefix
+        macs = costs.attention_macs(family, block, tokens)
+        if action == "drop" or self.config.asks_importance:
+            macs = macs + family.score_macs(block, tokens)
+        if action == "drop":
+            return macs
+        attention = family.backbone.blocks[block].attn
+        width = {
+            "keys": attention.attn_dim,
+            "mean_keys": attention.head_dim,
+            "keys_and_features": attention.attn_dim + family.embed_dim,
+        }[self.config.metric]
+        sources = most_sources(patches, family.num_prefix)
+        return macs + width * sources * (patches - sources)
+
+    def dial(self) -> Dial:
+        per_block = self.config.merged_per_block
+        if per_block is None:
+            return super().dial()
+        most = self.native_patches / len(self.stages)
+        return Dial("merged_per_block", per_block, cheapest=most, dearest=0.0)
+
+    def turn(self, value: float) -> None:
+        if self.config.merged_per_block is None:
+            super().turn(value)
+        else:
+            self.config = replace(self.config, merged_per_block=value)
+
+    def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
+        require(
+            self.config.merged_per_block is None,
+            "merged_per_block says how many tokens are merged; make the model sparse with a "
+            "keep_ratio to set ratios, or use set_budget",
+        )
+        super().set_keep_ratio(keep_ratio)
+
+    @property
+    def least_ratio(self) -> float:
+        """One half goes at once, at most."""
+        return 0.5
+
+    @classmethod
+    def follow(cls, config: MergingConfig, plan: Plan) -> tuple[MergingConfig, str | None]:
+        ratios = plan.keep_ratios
+        changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": ratios}
+        return replace(config, merged_per_block=None, **changes), None
+
+
+def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:
+    check_stages(stages, depth)
+    require(
+        stages[0] >= 1,
+        "stage 0 has no block before it in which tokens could be merged; start at block 1",
+    )

@@ -9,7 +9,7 @@ weighted by sizes, in every block.
 
 This library's, by experiments on real weights without training (``results/tried.md``):
 
-* Tokens are compared by the keys of all heads.
+* Tokens are compared by their features, not by their keys.
 * Going costs ``(1 - cosine) * importance ** 0.5``. A token's importance is the attention that the
   class token pays to it, mean over the heads (without a class token, what all tokens pay to it).
 * What becomes one is the mean weighted by importance.
@@ -63,9 +63,9 @@ class MergingConfig:
     action: Action | tuple[Action, ...] = "merge"
     """Whether tokens are merged, or the least important ones dropped; a tuple says it for each
     stage."""
-    metric: Literal["keys", "mean_keys", "keys_and_features"] = "keys"
-    """What tokens are compared by: the keys of all heads; their mean over the heads (ToMe); or the
-    keys and the features, half each, which is a little better and dearer."""
+    metric: Literal["features", "keys", "mean_keys"] = "features"
+    """What tokens are compared by: their features, after the attention's residual; the keys of all
+    heads; or the keys' mean over the heads (ToMe)."""
     importance_power: float = 0.5
     """Of the importance in the cost of going; 0 leaves it out (ToMe)."""
     weigh_by: Literal["importance", "size"] = "importance"
@@ -253,14 +253,10 @@ class Merging(RatioMethod):
 
     def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:
         """(B, N, C): what patch tokens are compared by."""
+        if self.config.metric == "features":
+            return tokens.patches
         keys_BNHD = record.k_BHND.transpose(1, 2)[:, tokens.num_prefix :]
-        if self.config.metric == "mean_keys":
-            return keys_BNHD.mean(2)
-        keys = keys_BNHD.flatten(2)
-        if self.config.metric == "keys":
-            return keys
-        halves = (keys, tokens.patches)
-        return torch.cat([half / half.norm(dim=-1, keepdim=True) for half in halves], -1)
+        return keys_BNHD.flatten(2) if self.config.metric == "keys" else keys_BNHD.mean(2)
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
@@ -321,9 +317,9 @@ class Merging(RatioMethod):
             return macs
         attention = family.backbone.blocks[block].attn
         width = {
+            "features": family.embed_dim,
             "keys": attention.attn_dim,
             "mean_keys": attention.head_dim,
-            "keys_and_features": attention.attn_dim + family.embed_dim,
         }[self.config.metric]
         sources = most_sources(patches, family.num_prefix)
         return macs + width * sources * (patches - sources)

@@ -65,6 +65,10 @@ class Dense(Method):
         self.config = config
         self.stages = ()
 
+    @classmethod
+    def kinds(cls) -> tuple[DenseConfig, ...]:
+        return ()
+
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...]:
         return ()
 

@@ -29,6 +29,7 @@ from tests.test_families import VARIANTS, backbone, variant_images
 from tests.test_macs import counted
 from tests.test_methods import CASES, METHOD, sparse_model
 from tests.test_wrapped import Adapter
+from tests.training import quiet, tiny_recipe, write_images
 from vitrim import (
     ConfigError,
     DenseConfig,
@@ -44,6 +45,7 @@ from vitrim.families import family_of
 from vitrim.latency.measure import profile
 from vitrim.latency.table import LatencyTable, predict
 from vitrim.tokens.packed import select
+from vitrim.train.engine import train
 
 X = images(3)
 POOLING = {
@@ -434,3 +436,14 @@ def test_saved_it_says_which_it_is(exact, tmp_path):
     assert described["name"] == "dense"
     assert described["config"]["exact_last_block"] is exact
     assert torch.equal(from_pretrained(tmp_path)(X), sparse(X))
+
+
+def test_it_is_trained_as_it_is(tmp_path):
+    recipe = tiny_recipe(
+        write_images(tmp_path / "data"), method__keep_ratio=None, method__name="dense"
+    )
+    with torch.enable_grad():
+        result = train(recipe, tmp_path / "run", on_progress=quiet)
+    sparse = from_pretrained(result.folder)
+    assert sparse.config == DenseConfig()
+    assert sparse.macs() < sparse.dense_macs()

@@ -24,6 +24,7 @@ from tests.test_methods import sparse_model
 from vitrim import (
     ASViTConfig,
     ConfigError,
+    DenseConfig,
     DynamicViTConfig,
     InputError,
     SaiTConfig,
@@ -56,6 +57,7 @@ DATA = {
     "crop_pct": 0.9,
 }
 FIXED = {
+    "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
@@ -260,7 +262,11 @@ def test_an_absent_executorch_names_its_extra(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["pt2", "openvino"])
-@pytest.mark.parametrize("config", [FIXED["dynamicvit"], ADAPTIVE["asvit"]], ids=["fixed", "own"])
+@pytest.mark.parametrize(
+    "config",
+    [FIXED["dense"], FIXED["dynamicvit"], ADAPTIVE["asvit"]],
+    ids=["dense", "fixed", "own"],
+)
 def test_other_formats(to, config, tmp_path):
     sparse, folder = exported(tmp_path, config, to)
     same(sparse, folder)

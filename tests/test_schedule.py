@@ -183,7 +183,7 @@ def test_effects_fall_to_nothing(signal, make):
 
 
 def test_an_effect_is_the_divergence_of_that_stage():
-    backbone, pixels = small(), images(8)
+    backbone, pixels = small().double(), images(8).double()  # it is 1e-7, which floats hardly tell
     family, counts = family_of(backbone), measured_counts(64)
     with torch.no_grad():
         tokens, score = family.attention_half(

@@ -438,7 +438,8 @@ def test_the_latency_term_is_the_table_at_the_batchs_counts(folder, table, thres
 )
 def test_training_ends_at_the_latency(folder, table, tmp_path, method):
     dense = predict(table, None, family_of(tiny_vit()), (4, 4))
-    asked = 0.75 * dense  # the exact last block alone is 0.82 of it
+    # The exact last block, which STViT without a class token has not, leaves 0.82 of it.
+    asked = (0.9 if method["name"] == "stvit" else 0.75) * dense
     fields = {key: value for key, value in method.items() if key != "name"}
     recipe = replace(
         run_recipe(folder, table, asked, data__val=str(folder), run__epochs=1),

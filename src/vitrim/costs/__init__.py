@@ -8,6 +8,7 @@ from vitrim.costs.steps import (
     head,
     last_block,
     level,
+    matching_macs,
     mlp,
     packed_part,
     plain_steps,

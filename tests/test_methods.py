@@ -35,10 +35,12 @@ TARGET = torch.tensor([1, 2, 3])
 CASES = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
+    "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
     "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=0.6),
     "dynamic_spatial per predictor": DynamicSpatialConfig(keep_ratio=(0.3, 0.7, 0.5)),
     "asvit": ASViTConfig(thresholds=0.06),
     "asvit masked": ASViTConfig(thresholds=0.06, mode="mask", head_weighting=False),
+    "asvit merging": ASViTConfig(thresholds=0.06, merge_dropped=True),
     "asvit values": ASViTConfig(thresholds=0.06, value_weighting=True),
     "sait density": SaiTConfig(selector="density", where="mid"),
     "sait mass": SaiTConfig(min_kept=0, mass=0.6, prune_after=2),
@@ -82,6 +84,7 @@ CASES = {
 KEEPS_ALL = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=1.0),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.0),
+    "dynamicvit merging": DynamicViTConfig(stages=(1, 2), threshold=0.0, merge_dropped=True),
     "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=(1.0, 1.0)),
     "asvit": ASViTConfig(thresholds=1e-9),
     "asvit masked": ASViTConfig(thresholds=1e-9, mode="mask"),

@@ -5,6 +5,12 @@ A kept token becomes the mean of what it took up, weighted by how many patches e
 stands for as many as they did together, which attention heeds from then on (``Tokens.log_size``).
 All ways to execute a choice are the same function: what is dropped is a set of tokens like what is
 kept, made by the other half of the choice. Images that keep nothing have nowhere to put it.
+
+Merging pays where a part of the tokens goes at once, and hurts where most do, as the nearest kept
+token may not be near. Untrained SaiT on DeiT-Tiny, KL to the dense model on 125 held-out images of
+ImageNet's training set, dropped and merged, for three scores: at 0.65 of the MACs (after 4 blocks,
+115 of 196 kept) 0.044 to 0.061 and 0.027 to 0.039; at 0.5 (67 kept) 0.179 to 0.211 and 0.148 to
+0.159; at 0.5 after 3 blocks (83 kept, alike less yet) 0.187 to 0.432 and 0.423 to 0.559.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def absorb(kept: SomeTokens, gone: AnyTokens) -> tuple[SomeTokens, Moves]:
         gone: what does not, of the same images; what a mask hides of it is not there.
     """
     if isinstance(kept, PackedTokens) or isinstance(gone, PackedTokens):
-        return cast(tuple[SomeTokens, Moves], _absorb_packed(kept, gone))
-    return cast(tuple[SomeTokens, Moves], _absorb(kept, gone))
+        return cast("tuple[SomeTokens, Moves]", _absorb_packed(kept, gone))
+    return cast("tuple[SomeTokens, Moves]", _absorb(kept, gone))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # as all that deals with counts

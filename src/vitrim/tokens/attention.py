@@ -167,9 +167,7 @@ def _self_attention(
     q, k, v = project(attention, x_BNC)
     scale, weights, visible = scale_of(attention, q), None, None
     bias = None if bias is None else bias.to(q.dtype)
-    if keep_BN is None and (bias is None or not exporting()):
-        context = attend(attention, q, k, v, bias)
-    elif exporting():
+    if exporting() and not (keep_BN is None and bias is None):
         # Plain products: of fused attention some exporters want to know the number of tokens.
         logits = _biased(q * scale @ k.transpose(-2, -1), bias)
         if keep_BN is not None:
@@ -178,6 +176,8 @@ def _self_attention(
             itself = token_N.unsqueeze(1) == token_N  # is seen in any case
             logits = logits.masked_fill(~(visible[:, None, None, :] | itself), -math.inf)
         context = logits.softmax(-1) @ v
+    elif keep_BN is None:
+        context = attend(attention, q, k, v, bias)
     else:
         weights = masked_softmax(_biased(q * scale @ k.transpose(-2, -1), bias), keep_BN)
         context = attention.attn_drop(weights) @ v

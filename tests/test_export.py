@@ -59,6 +59,7 @@ DATA = {
 FIXED = {
     "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
+    "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
     "stvit": STViTConfig(semantic_tokens=(2, 3)),
@@ -67,6 +68,7 @@ FIXED = {
 ADAPTIVE = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.45),
     "asvit": ASViTConfig(thresholds=0.05),
+    "asvit merging": ASViTConfig(thresholds=0.05, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.45),
 }
@@ -218,6 +220,7 @@ def test_counts_per_image_in_batches_without_a_class_token(pool, tmp_path):
 DROPS_ALL = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.999),
     "asvit": ASViTConfig(thresholds=0.5),
+    "asvit merging": ASViTConfig(thresholds=0.5, merge_dropped=True),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.9999),
 }
 

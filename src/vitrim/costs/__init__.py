@@ -8,6 +8,7 @@ from vitrim.costs.steps import (
     dense_levels,
     head,
     level,
+    matching_macs,
     mlp,
     packed_part,
     plain_steps,

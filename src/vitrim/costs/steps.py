@@ -59,6 +59,13 @@ def attention_macs(family: Any, index: int, tokens: Any) -> Any:
     return family.block_macs(index, tokens) - family.mlp_macs(index, tokens)
 
 
+def matching_macs(family: Any, before: Any, after: Any) -> Any:
+    """MACs of finding, for each patch token that is dropped, the kept one that is most like it,
+    given how many patch tokens there were and are.
+    """
+    return (before - after) * after * family.embed_dim
+
+
 def mlp(family: Any, index: int, tokens: Any) -> Step:
     """The second half of block ``index``."""
     return Step("mlp", tokens, family.mlp_macs(index, tokens), index)

@@ -219,7 +219,8 @@ class ViT(Family):
         return blocks.first_rows(self.backbone.blocks[-1], tokens, self.read_rows)
 
     def head(self, tokens: AnyTokens) -> Tensor:
-        """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
+        """Logits (B, classes): final norm, pooling (of what is kept, each token as the patches that
+        it stands for) and classifier.
 
         Package tokens behind the model's own prefix are pooled like patches.
         """
@@ -230,10 +231,10 @@ class ViT(Family):
                 return logits
             tokens = tokens.padded()
         x = model.norm(tokens.x)
-        if tokens.keep_BN is None or model.global_pool == "token":
+        if not blocks.is_changed(tokens) or model.global_pool == "token":
             logits = model.forward_head(x)
             return logits
-        pooled = self._masked_pool(x, tokens)
+        pooled = self._weighted_pool(x, tokens)
         logits = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
 
@@ -272,21 +273,31 @@ class ViT(Family):
     def pool(self, tokens: Tokens) -> Tensor:
         """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
         assert tokens.keep_BN is None
-        features: Tensor = self.backbone.forward_head(self.backbone.norm(tokens.x), pre_logits=True)
+        model = self.backbone
+        x = model.norm(tokens.x)
+        if not blocks.is_changed(tokens) or model.global_pool == "token":
+            features: Tensor = model.forward_head(x, pre_logits=True)
+            return features
+        features = model.head_drop(model.fc_norm(self._weighted_pool(x, tokens)))
         return features
 
-    def _masked_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
-        model, keep = self.backbone, tokens.keep_all
+    def _weighted_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """(B, C): of the tokens that a mask leaves, each as the patches that it stands for."""
+        model = self.backbone
+        keep = x.new_ones(x.shape[:2]) if tokens.keep_BN is None else tokens.keep_all
+        log_size = x.new_zeros(x.shape[:2])
+        if tokens.log_size is not None:
+            log_size = tokens.log_size[:, 0, 0].to(x.dtype)
         if not model.pool_include_prefix:
-            x, keep = x[:, self.num_prefix :], keep[:, self.num_prefix :]
+            x, keep, log_size = (part[:, self.num_prefix :] for part in (x, keep, log_size))
         if model.global_pool == "map":
             visible = keep.detach() > 0.5
             visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
-            bias = x.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+            bias = log_size.masked_fill(~visible, -torch.inf)
             with _plain_in_graphs(model.attn_pool):
                 pooled: Tensor = model.attn_pool(x, attn_mask=bias[:, None, None, :])
             return pooled
-        weights = keep.unsqueeze(-1).to(x.dtype)
+        weights = (keep * log_size.exp()).unsqueeze(-1).to(x.dtype)
         return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
 
     def patch_features(self, tokens: Tokens) -> Tensor:

@@ -184,7 +184,7 @@ class Selecting(Part):
         with_mlp = all(step.part != "mlp" for step in steps)  # it is no step of its own
         self.inside: Any = family.without_blocks(self._between, with_mlp)
         self.adaptive = method.counts(family, grid) is None
-        part = costs.select_part(method.name, self.adaptive)
+        part = costs.select_part(method.select_name, self.adaptive)
         self.part = costs.packed_part(part) if packed else part
         if self.adaptive:
             self._keep_some(next(backbone.parameters()))

@@ -194,6 +194,12 @@ class Method(nn.Module, ABC):
         """What tokens are scored by, where that is read off the attention, in words; else None."""
         return None
 
+    @property
+    def select_name(self) -> str:
+        """What its way of choosing is called in latency tables."""
+        merges = getattr(self.config, "merge_dropped", False)
+        return f"{self.name}-merged" if merges else self.name
+
     def dial(self) -> Dial:
         """The number that calibration and :meth:`turn` move.
 

@@ -152,9 +152,7 @@ def measure_effects(
     return Effects(signal, images, counts, loss)
 
 
-def _disagreement(
-    family: ViT, method: Method, images: Tensor, counts: Sequence[int]
-) -> Tensor:
+def _disagreement(family: ViT, method: Method, images: Tensor, counts: Sequence[int]) -> Tensor:
     """(actions, blocks, counts): KL of the dense model's answers and those with one stage."""
     tokens = family.stem(images)
     dense = family.answer(0, tokens)
@@ -169,9 +167,7 @@ def _disagreement(
     return found
 
 
-def _lost_attention(
-    family: ViT, method: Method, images: Tensor, counts: Sequence[int]
-) -> Tensor:
+def _lost_attention(family: ViT, method: Method, images: Tensor, counts: Sequence[int]) -> Tensor:
     """(1, blocks, counts): class attention that goes to dropped patches, summed over the blocks."""
     tokens, shares = family.stem(images), list[Tensor]()
     for block in range(family.depth):

@@ -264,7 +264,22 @@ def sparsify_to(
         effects = measure_effects(family, thinned(batches), config=config, progress=progress)
         schedule = find_schedule(costs, effects, milliseconds, stages=stages)
     sparse = follow(model, config, schedule, batches)
-    return sparse, meet(sparse, table, milliseconds, batches, progress=progress), schedule
+    if not is_settled(sparse, schedule):
+        return sparse, meet(sparse, table, milliseconds, batches, progress=progress), schedule
+    latency = as_it_is(sparse, table, milliseconds)
+    require(
+        latency.predicted <= milliseconds * (1 + TOLERANCE),
+        f"the schedule takes {latency.predicted:.4g} ms by prediction, more than {milliseconds:g}; "
+        "find one for this budget with vitrim schedule",
+    )
+    return sparse, latency, schedule
+
+
+def is_settled(sparse: SparseModel, schedule: Schedule | None) -> bool:
+    """Whether a schedule has set the counts of several stages, which the one number of a dial would
+    all set anew.
+    """
+    return schedule is not None and len(schedule.stages) > 1 and sparse.macs() is not None
 
 
 def thinned(batches: Sequence[Tensor], most: int = EFFECT_IMAGES) -> list[Tensor]:

@@ -106,9 +106,7 @@ class Costs:
         """A schedule that drops something at each stage, so that no method skips any."""
         counts = tuple(max(1, self.patches - 1 - place) for place in range(len(stages)))
         actions = (action,) * len(counts)
-        return Schedule(
-            stages=tuple(stages), counts=counts, patches=self.patches, actions=actions
-        )
+        return Schedule(stages=tuple(stages), counts=counts, patches=self.patches, actions=actions)
 
     def _method(self, schedule: Schedule) -> Any:
         config = schedule.apply(self.config)

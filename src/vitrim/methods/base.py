@@ -83,6 +83,10 @@ class Method(nn.Module, ABC):
         """
         return (cls.config_class(),)
 
+    def own_kinds(self) -> tuple[Any, ...]:
+        """The same, of the ways in which this model chooses."""
+        return (self.config,)
+
     @abstractmethod
     def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         """Logits (B, classes), computing only what is kept; deterministic."""
@@ -182,12 +186,10 @@ class Method(nn.Module, ABC):
         """The fewest patch tokens that a stage can leave of ``count``."""
         return 1
 
-    def fewer(
-        self, tokens: Tokens, record: AttentionRecord, count: int, action: Action
-    ) -> Tokens:
-        """``count`` of the patch tokens, or made of them, between attention and MLP of a block: what
-        a stage behind it does, as schedules are measured. A method that must learn what to drop
-        would, at its best, know what class attention knows.
+    def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
+        """``count`` of the patch tokens, or made of them, between attention and MLP of a block, as a
+        stage behind it would; what schedules are measured by. By class attention, where a method
+        must learn what to drop.
 
         Args:
             tokens: between the halves of the block.

@@ -89,7 +89,11 @@ class MergingConfig:
             _check_stages(self.stages)
             self.ratios(len(self.stages))
             self.actions(len(self.stages))
-        power, per_block, drawn = self.importance_power, self.merged_per_block, self.train_keep_ratio
+        power, per_block, drawn = (
+            self.importance_power,
+            self.merged_per_block,
+            self.train_keep_ratio,
+        )
         require(0 <= power < math.inf, f"importance_power is {power}; expected 0 or more")
         if per_block is not None:
             require(
@@ -171,6 +175,10 @@ class Merging(RatioMethod):
     def kinds(cls) -> tuple[MergingConfig, ...]:
         return MergingConfig(), MergingConfig(action="drop")
 
+    def own_kinds(self) -> tuple[MergingConfig, ...]:
+        actions = dict.fromkeys(self.config.actions(len(self.stages)))
+        return tuple(replace(self.config, action=action) for action in actions)
+
     @classmethod
     def one_stage(
         cls, config: MergingConfig, block: int, ratio: float, depth: int
@@ -241,9 +249,7 @@ class Merging(RatioMethod):
             return record.patch_attention().mean(1)
         return record.k_BHND[:, 0, record.num_prefix :, 0]
 
-    def fewer(
-        self, tokens: Tokens, record: AttentionRecord, count: int, action: Action
-    ) -> Tokens:
+    def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
         importance_BN = self._importance(record, action, is_asked=False)
         return self._fewer(tokens, record, importance_BN, count, action)
 
@@ -262,7 +268,9 @@ class Merging(RatioMethod):
             return tokens.gather(sampling.top_k(importance_BN, count))
         config, metric_BNC = self.config, self._metric(tokens, record)
         while tokens.num_patches > count:
-            going = min(tokens.num_patches - count, most_sources(tokens.num_patches, tokens.num_prefix))
+            going = min(
+                tokens.num_patches - count, most_sources(tokens.num_patches, tokens.num_prefix)
+            )
             weight_BN = importance_BN.clamp(min=EPS)
             cost_weight = weight_BN.pow(config.importance_power)
             matching = match(
@@ -391,7 +399,7 @@ class Merging(RatioMethod):
         for (before, after), each in zip(steps, actions, strict=True):
             require(
                 each == "drop" or 2 * after >= before - 1,
-                f"the schedule leaves {after} of {before} patches at one stage, and half of them at "
+                f"the schedule leaves {after} of {before} patches at a stage, and half of them at "
                 "most can merge at once; find a schedule for merging (vitrim schedule --method "
                 'merging), or set action = "drop"',
             )

@@ -17,6 +17,7 @@ by itself at its place. Ours; no paper is behind it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,15 +63,17 @@ class Effects:
         return sorted(next(iter(self.loss.values())))
 
     def at(self, block: int, count: int, action: Action = "drop") -> float:
-        """The loss of leaving ``count`` patches before ``block``, linear between what was measured
-        and constant below it.
+        """The loss of leaving ``count`` patches before ``block``; constant below what was measured,
+        and between that on a parabola: losses grow about as the square of what is missing, and on
+        straight lines a schedule would be drawn to the measured counts.
         """
         losses_at, place = self.loss[action][block], bisect_left(self.counts, count)
         if place == 0 or self.counts[place] == count:
             return losses_at[place]
         low, high = self.counts[place - 1], self.counts[place]
         share = (count - low) / (high - low)
-        return (1 - share) * losses_at[place - 1] + share * losses_at[place]
+        roots = math.sqrt(losses_at[place - 1]), math.sqrt(losses_at[place])
+        return ((1 - share) * roots[0] + share * roots[1]) ** 2
 
     def stage(self, block: int, before: int, after: int, action: Action = "drop") -> float:
         """The loss of a stage before ``block`` that leaves ``after`` of ``before`` patches."""

@@ -267,14 +267,13 @@ def exact(
         reached: dict[tuple[int, int], list[_Label]] = {}
         for so_far, action in product(range(min(stages, number + 1)), method.actions):
             added = costs.added((*range(1, so_far + 1), block), everything, action).tolist()
+            lost = [effects.at(block, count, action) for count in everything]
             for before in range(1, whole + 1):
                 for label in known.get((so_far, before), ()):
-                    for after in range(reach[action][before], before):
-                        loss = label.loss + effects.stage(
-                            block, everything[before], everything[after], action
-                        )
+                    for after in reversed(range(reach[action][before], before)):
+                        loss = label.loss + lost[after] - lost[before]
                         if best is not None and loss > best.loss:
-                            continue  # what follows can only lose more
+                            break  # fewer tokens, or more stages, can only lose more
                         reached.setdefault((so_far + 1, after), []).append(
                             _Label(
                                 label.cost + added[before][after],

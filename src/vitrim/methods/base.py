@@ -187,9 +187,9 @@ class Method(nn.Module, ABC):
         return 1
 
     def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
-        """``count`` of the patch tokens, or made of them, between attention and MLP of a block, as a
-        stage behind it would; what schedules are measured by. By class attention, where a method
-        must learn what to drop.
+        """``count`` of the patch tokens, or made of them, between attention and MLP of a block, as
+        the stage behind it would; what schedules are measured by. Here by class attention, whatever
+        a method learns to drop by.
 
         Args:
             tokens: between the halves of the block.

@@ -223,7 +223,7 @@ def test_effects_fall_to_nothing(signal, make):
 
 
 def test_an_effect_is_the_divergence_of_that_stage():
-    backbone, pixels = small(), images(8)
+    backbone, pixels = small().double(), images(8).double()  # KL of random models is small
     family, counts = family_of(backbone), measured_counts(64)
     with torch.no_grad():
         tokens, score = family.attention_half(
@@ -242,7 +242,7 @@ def test_an_effect_is_the_divergence_of_that_stage():
 @pytest.mark.parametrize("count", [48, 38])
 def test_the_effect_of_merging_is_its_own(action, count):
     """What one stage of the method itself changes, all else dense."""
-    backbone, pixels = small(), images(8)
+    backbone, pixels = small().double(), images(8).double()
     effects = measure_effects(family_of(backbone), [pixels], config=MergingConfig())
     assert count in effects.counts
     config = MergingConfig(stages=(2,), action=action, keep_ratio=count / 64)
@@ -357,12 +357,12 @@ def test_more_stages_are_taken_where_they_pay():
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_a_schedule_costs_what_the_model_made_from_it_does(config):
     backbone = small()
-    schedule = Schedule(stages=(2,), counts=(30,), patches=64)
+    schedule = Schedule(stages=(2,), counts=(34,), patches=64)
     costs = solve.Costs(family_of(backbone), (8, 8), config, table_of(backbone))
     sparse = sparsify(backbone, schedule.apply(config))
-    expected = predict(costs.table, sparse.method, sparse.family, (8, 8), (30,))
+    expected = predict(costs.table, sparse.method, sparse.family, (8, 8), (34,))
     assert costs.of(schedule) == pytest.approx(float(expected))
-    macs = sparse.method.macs(sparse.family, (8, 8), (30,)) / sparse.dense_macs()
+    macs = sparse.method.macs(sparse.family, (8, 8), (34,)) / sparse.dense_macs()
     assert costs.macs(schedule) == pytest.approx(float(macs))
 
 
@@ -480,8 +480,8 @@ def test_merging_meets_milliseconds_with_images_and_without():
     assert sparse.config.action == schedule.actions
     assert sparse.method.counts(sparse.family, (8, 8)) == schedule.counts
     assert latency.predicted == pytest.approx(schedule.milliseconds)
-    assert latency.is_met
-    with pytest.raises(ConfigError, match=r"the schedule takes .* more than 1"):
+    assert latency.predicted <= asked
+    with pytest.raises(ConfigError, match="find one for this budget"):
         milliseconds.sparsify_to(backbone, MergingConfig(), table, asked / 2, [], schedule=schedule)
     sparse, latency, schedule = milliseconds.sparsify_to(
         backbone, MergingConfig(), table, asked, []

@@ -276,10 +276,9 @@ def sparsify_to(
 
 
 def is_settled(sparse: SparseModel, schedule: Schedule | None) -> bool:
-    """Whether a schedule has set the counts of several stages, which the one number of a dial would
-    all set anew.
-    """
-    return schedule is not None and len(schedule.stages) > 1 and sparse.macs() is not None
+    """Whether a schedule has set the counts, which the one number of a dial would all set anew."""
+    may_be_several = sparse.method.most_stages != 1
+    return schedule is not None and sparse.macs() is not None and may_be_several
 
 
 def thinned(batches: Sequence[Tensor], most: int = EFFECT_IMAGES) -> list[Tensor]:

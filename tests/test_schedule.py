@@ -482,7 +482,9 @@ def test_merging_meets_milliseconds_with_images_and_without():
     assert latency.predicted == pytest.approx(schedule.milliseconds)
     assert latency.predicted <= asked
     with pytest.raises(ConfigError, match="find one for this budget"):
-        milliseconds.sparsify_to(backbone, MergingConfig(), table, asked / 2, [], schedule=schedule)
+        milliseconds.sparsify_to(
+            backbone, MergingConfig(), table, 0.9 * latency.predicted, [], schedule=schedule
+        )
     sparse, latency, schedule = milliseconds.sparsify_to(
         backbone, MergingConfig(), table, asked, []
     )

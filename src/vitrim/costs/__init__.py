@@ -1,6 +1,7 @@
 """What a model computes, step by step, and what each step costs."""
 
 from vitrim.costs.steps import (
+    SELECT,
     Step,
     answer,
     attention_macs,

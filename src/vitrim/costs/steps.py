@@ -14,6 +14,9 @@ from typing import Any
 
 from vitrim.tokens.plain import Grid
 
+SELECT = "select-"
+"""What the names of methods' own parts start with; see :func:`select`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -86,7 +89,7 @@ def select(method: str, index: int, tokens: Any, macs: Any, adaptive: bool = Fal
 
 def select_part(method: str, adaptive: bool) -> str:
     """The part's name, which a latency table has for each method that was profiled."""
-    return f"select-{method}{'-adaptive' if adaptive else ''}"
+    return f"{SELECT}{method}{'-adaptive' if adaptive else ''}"
 
 
 def packed_part(part: str) -> str:

@@ -88,14 +88,22 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
         going_BR = weight_BN.gather(1, source_BR)
         weight_BK = weight_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
     share_BR = going_BR / weight_BK.gather(1, target_BR)
-    target_rows = _flat(target_BR + tokens.num_prefix, kept.x)
-    source = tokens.x.flatten(0, 1).index_select(
-        0, _flat(source_BR + tokens.num_prefix, tokens.x)
-    )
-    rows = kept.x.flatten(0, 1)
-    change = share_BR.flatten().unsqueeze(-1) * (source - rows.index_select(0, target_rows))
-    x = rows.index_add_(0, target_rows, change.to(rows.dtype)).view(kept.x.shape)
+    prefix = tokens.num_prefix
+    change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
+    x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
     return replace(kept, x=x, size_BN=size_after_BK)
+
+
+def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
+    """(B, R, C): rows of each image."""
+    rows = x_BNC.flatten(0, 1).index_select(0, _flat(row_BR, x_BNC))
+    return rows.view(*row_BR.shape, x_BNC.shape[2])
+
+
+def add_rows(x_BNC: Tensor, row_BR: Tensor, values_BRC: Tensor) -> Tensor:
+    """``x_BNC``, which is overwritten, with ``values`` added to some rows of each image."""
+    rows, values = x_BNC.flatten(0, 1), values_BRC.flatten(0, 1).to(x_BNC.dtype)
+    return rows.index_add_(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)
 
 
 def _flat(row_BR: Tensor, x_BNC: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,14 +37,13 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
-from vitrim.layers.merging import match, merge, most_sources
+from vitrim.layers.merging import match, merge, most_sources, rows_of
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
 from vitrim.methods.base import RatioMethod, with_total
-from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
-Action = Literal["merge", "drop"]
 EPS = 1e-9
 
 
@@ -89,7 +89,11 @@ class MergingConfig:
             _check_stages(self.stages)
             self.ratios(len(self.stages))
             self.actions(len(self.stages))
-        power, per_block, drawn = self.importance_power, self.merged_per_block, self.train_keep_ratio
+        power, per_block, drawn = (
+            self.importance_power,
+            self.merged_per_block,
+            self.train_keep_ratio,
+        )
         require(0 <= power < math.inf, f"importance_power is {power}; expected 0 or more")
         if per_block is not None:
             require(
@@ -144,6 +148,8 @@ class Merging(RatioMethod):
         ("pit", "swin", "convnext"),
         "tokens that became one have no place in a map; use spvit_pyramid or dynamic_spatial",
     )
+    usual_stages = 6
+    actions = ("merge", "drop")
     config: MergingConfig
 
     def __init__(
@@ -167,7 +173,24 @@ class Merging(RatioMethod):
 
     @classmethod
     def kinds(cls) -> tuple[MergingConfig, ...]:
-        return (MergingConfig(),)
+        return MergingConfig(), MergingConfig(action="drop")
+
+    def own_kinds(self) -> tuple[MergingConfig, ...]:
+        actions = dict.fromkeys(self.config.actions(len(self.stages)))
+        return tuple(replace(self.config, action=action) for action in actions)
+
+    @classmethod
+    def one_stage(
+        cls, config: MergingConfig, block: int, ratio: float, depth: int
+    ) -> MergingConfig:
+        action = config.action[0] if isinstance(config.action, tuple) else config.action
+        changes: dict[str, Any] = {"stages": (block,), "keep_ratio": ratio, "action": action}
+        return replace(config, merged_per_block=None, **changes)
+
+    @classmethod
+    def fewest(cls, count: int, num_prefix: int, action: Action) -> int:
+        """Tokens at odd places stay; those at even places may all merge at once."""
+        return max(1, count - most_sources(count, num_prefix)) if action == "merge" else 1
 
     @property
     def score_name(self) -> str:
@@ -175,7 +198,6 @@ class Merging(RatioMethod):
         return f"attention received from {source}"
 
     def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
-        """Of the tokens at even places, all may go; those at odd places stay."""
         per_block = self.config.merged_per_block
         if per_block is None:
             wanted = list(super()._fixed_counts(num_positions))
@@ -183,8 +205,8 @@ class Merging(RatioMethod):
             wanted = [num_positions - int(per_block * (n + 1)) for n in range(len(self.stages))]
         counts, before = list[int](), num_positions
         for count, action in zip(wanted, self.config.actions(len(self.stages)), strict=True):
-            least = before - most_sources(before, self.num_prefix) if action == "merge" else 1
-            before = min(before, max(count, least, 1))
+            least = self.fewest(before, self.num_prefix, action)
+            before = min(before, max(count, least))
             counts.append(before)
         return tuple(counts)
 
@@ -227,6 +249,10 @@ class Merging(RatioMethod):
             return record.patch_attention().mean(1)
         return record.k_BHND[:, 0, record.num_prefix :, 0]
 
+    def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
+        importance_BN = self._importance(record, action, is_asked=False)
+        return self._fewer(tokens, record, importance_BN, count, action)
+
     def _fewer(
         self,
         tokens: Tokens,
@@ -235,21 +261,28 @@ class Merging(RatioMethod):
         count: int,
         action: Action,
     ) -> Tokens:
-        """So many tokens, by merging or by dropping."""
-        config, going = self.config, tokens.num_patches - count
-        if going == 0:
-            return tokens
+        """So many tokens, by merging or by dropping; where more than half of them go, those that
+        stayed merge again (never at inference; a schedule's effects are measured so).
+        """
         if action == "drop":
             return tokens.gather(sampling.top_k(importance_BN, count))
-        cost_weight = importance_BN.clamp(min=EPS).pow(config.importance_power)
-        matching = match(
-            self._metric(tokens, record),
-            going,
-            tokens.num_prefix,
-            cost_weight if config.importance_power else None,
-        )
-        weight = importance_BN.clamp(min=EPS) if config.weigh_by == "importance" else None
-        return merge(tokens, matching, weight)
+        config, metric_BNC = self.config, self._metric(tokens, record)
+        while tokens.num_patches > count:
+            going = min(
+                tokens.num_patches - count, most_sources(tokens.num_patches, tokens.num_prefix)
+            )
+            weight_BN = importance_BN.clamp(min=EPS)
+            cost_weight = weight_BN.pow(config.importance_power)
+            matching = match(
+                metric_BNC,
+                going,
+                tokens.num_prefix,
+                cost_weight if config.importance_power else None,
+            )
+            tokens = merge(tokens, matching, weight_BN if config.weigh_by == "importance" else None)
+            metric_BNC = rows_of(metric_BNC, matching.kept_BK)
+            importance_BN = importance_BN.gather(1, matching.kept_BK)
+        return tokens
 
     def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:
         """(B, N, C): what patch tokens are compared by."""
@@ -301,11 +334,11 @@ class Merging(RatioMethod):
                 continue
             stage = self.stages.index(block + 1)
             macs = self._stage_macs(family, block, patches, actions[stage])
-            steps.append(costs.select(self.name, block + 1, patches + prefix, macs))
+            name = self.name if actions[stage] == "merge" else f"{self.name}-drop"
+            steps.append(costs.select(name, block + 1, patches + prefix, macs))
             patches = counts[stage]
             steps.append(costs.mlp(family, block, patches + prefix))
-        steps.append(costs.last_block(family, patches + prefix, self.config.exact_last_block))
-        return [*steps, costs.head(family, patches + prefix)]
+        return [*steps, *costs.answer(family, patches + prefix, self.config.exact_last_block)]
 
     def _stage_macs(self, family: ViT, block: int, patches: Any, action: Action) -> Any:
         """Attention, importance and matching."""
@@ -352,9 +385,21 @@ class Merging(RatioMethod):
 
     @classmethod
     def follow(cls, config: MergingConfig, plan: Plan) -> tuple[MergingConfig, str | None]:
-        ratios = plan.keep_ratios
-        changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": ratios}
-        return replace(config, merged_per_block=None, **changes), None
+        action: Action | tuple[Action, ...] = plan.actions or config.action
+        if isinstance(action, tuple) and len(action) != len(plan.stages):
+            action = "merge"
+        changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": plan.keep_ratios}
+        followed = replace(config, merged_per_block=None, action=action, **changes)
+        actions = followed.actions(len(plan.stages))
+        steps = pairwise((plan.patches, *plan.counts))
+        for (before, after), each in zip(steps, actions, strict=True):
+            require(
+                each == "drop" or 2 * after >= before - 1,
+                f"the schedule leaves {after} of {before} patches at a stage, and half of them at "
+                "most can merge at once; find a schedule for merging (vitrim schedule --method "
+                'merging), or set action = "drop"',
+            )
+        return followed, None
 
 
 def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:

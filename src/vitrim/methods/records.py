@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from vitrim.layers import losses
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
+
+Action = Literal["merge", "drop"]
+"""How a stage makes patch tokens fewer."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +194,13 @@ class Plan:
     """Stages of a plain vision transformer, and how many patches go on from each."""
 
     stages: tuple[int, ...]
-    """Blocks before which patches are dropped."""
+    """Blocks before which patches become fewer."""
     counts: tuple[int, ...]
     """Patches that go on from each stage; a mean, where every image decides."""
     patches: int
     """Of the whole image."""
+    actions: tuple[Action, ...] = ()
+    """What each stage does; empty: what the method does if it is not told."""
     macs: float | None = None
     """Predicted, as a share of the dense model's MACs."""
 

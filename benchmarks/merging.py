@@ -1,9 +1,9 @@
 """Merging against dropping and ToMe at equal MACs; writes ``results/merging.json``.
 
 Run it on an otherwise idle machine: ``python benchmarks/merging.py`` (a few minutes on 2 cores for
-each model). With ``--tome FOLDER``, where ToMe's own repository lies (github.com/facebookresearch/
-ToMe), its code takes part; without, the preset ``MergingConfig.tome()``, labelled so, stands in. All
-take turns within one process; see ``vitrim/tools/benchmark.py``.
+each model). With ``--tome FOLDER``, where ToMe's own repository lies (facebookresearch/ToMe), its
+code takes part; without, the preset ``MergingConfig.tome()`` stands in, labelled so. All take turns
+within one process; see ``vitrim/tools/benchmark.py``.
 """
 
 from __future__ import annotations

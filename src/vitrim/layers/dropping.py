@@ -23,14 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.layers import sampling
-from vitrim.layers.merging import add_rows, rows_of
+from vitrim.layers.merging import Moves, add_rows, rows_of
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Tokens
 
 SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
-Moves = tuple[Tensor, Tensor]
-"""Original places (B, D) of tokens that left, and of the tokens that each went into; -1 for no
-token, and for nowhere."""
 
 
 def keep_best(

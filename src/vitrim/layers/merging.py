@@ -15,6 +15,10 @@ from torch import Tensor
 
 from vitrim.tokens.plain import Tokens
 
+Moves = tuple[Tensor, Tensor]
+"""Original places (B, D) of tokens that left, and of the tokens that each went into; -1 for no
+token, and for nowhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class Matching:
@@ -92,6 +96,12 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
     x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
     return replace(kept, x=x, size_BN=size_after_BK)
+
+
+def moves_of(before: Tokens, matching: Matching, after: Tokens) -> Moves:
+    """What a merge moved."""
+    source_BR = before.index_BN.gather(1, matching.source_BR)
+    return source_BR, after.index_BN.gather(1, matching.target_BR)
 
 
 def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
-from vitrim.layers.merging import match, merge, most_sources, rows_of
+from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
 from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
@@ -56,7 +56,7 @@ class MergingConfig:
     ...; a tuple gives the share at each. Half of the tokens can go at once, no more do."""
     stages: tuple[int, ...] | None = None
     """Blocks before which tokens are fewer: they are merged between attention and MLP of the block
-    before. None takes the blocks behind a quarter, a half and three quarters of the depth."""
+    before. None takes 4, 5, 7, 9 of 12 blocks, and in proportion of others."""
     merged_per_block: float | None = None
     """ToMe's r: so many tokens are merged away in every block, in place of ``keep_ratio`` and
     ``stages``; of a fraction, as many as add up. Published: 13 for DeiT-S."""
@@ -161,7 +161,7 @@ class Merging(RatioMethod):
         if config.merged_per_block is not None:
             stages = tuple(range(1, depth))
         elif stages is None:
-            stages = tuple(sorted({min(depth * q // 4 + 1, depth - 1) for q in (1, 2, 3)}))
+            stages = tuple(sorted({max(1, depth * part // 12) for part in (4, 5, 7, 9)}))
         _check_stages(stages, depth)
         config.ratios(len(stages))
         config.actions(len(stages))
@@ -221,67 +221,82 @@ class Merging(RatioMethod):
         """The tokens behind the last stage, and the blocks that are left to run."""
         *others, last = stretches(self.stages, family.depth)
         actions = self.config.actions(len(self.stages))
-        for (*whole, block), count, action in zip(others, counts, actions, strict=True):
-            tokens = family.run_blocks(whole, tokens)
+        for blocks, count, action in zip(others, counts, actions, strict=True):
             if count == tokens.num_patches and not recorder:
-                tokens = family.run_blocks((block,), tokens)
-                continue
-            records: list[AttentionRecord] = []
-
-            def between(
-                before: Any, importance: Tensor, count: int = count, action: Action = action
-            ) -> Tokens:
-                after = self._fewer(before, records[-1], importance, count, action)
-                if recorder:
-                    recorder.add(block + 1, before, importance, after)
-                return after
-
-            def importance_of(record: AttentionRecord) -> Tensor:
-                records.append(record)
-                return self._importance(record, action, bool(recorder))
-
-            tokens, _ = family.split_block(block, tokens, importance_of, between)
+                tokens = family.run_blocks(blocks, tokens)
+            else:
+                tokens = family.run_blocks(blocks[:-1], tokens)
+                tokens = self._stage(family, blocks[-1], tokens, count, action, recorder)
         return tokens, last
 
-    def _importance(self, record: AttentionRecord, action: Action, is_asked: bool) -> Tensor:
-        """(B, N), where it is asked for; else a stand-in."""
-        if action == "drop" or is_asked or self.config.asks_importance:
-            return record.patch_attention().mean(1)
-        return record.k_BHND[:, 0, record.num_prefix :, 0]
+    def _stage(
+        self,
+        family: ViT,
+        block: int,
+        tokens: Tokens,
+        count: int,
+        action: Action,
+        recorder: Recorder | None,
+    ) -> Tokens:
+        """A block between whose halves tokens become ``count``."""
+        records: list[AttentionRecord] = []
 
-    def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
-        importance_BN = self._importance(record, action, is_asked=False)
-        return self._fewer(tokens, record, importance_BN, count, action)
+        def read(record: AttentionRecord) -> Tensor:
+            records.append(record)
+            return record.context_BHQD  # there is more to know than one score: see the record
 
-    def _fewer(
+        def between(before: Any, _: Tensor) -> Tokens:
+            moves: list[Moves] = []
+            after = self.fewer(before, records[0], count, action, moves if recorder else None)
+            if recorder:
+                importance_BN = records[0].patch_attention().mean(1)
+                recorder.add(block + 1, before, importance_BN, after, *moves)
+            return after
+
+        return cast(Tokens, family.split_block(block, tokens, read, between)[0])
+
+    def fewer(
         self,
         tokens: Tokens,
         record: AttentionRecord,
-        importance_BN: Tensor,
         count: int,
         action: Action,
+        moves: list[Moves] | None = None,
     ) -> Tokens:
-        """So many tokens, by merging or by dropping; where more than half of them go, those that
-        stayed merge again (never at inference; a schedule's effects are measured so).
+        """``count`` tokens, by merging or by dropping, between the halves of a block.
+
+        Where more than half of them go, those that stayed merge again: never at inference, but a
+        schedule's effects are measured so.
+
+        Args:
+            tokens: after the block's attention.
+            record: what that did.
+            count: of patch tokens that go on.
+            action: how they become so few.
+            moves: told what went into what, if anybody asks.
         """
+        config, importance_BN = self.config, None
+        if action == "drop" or config.asks_importance:
+            importance_BN = record.patch_attention().mean(1).clamp(min=EPS)
         if action == "drop":
+            assert importance_BN is not None
             return tokens.gather(sampling.top_k(importance_BN, count))
-        config, metric_BNC = self.config, self._metric(tokens, record)
+        metric_BNC = self._metric(tokens, record)
         while tokens.num_patches > count:
-            going = min(
-                tokens.num_patches - count, most_sources(tokens.num_patches, tokens.num_prefix)
-            )
-            weight_BN = importance_BN.clamp(min=EPS)
-            cost_weight = weight_BN.pow(config.importance_power)
-            matching = match(
-                metric_BNC,
-                going,
-                tokens.num_prefix,
-                cost_weight if config.importance_power else None,
-            )
-            tokens = merge(tokens, matching, weight_BN if config.weigh_by == "importance" else None)
-            metric_BNC = rows_of(metric_BNC, matching.kept_BK)
-            importance_BN = importance_BN.gather(1, matching.kept_BK)
+            most = most_sources(tokens.num_patches, tokens.num_prefix)
+            going = min(tokens.num_patches - count, most)
+            cost_BN = weight_BN = None
+            if importance_BN is not None:
+                cost_BN = importance_BN**config.importance_power
+                weight_BN = importance_BN if config.weigh_by == "importance" else None
+            matching = match(metric_BNC, going, tokens.num_prefix, cost_BN)
+            before, tokens = tokens, merge(tokens, matching, weight_BN)
+            if moves is not None:
+                moves.append(moves_of(before, matching, tokens))
+            if tokens.num_patches > count:
+                metric_BNC = rows_of(metric_BNC, matching.kept_BK)
+                if importance_BN is not None:
+                    importance_BN = importance_BN.gather(1, matching.kept_BK)
         return tokens
 
     def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:

@@ -33,6 +33,7 @@ def table_of(backbone: nn.Module, *, jump: int = 0, **stamp: Any) -> LatencyTabl
 
     parts = {"stem": made(0, 0.3), "head": made(0, 0.1), "block": made(0.02, 0.05)}
     parts |= {"attention": made(0.008, 0.02), "mlp": made(0.012, 0.03), "cross": made(0.02, 0.1)}
+    parts["last"] = made(0.001, 0.02)
     for name in METHODS:
         for adaptive in (False, True):
             # Scoring is half a block, a generation of semantic tokens two of them.

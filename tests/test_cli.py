@@ -257,6 +257,40 @@ def test_sparsify_takes_semantic_tokens_that_need_no_training(capsys, dense, mad
     assert vitrim.from_pretrained(tmp_path / "out").config.keep_prefix
 
 
+def test_what_drops_nothing_goes_through_every_command(capsys, dense, made, tmp_path):
+    output, data = tmp_path / "dense", made / "data" / "class1"
+    words = ("sparsify", *dense, "--method", "dense", "--data", data, *QUICK, "-o", output)
+    for budget in ("--macs", "0.6"), ("--schedule", tmp_path / "absent.json"):
+        assert "dense" in fails(capsys, tmp_path, *words, *budget) or budget[0] == "--schedule"
+    quick = ("--rounds", "1", "--seconds", "0", "--device", "cpu")
+    report = tmp_path / "report.json"
+    for command in (
+        words,
+        ("info", output),
+        ("eval", output, "--data", made / "data", *QUICK),
+        ("bench", output, "--batch", "1", "--dtype", "fp32", "--json", report, *quick),
+        ("show", output, data, "-o", tmp_path / "shown", "--device", "cpu"),
+        ("profile", output, "-o", tmp_path / "table.json", "--points", "2", *quick),
+        ("export", output, "--to", "pt2", "--check", "-o", tmp_path / "bundle"),
+    ):
+        code, out, err = run(capsys, *command)
+        assert code == 0, err
+        if command[0] == "info":
+            assert "exact: what the logits need" in out
+            assert "all" in out
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "dense by vitrim"]
+    assert rows[1]["macs"] < rows[0]["macs"]
+    assert "looks at every patch" in (tmp_path / "shown" / "page.html").read_text()
+    message = fails(
+        capsys,
+        tmp_path,
+        *("schedule", *dense, "--method", "dense", "--macs", "0.7", "--data", data, *QUICK),
+        *("-o", tmp_path / "schedule.json"),
+    )
+    assert "dense" in message
+
+
 def test_sparsify_needs_no_image_for_fixed_counts(capsys, dense, made, tmp_path):
     code, out, err = run(
         capsys,
@@ -497,6 +531,7 @@ def test_info(capsys, made):
     assert code == 0, err
     for expected in ("vit_tiny_patch16_224", "dynamicvit", "0.6", "a test", "12.5", "of dense"):
         assert expected in out
+    assert "exact: what the logits need" in out
     code, out, _ = run(capsys, "info", made / "adaptive")
     assert code == 0
     assert "depends on the image" in out

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.conftest import images, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swi
 from tests.tables import pyramid_table_of
 from vitrim import (
     ASViTConfig,
+    DenseConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
     SPViTConfig,
@@ -539,7 +541,7 @@ def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
     backbone = make()
     found = profile(backbone, batch=batch, points=8, rounds=1, min_seconds=0.0)
     family = family_of(backbone)
-    for config in probes.kinds_of(family):
+    for config in (DenseConfig(), *probes.kinds_of(family)):
         sparse = sparsify(backbone, config)
         counts = sparse.method.counts(family, family.grid())
         if counts is None:
@@ -547,11 +549,15 @@ def test_every_kind_that_runs_on_a_model_is_predicted(make, batch):
         assert 0 < float(predict(found, sparse.method, family, family.grid(), counts)) < math.inf
 
 
-def test_semantic_tokens_behind_a_class_token_have_blocks_of_their_own():
+def test_semantic_tokens_with_scales_of_their_own_have_blocks_of_their_own():
     config = STViTConfig(semantic_tokens=4, keep_prefix=True, global_centres=False)
     sparse = sparsify(tiny_vit(), config)
     found = profile(sparse, points=3, rounds=1, min_seconds=0.0)
     assert found.curves["select-stvit"].tokens == (2, 5, 10)
+    assert "cross" not in found.curves
+    assert predict(found, sparse.method, sparse.family, (4, 4), (4,)) > 0
+    sparse = sparsify(tiny_vit(), replace(config, layer_scale=0.5))
+    found = profile(sparse, points=3, rounds=1, min_seconds=0.0)
     assert "cross" in found.curves
     assert predict(found, sparse.method, sparse.family, (4, 4), (4,)) > 0
 
@@ -566,6 +572,8 @@ def packed_table(batch):
         "stem": curve([17], [1.0]),
         "block": curve(counts, [3.0, 17.0]),
         "block-packed": curve(counts, [300.0, 1700.0]),
+        "last": curve(counts, [0.3, 1.7]),
+        "last-packed": curve(counts, [30.0, 170.0]),
         "select-dynamicvit-adaptive": curve(counts, [0.0, 0.0]),
         "head": curve(counts, [0.0, 0.0]),
         "head-packed": curve(counts, [0.0, 5000.0]),
@@ -574,23 +582,31 @@ def packed_table(batch):
 
 
 def test_counts_of_images_are_a_mean_of_latencies_or_one_packed_batch():
-    sparse = sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5, stages=(2,)))
-    family, counts = sparse.family, torch.tensor([4, 12])
+    config = DynamicViTConfig(threshold=0.5, stages=(2,))
+    exact, whole = (
+        sparsify(tiny_vit(), replace(config, exact_last_block=exact)) for exact in (True, False)
+    )
+    counts = torch.tensor([4, 12])
 
-    def predicted(batch, counts):
-        return float(predict(packed_table(batch), sparse.method, family, (4, 4), [counts]))
+    def predicted(batch, counts, sparse=whole):
+        method, family = sparse.method, sparse.family
+        return float(predict(packed_table(batch), method, family, (4, 4), [counts]))
 
     assert predicted(1, counts) == pytest.approx(1 + 2 * 17 + 2 * (5 + 13) / 2)
     assert predicted(2, counts) == pytest.approx(1 + 2 * 17 + 2 * 900 + 5000 * 3 / 7)
     assert predicted(2, torch.tensor([8, 8])) == pytest.approx(1 + 2 * 17 + 2 * 9)
     assert predicted(2, 8) == pytest.approx(1 + 2 * 17 + 2 * 9)
+    # The head behind an exact last block sees the class token of every image alike.
+    assert predicted(1, counts, exact) == pytest.approx(1 + 2 * 17 + 1.1 * (5 + 13) / 2)
+    assert predicted(2, counts, exact) == pytest.approx(1 + 2 * 17 + 900 + 90)
+    assert predicted(2, 8, exact) == pytest.approx(1 + 2 * 17 + 1.1 * 9)
 
 
 def test_gradients_reach_the_counts():
     sparse = sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5, stages=(2,)))
     counts = torch.tensor([4.0, 12.0], requires_grad=True)
     predict(packed_table(1), sparse.method, sparse.family, (4, 4), [counts]).backward()
-    assert counts.grad.tolist() == pytest.approx([1.0, 1.0])
+    assert counts.grad.tolist() == pytest.approx([0.55, 0.55])
 
 
 def test_levels_of_images_that_decide_have_one_curve():
@@ -660,7 +676,7 @@ def test_arguments_out_of_range_are_refused():
         profile(tiny_vit(), points=1)
     with pytest.raises(ConfigError, match="'dynamicvitt' is unknown"):
         probes.kinds_of(family_of(tiny_vit()), ["dynamicvitt"])
-    with pytest.raises(ConfigError, match="'stvit_r' does not run on vit; use asvit, dynamicvit"):
+    with pytest.raises(ConfigError, match="'stvit_r' does not run on vit; use asvit, dense"):
         probes.kinds_of(family_of(tiny_vit()), ["stvit_r"])
 
 

@@ -14,6 +14,7 @@ import vitrim
 from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
 from vitrim import (
     ASViTConfig,
+    DenseConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
     SaiTConfig,
@@ -33,6 +34,7 @@ X = images(3)
 TARGET = torch.tensor([1, 2, 3])
 
 CASES = {
+    "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
     "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=0.6),
@@ -80,6 +82,7 @@ CASES = {
 """Name: a config for a backbone of 4 blocks and 16 patches."""
 
 KEEPS_ALL = {
+    "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=1.0),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.0),
     "dynamic_spatial": DynamicSpatialConfig(stages=(1, 3), keep_ratio=(1.0, 1.0)),

@@ -63,8 +63,8 @@ def deit_s():
 )
 def test_costs_of_deit_s(deit_s, prune_after, kept, gmacs):
     density = kept / 196
-    options = {"prune_after": prune_after, "where": "end", "density": density}
-    sparse = sparse_vit(deit_s, selector="density", **options)
+    options = {"prune_after": prune_after, "where": "end", "exact_last_block": False}
+    sparse = sparse_vit(deit_s, selector="density", density=density, **options)
     assert sparse.method.counts(sparse.family, (14, 14)) == (kept,)
     assert sparse.macs() / 1e9 == pytest.approx(gmacs, rel=1e-2)
 
@@ -108,8 +108,8 @@ def test_dense_mode_is_the_timm_model_bit_for_bit(pool):
     assert torch.equal(sparse(X), dense)
     assert torch.equal(sparse.trace(X).logits, dense)
     assert sparse.macs() == sparse.dense_macs()
-    sparse.set_density(1.0)
-    assert torch.equal(sparse(X), dense)
+    sparse.set_density(1.0)  # that has the exact last block
+    torch.testing.assert_close(sparse(X), dense, atol=1e-5, rtol=0)
     sparse.method.set_selector("mass", 0.6)
     with sparse.method.dense():
         assert torch.equal(sparse(X), dense)

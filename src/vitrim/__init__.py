@@ -20,6 +20,7 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
         from vitrim.budgets.calibrate import calibrate
         from vitrim.convert import load_official
         from vitrim.methods.asvit import ASViTConfig
+        from vitrim.methods.dense import DenseConfig
         from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
         from vitrim.methods.dynamicvit import DynamicViTConfig
         from vitrim.methods.merging import MergingConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "ConfigError",
+    "DenseConfig",
     "DynamicSpatialConfig",
     "DynamicViTConfig",
     "InputError",

@@ -400,6 +400,8 @@ def method_config(description: Mapping[str, Any], options: Mapping[str, Any]) ->
     method = method_by_name(description["method"]["name"])
     fields = description["method"]["config"]
     due = [field.name for field in dataclasses.fields(method.config_class) if field.init]
+    if "exact_last_block" in due:  # before it was known, costs and budgets were the whole block's
+        fields = {"exact_last_block": False} | fields
     missing = [name for name in due if name not in fields]
     require(not missing, f"method.config lacks {', '.join(missing)}")
     return from_plain(method.config_class, fields | options, "method")

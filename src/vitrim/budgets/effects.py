@@ -128,14 +128,14 @@ def measure_effects(
 def _disagreement(family: ViT, images: Tensor, counts: Sequence[int]) -> Tensor:
     """(blocks, counts): KL of the dense model's answers and those with one stage."""
     tokens = family.stem(images)
-    dense = family.head(family.run_blocks(range(family.depth), tokens))
+    dense = family.answer(0, tokens)
     found = dense.new_zeros(family.depth - 1, len(counts))
     for block in range(1, family.depth):
         tokens, score_BN = _scored(family, block - 1, tokens)
         order_BN = score_BN.argsort(1, descending=True)
         for place, count in enumerate(counts[:-1]):
             kept = tokens.gather(order_BN[:, :count])
-            logits = family.head(family.run_blocks(range(block, family.depth), kept))
+            logits = family.answer(block, kept)
             found[block - 1, place] = losses.distillation_loss(logits, dense)
     return found
 

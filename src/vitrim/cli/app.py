@@ -186,6 +186,7 @@ def info_command(
         "dense": f"{tables.giga(dense_macs)} GMACs per image",
         "sparse": cost,
         "patches kept": _patches_kept(sparse, image_shape),
+        **_last_block(sparse),
         "method": sparse.method.name,
         **({"token score": sparse.method.score_name} if sparse.method.score_name else {}),
         **{f"  {name}": value for name, value in settings.items()},
@@ -219,10 +220,21 @@ def _patches_kept(sparse: SparseModel, image_shape: Sequence[int]) -> str:
     check_answers(trace)
     if sparse.macs() is None:
         return "a number that depends on the image"
-    return ", ".join(
-        f"{int(stage.counts[0])} of {math.prod(stage.grid)} before block {stage.block}"
-        for stage in trace.stages
+    return (
+        ", ".join(
+            f"{int(stage.counts[0])} of {math.prod(stage.grid)} before block {stage.block}"
+            for stage in trace.stages
+        )
+        or "all"
     )
+
+
+def _last_block(sparse: SparseModel) -> dict[str, str]:
+    """Whether it computes no more than the logits need, of methods that know of it."""
+    if not hasattr(sparse.config, "exact_last_block"):
+        return {}
+    why = sparse.method.whole_last_block(sparse.family)
+    return {"last block": "exact: what the logits need" if why is None else f"whole: {why}"}
 
 
 @app.command("train")

@@ -157,7 +157,8 @@ def sparsify_command(
     budgets, latency_table = budgets_of(macs), table_of(milliseconds, table)
     if budgets and milliseconds is not None:
         raise ConfigError("there are two budgets; give --macs or --milliseconds")
-    if not budgets and milliseconds is None and schedule is None:
+    needs_budget = method_by_name(method).drops and schedule is None
+    if needs_budget and not budgets and milliseconds is None:
         raise ConfigError("no budget is given; add --macs with a share of the MACs, such as 0.6")
     config = _training_free_config(method, changes or [])
     follows = None if schedule is None else load_schedule(schedule)
@@ -208,7 +209,7 @@ def _training_free_config(name: str, changes: Sequence[str]) -> Any:
     """The method's config with changes, if the method works without training."""
     method, config = method_by_name(name), method_config(name, changes)
     if method.must_learn(config):
-        ready = [each for each, other in METHODS.items() if other.needs_training is None]
+        ready = [n for n, other in METHODS.items() if other.drops and other.needs_training is None]
         raise ConfigError(
             f"{name} must learn what to compute, so it cannot do without training; train it: "
             f"vitrim train {method.needs_training} --data DIR -o DIR. Without training: "

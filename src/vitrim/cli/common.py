@@ -205,6 +205,8 @@ def class_names_of(model: nn.Module, dataset: Any = None) -> Sequence[str] | Non
 
 def setting_name(model: SparseModel) -> str:
     """What a result is called: the method and what it is set to."""
+    if not model.method.drops:
+        return f"{model.method.name} by vitrim"  # beside the timm model
     if model.macs() is None:
         return f"{model.method.name}, adaptive"
     ratio = getattr(model.config, "keep_ratio", None)

@@ -117,7 +117,9 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
         counts.append([int(stage.counts[0]) for stage in trace.stages])
         advance(number)
     means = "each colour is a semantic token, on the patches that it looks at most"
-    if trace.stages[0].assignment is None:
+    if not trace.stages:
+        means = "it looks at every patch"
+    elif trace.stages[0].assignment is None:
         means = "dropped patches are faded"
     if len(strips) > 1 and model.macs() is None:
         histograms = visualize.histograms(counts, trace)

@@ -2,11 +2,11 @@
 
 from vitrim.costs.steps import (
     Step,
+    answer,
     attention_macs,
     block,
     dense_levels,
     head,
-    last_block,
     level,
     mlp,
     packed_part,

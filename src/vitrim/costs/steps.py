@@ -21,9 +21,10 @@ class Step:
 
     part: str
     """Its kind, which names the table's curve: ``stem``, ``block``, ``attention`` and ``mlp`` (the
-    halves of a block), ``last`` (the last block, for the logits alone), ``cross`` (a block between
-    two sequences), ``masked`` (a block that hides tokens and computes them all), ``head``, or a method's own, see :func:`select`; in pyramids
-    whole levels, see :func:`level` and :func:`sparse_levels`."""
+    halves of a block), ``last`` (of the last block what the logits need), ``cross`` (a block
+    between two sequences), ``masked`` (a block that hides tokens and computes them all), ``head``,
+    or a method's own, see :func:`select`; in pyramids whole levels, see :func:`level` and
+    :func:`sparse_levels`."""
     tokens: Any
     """That enter it, prefix included; of levels the positions that are computed."""
     macs: Any
@@ -51,14 +52,6 @@ def stem(family: Any, num_patches: int) -> Step:
 def block(family: Any, index: int, tokens: Any, part: str = "block") -> Step:
     """Block ``index`` on ``tokens`` tokens."""
     return Step(part, tokens, family.block_macs(index, tokens), index)
-
-
-def last_block(family: Any, tokens: Any, exact: bool = True, part: str = "block") -> Step:
-    """The last block before the logits, see ``ViT.answer``; ``part``, where it runs whole."""
-    index = family.depth - 1
-    if not exact or family.whole_last_block is not None:
-        return block(family, index, tokens, part)
-    return Step("last", tokens, family.answer_macs(tokens), index)
 
 
 def attention_macs(family: Any, index: int, tokens: Any) -> Any:
@@ -99,12 +92,33 @@ def head(family: Any, tokens: Any, packages: int = 0) -> Step:
     return Step("head", tokens, family.head_macs(tokens, packages))
 
 
-def plain_steps(family: Any, grid: Grid) -> list[Step]:
-    """A plain vision transformer alone on one image of ``grid`` patches."""
+def answer(
+    family: Any, tokens: Any, exact: bool = True, part: str = "block", packages: int = 0
+) -> list[Step]:
+    """The last block of a plain vision transformer, and the head: see ``ViT.answer``.
+
+    Args:
+        family: of the backbone.
+        tokens: that enter the block.
+        exact: whether the block computes no more than the logits need, where that can be.
+        part: what the block is where it runs whole.
+        packages: how many of the tokens are package tokens.
+    """
+    last = family.depth - 1
+    if not exact or family.whole_last_block is not None:
+        return [block(family, last, tokens, part), head(family, tokens, packages)]
+    rows = Step("last", tokens, family.last_rows_macs(tokens), last)
+    return [rows, head(family, family.read_rows)]
+
+
+def plain_steps(family: Any, grid: Grid, exact: bool = False) -> list[Step]:
+    """A plain vision transformer alone on one image of ``grid`` patches; ``exact``: see
+    :func:`answer`.
+    """
     num_patches = math.prod(grid)
     tokens = num_patches + family.num_prefix
-    blocks = [block(family, index, tokens) for index in range(family.depth)]
-    return [stem(family, num_patches), *blocks, head(family, tokens)]
+    blocks = [block(family, index, tokens) for index in range(family.depth - 1)]
+    return [stem(family, num_patches), *blocks, *answer(family, tokens, exact)]
 
 
 def level(family: Any, number: int, grid: Grid, macs: Any = None) -> Step:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from vitrim.train.recipe import Recipe
 
 _OURS = {name: kind for name, kind in METHODS.items() if kind.__module__.startswith("vitrim.")}
-RECIPES = tuple(f"digits-{name}" for name, kind in _OURS.items() if "vit" in kind.families)
+RECIPES = tuple(
+    f"digits-{name}" for name, kind in _OURS.items() if kind.drops and "vit" in kind.families
+)
 MAX_SECONDS = 36.0
 """Of training per method, where neither the caller nor the recipe says."""
 _CALIBRATION_IMAGES = 200

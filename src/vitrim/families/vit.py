@@ -212,8 +212,11 @@ class ViT(Family):
         exact = exact and start <= last and not self.backbone.training
         if not exact or self.whole_last_block is not None:
             return self.head(self.run_blocks(range(start, self.depth), tokens))
-        tokens = self.run_blocks(range(start, last), tokens)
-        return self.head(blocks.first_rows(self.backbone.blocks[last], tokens, self.read_rows))
+        return self.head(self.last_rows(self.run_blocks(range(start, last), tokens)))
+
+    def last_rows(self, tokens: AnyTokens) -> Tokens:
+        """What leaves the last block, of the tokens that the head reads alone."""
+        return blocks.first_rows(self.backbone.blocks[-1], tokens, self.read_rows)
 
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
@@ -347,8 +350,8 @@ class ViT(Family):
         block = self.backbone.blocks[index]
         return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
 
-    def answer_macs(self, num_tokens: Any) -> Any:
-        """MACs of the last block on ``num_tokens`` tokens where :meth:`answer` does with less."""
+    def last_rows_macs(self, num_tokens: Any) -> Any:
+        """MACs of :meth:`last_rows` of ``num_tokens`` tokens."""
         block, rows = self.backbone.blocks[-1], self.read_rows
         attention, width = block.attn, self.embed_dim
         per_row = linear_macs(block)

@@ -106,6 +106,13 @@ class Head(Part):
         return logits
 
 
+class LastBlock(Part):
+    """The last block, of the tokens that the head reads alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return features_of(self.family.last_rows(self.tokens(images)))
+
+
 class Whole(Part):
     """A model as it is: the backbone itself, or a sparse one on it."""
 

@@ -20,6 +20,7 @@ from vitrim.latency.parts import (
     Blocks,
     CrossBlocks,
     Head,
+    LastBlock,
     MlpHalves,
     Nothing,
     Part,
@@ -28,7 +29,7 @@ from vitrim.latency.parts import (
     Whole,
     new_method,
 )
-from vitrim.methods import METHODS
+from vitrim.methods import METHODS, method_of_config
 
 POINTS = {"torch": 24, "torch-compile": 8, "onnxruntime": 24, "openvino": 24}
 """Numbers of tokens that blocks are timed on, if not told otherwise; compiling takes its time."""
@@ -105,12 +106,19 @@ def _plain_probes(
         "head": (Head(backbone), few),
     }
     packs = batch > 1 and free
+    is_exact = family.whole_last_block is None
+    if is_exact:
+        plain["last"] = LastBlock(backbone), few
     if packs:
         every_other = sorted({*many[1::2], many[-1]})
         plain[costs.packed_part("block")] = Blocks(backbone, packed=True), every_other
         plain[costs.packed_part("mlp")] = MlpHalves(backbone, packed=True), few
         plain[costs.packed_part("head")] = Head(backbone, packed=True), few
+        if is_exact:
+            plain[costs.packed_part("last")] = LastBlock(backbone, packed=True), few
     for config in configs:
+        if not method_of_config(config).drops:
+            continue  # it chooses nothing
         selecting = Selecting(backbone, config)
         if selecting.adaptive and batch > 1 and not in_torch:
             continue  # exported, images decide one at a time

@@ -402,8 +402,7 @@ class ASViT(Method):
             steps.append(costs.select(self.name, block + 1, tokens, macs, adaptive=True))
             tokens = counts[self.stages.index(block + 1)] + family.num_prefix
             steps.append(costs.mlp(family, block, tokens))
-        steps.append(costs.last_block(family, tokens, self.config.exact_last_block))
-        return [*steps, costs.head(family, tokens)]
+        return [*steps, *costs.answer(family, tokens, self.config.exact_last_block)]
 
     def _masked_steps(self, family: ViT, num_patches: int) -> list[costs.Step]:
         """Nothing is saved; scores after the first read the map that a masked block makes."""
@@ -415,9 +414,7 @@ class ASViT(Method):
         steps.append(costs.mlp(family, first, tokens))
         between = range(first + 1, family.depth - 1)
         steps += [costs.block(family, block, tokens, "masked") for block in between]
-        exact = self.config.exact_last_block
-        steps.append(costs.last_block(family, tokens, exact, "masked"))
-        return [*steps, costs.head(family, tokens)]
+        return [*steps, *costs.answer(family, tokens, self.config.exact_last_block, "masked")]
 
     def dial(self) -> Dial:
         """The factor on all thresholds: from one that drops everything to one that drops nothing.

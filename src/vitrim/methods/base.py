@@ -49,6 +49,8 @@ class Method(nn.Module, ABC):
     """Why no schedule is solved for it, though it follows some; None: one can be."""
     keeps_its_cost: ClassVar[bool] = False
     """Whether what a trained model costs stays as it is when training goes on."""
+    drops: ClassVar[bool] = True
+    """Whether it computes fewer tokens; what does not has no stages, and takes no budget."""
     config: Any
     stages: tuple[int, ...]
     """Set when it is made: blocks before which it acts; ``counts`` has a number for each."""
@@ -177,6 +179,15 @@ class Method(nn.Module, ABC):
 
     def begin_step(self, step: int) -> None:
         """Told before each optimiser step of the whole run, counted from 0."""
+
+    def whole_last_block(self, family: Any) -> str | None:
+        """Why the last block of a plain vision transformer computes more than the logits need; None
+        where it does not: see ``ViT.answer``.
+        """
+        if not self.config.exact_last_block:
+            return "exact_last_block is false"
+        why: str | None = family.whole_last_block
+        return why
 
     @property
     def score_name(self) -> str | None:

@@ -55,6 +55,7 @@ class Dense(Method):
         ("pit", "swin", "convnext"),
         "the last block of a pyramid is a small part of it; use the timm model as it is",
     )
+    drops = False
     config: DenseConfig
 
     def __init__(
@@ -63,6 +64,10 @@ class Dense(Method):
         super().__init__()
         self.config = config
         self.stages = ()
+
+    @classmethod
+    def kinds(cls) -> tuple[DenseConfig, ...]:
+        return ()
 
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...]:
         return ()
@@ -87,6 +92,4 @@ class Dense(Method):
         return with_total(self.config, parts)
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
-        *others, _, head = family.dense_steps(grid)
-        last = costs.last_block(family, head.tokens, self.config.exact_last_block)
-        return [*others, last, head]
+        return costs.plain_steps(family, grid, self.config.exact_last_block)

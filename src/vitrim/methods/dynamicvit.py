@@ -214,8 +214,8 @@ class DynamicViT(RatioMethod):
                 patches = counts[stage]
             if block < family.depth - 1:
                 steps.append(costs.block(family, block, patches + prefix))
-        steps.append(costs.last_block(family, patches + prefix, self.config.exact_last_block))
-        return [*steps, costs.head(family, patches + prefix)]
+        exact = self.config.exact_last_block
+        return [*steps, *costs.answer(family, patches + prefix, exact)]
 
 
 def _is_same_count(after: Any, before: Any) -> bool:

@@ -215,6 +215,16 @@ class SaiT(Method):
             return score.words.format(attention="the class token")
         return score.words.format(attention="all tokens") + " (the backbone has no class token)"
 
+    @property
+    def _is_exact(self) -> bool:
+        """Set to be dense, it is the timm model bit for bit, which adds in another order."""
+        return self.config.exact_last_block and self.config.selector != "dense"
+
+    def whole_last_block(self, family: ViT) -> str | None:
+        if self.config.selector == "dense":
+            return "set to be dense, it is the timm model bit for bit"
+        return super().whole_last_block(family)
+
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return self._counts(math.prod(grid))
 
@@ -229,7 +239,7 @@ class SaiT(Method):
         stem = family.stem(images)
         counts = self._counts(stem.num_patches)
         if counts == (stem.num_patches,) and not recorder:
-            return family.head(family.run_blocks(range(family.depth), stem))
+            return family.answer(0, stem, self._is_exact)
 
         def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
             kept: AnyTokens = tokens
@@ -262,7 +272,7 @@ class SaiT(Method):
             tokens, _ = family.split_block(block, before, read, between)
         else:
             tokens = between(*family.split_block(block, before, read))
-        logits = family.answer(self.stages[0], tokens, self.config.exact_last_block)
+        logits = family.answer(self.stages[0], tokens, self._is_exact)
         return logits, *chosen[0]
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
@@ -382,14 +392,13 @@ class SaiT(Method):
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, block = math.prod(grid), self.stages[0] - 1
         if self._counts(num_patches) == (num_patches,):
-            return family.dense_steps(grid)
+            return costs.plain_steps(family, grid, self._is_exact)
         tokens, kept = num_patches + family.num_prefix, counts[0] + family.num_prefix
         steps = [costs.stem(family, num_patches)]
         steps += [costs.block(family, index, tokens) for index in range(block)]
         steps += self._select_steps(family, block, tokens, kept)
         steps += [costs.block(family, index, kept) for index in range(block + 1, family.depth - 1)]
-        last = costs.last_block(family, kept, self.config.exact_last_block)
-        return [*steps, last, costs.head(family, kept)]
+        return [*steps, *costs.answer(family, kept, self._is_exact)]
 
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""

@@ -290,6 +290,5 @@ class SPViT(SelectorMethod):
                     patches = counts[stage]
             if block < family.depth - 1:
                 steps.append(costs.block(family, block, patches + prefix, part))
-        exact = self.config.exact_last_block
-        steps.append(costs.last_block(family, patches + prefix, exact, part))
-        return [*steps, costs.head(family, patches + prefix, prefix - family.num_prefix)]
+        exact, packages = self.config.exact_last_block, prefix - family.num_prefix
+        return [*steps, *costs.answer(family, patches + prefix, exact, part, packages)]

@@ -172,10 +172,19 @@ class STViT(SemanticMethod):
         rows, columns = self.config.shape
         return (rows * columns,)
 
+    def whole_last_block(self, family: ViT) -> str | None:
+        if not self.config.keep_prefix:
+            return "no class token goes with the semantic tokens (keep_prefix is false)"
+        if len(self.layer_scales):
+            return "its blocks have scales of the method's own (layer_scale)"
+        if self.stages[0] == family.depth:
+            return "semantic tokens are made up to the last block"
+        return super().whole_last_block(family)
+
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         semantic = self._make(family, images, recorder)
-        if self.config.keep_prefix and not len(self.layer_scales):
-            return family.answer(self.stages[0], semantic, self.config.exact_last_block)
+        if self.whole_last_block(family) is None:
+            return family.answer(self.stages[0], semantic)
         semantic = self._rest(family, semantic)
         return family.head(semantic) if self.config.keep_prefix else family.patch_head(semantic.x)
 
@@ -260,14 +269,14 @@ class STViT(SemanticMethod):
         steps += [costs.block(family, block, tokens) for block in range(self.base_layers)]
         steps.append(self._generation(family, num_patches, counts[0], prefix))
         part = "cross" if len(self.layer_scales) else "block"
-        for block in range(self.stages[0], family.depth - 1):
-            steps.append(costs.block(family, block, semantic, part))
-        if self.stages[0] < family.depth:
-            exact = bool(prefix) and part == "block" and self.config.exact_last_block
-            steps.append(costs.last_block(family, semantic, exact, part))
+        rest = range(self.stages[0], family.depth)
+        blocks = [costs.block(family, block, semantic, part) for block in rest]
+        if self.whole_last_block(family) is None:
+            return [*steps, *blocks[:-1], *costs.answer(family, semantic)]
         if self.config.keep_prefix:
-            return [*steps, costs.head(family, semantic)]
-        return [*steps, costs.Step("head", semantic, family.patch_head_macs(counts[0]))]
+            return [*steps, *blocks, costs.head(family, semantic)]
+        head = costs.Step("head", semantic, family.patch_head_macs(counts[0]))
+        return [*steps, *blocks, head]
 
     def _generation(self, family: ViT, num_patches: int, count: Any, prefix: int) -> costs.Step:
         """Pooling and the generation layers, which look at every patch."""

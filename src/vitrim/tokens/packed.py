@@ -447,9 +447,7 @@ def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
     return qkv
 
 
-def _contexts(
-    attention: Attention, qkv: Tensor, layout: Layout, bias_T: Tensor | None
-) -> Tensor:
+def _contexts(attention: Attention, qkv: Tensor, layout: Layout, bias_T: Tensor | None) -> Tensor:
     """(rows, H, D)"""
     bias_T = None if bias_T is None else bias_T.to(qkv.dtype)
     if not attention.fused_attn:  # one whole map of all images, for who looks at it

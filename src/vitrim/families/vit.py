@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -219,7 +220,8 @@ class ViT(Family):
         return blocks.first_rows(self.backbone.blocks[-1], tokens, self.read_rows)
 
     def head(self, tokens: AnyTokens) -> Tensor:
-        """Logits (B, classes): final norm, pooling (of what is kept) and classifier.
+        """Logits (B, classes): final norm, pooling (of what is kept, each token as the patches that
+        it stands for) and classifier.
 
         Package tokens behind the model's own prefix are pooled like patches.
         """
@@ -230,10 +232,10 @@ class ViT(Family):
                 return logits
             tokens = tokens.padded()
         x = model.norm(tokens.x)
-        if tokens.keep_BN is None or model.global_pool == "token":
+        if not blocks.is_changed(tokens) or model.global_pool == "token":
             logits = model.forward_head(x)
             return logits
-        pooled = self._masked_pool(x, tokens)
+        pooled = self._weighted_pool(x, tokens)
         logits = model.head(model.head_drop(model.fc_norm(pooled)))
         return logits
 
@@ -247,6 +249,11 @@ class ViT(Family):
             raise ConfigError(
                 "images of this batch keep different numbers of tokens, and the head pools them; "
                 "give forward_features one image, or call the model"
+            )
+        if tokens.size_BN is not None and self.backbone.global_pool != "token":
+            raise ConfigError(
+                "the head pools tokens that stand for different numbers of patches, and features "
+                "do not tell how many; call the model"
             )
         x: Tensor = self.backbone.norm(tokens.x)
         return x
@@ -275,19 +282,23 @@ class ViT(Family):
         features: Tensor = self.backbone.forward_head(self.backbone.norm(tokens.x), pre_logits=True)
         return features
 
-    def _masked_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
-        model, keep = self.backbone, tokens.keep_all
-        if not model.pool_include_prefix:
-            x, keep = x[:, self.num_prefix :], keep[:, self.num_prefix :]
+    def _weighted_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """(B, C): what is pooled of tokens of which a mask hides some, or some stand for several
+        patches: as much as those patches.
+        """
+        model, start = self.backbone, 0 if self.backbone.pool_include_prefix else self.num_prefix
         if model.global_pool == "map":
-            visible = keep.detach() > 0.5
-            visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
-            bias = x.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+            assert tokens.bias is not None
+            bias = tokens.bias[..., start:]
+            hidden = bias.detach().isinf().all(-1, keepdim=True)  # all: look at all, no NaN
             with _plain_in_graphs(model.attn_pool):
-                pooled: Tensor = model.attn_pool(x, attn_mask=bias[:, None, None, :])
+                pooled: Tensor = model.attn_pool(x[:, start:], attn_mask=bias.where(~hidden, 0.0))
             return pooled
-        weights = keep.unsqueeze(-1).to(x.dtype)
-        return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
+        weights = torch.ones_like(tokens.index_BN, dtype=x.dtype)
+        for factor in (tokens.keep_BN, tokens.size_BN):
+            weights = weights if factor is None else weights * factor.to(x.dtype)
+        weights = F.pad(weights, (tokens.num_prefix, 0), value=1.0)[:, start:, None]
+        return (x[:, start:] * weights).sum(1) / weights.sum(1).clamp(min=0.5)
 
     def patch_features(self, tokens: Tokens) -> Tensor:
         """(B, N, C): the patch tokens after the final norm, wherever the model keeps that norm."""

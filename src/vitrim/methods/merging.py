@@ -17,7 +17,7 @@ This library's, by experiments on real weights without training (``results/tried
   merges, and few lose no accuracy.
 
 Where the code of ToMe is wrong (LayerScale and QK-norm are passed over by its blocks), this is not:
-blocks are timm's own. Pooling heads weigh tokens by their sizes, which ToMe's do not.
+blocks are timm's own. Heads that pool the patch tokens weigh each by its size.
 
 Nothing is learned: any trained model can be used as it is, and adapted by distillation.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,7 +90,11 @@ class MergingConfig:
             _check_stages(self.stages)
             self.ratios(len(self.stages))
             self.actions(len(self.stages))
-        power, per_block, drawn = self.importance_power, self.merged_per_block, self.train_keep_ratio
+        power, per_block, drawn = (
+            self.importance_power,
+            self.merged_per_block,
+            self.train_keep_ratio,
+        )
         require(0 <= power < math.inf, f"importance_power is {power}; expected 0 or more")
         if per_block is not None:
             require(
@@ -141,9 +146,8 @@ class Merging(RatioMethod):
     config_class = MergingConfig
     families = ("vit", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("pit", "swin", "convnext"),
-        "tokens that became one have no place in a map; use spvit_pyramid or dynamic_spatial",
-    )
+        ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
+    ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
     config: MergingConfig
 
     def __init__(
@@ -299,8 +303,10 @@ class Merging(RatioMethod):
         steps = [costs.stem(family, num_patches)]
         patches: Any = num_patches
         actions = self.config.actions(len(self.stages))
+        going = pairwise((num_patches, *self._fixed_counts(num_patches)))
+        acts = {s: before > after for s, (before, after) in zip(self.stages, going, strict=True)}
         for block in range(family.depth - 1):
-            if block + 1 not in self.stages:
+            if not acts.get(block + 1):
                 steps.append(costs.block(family, block, patches + prefix))
                 continue
             stage = self.stages.index(block + 1)
@@ -308,8 +314,7 @@ class Merging(RatioMethod):
             steps.append(costs.select(self.name, block + 1, patches + prefix, macs))
             patches = counts[stage]
             steps.append(costs.mlp(family, block, patches + prefix))
-        steps.append(costs.last_block(family, patches + prefix, self.config.exact_last_block))
-        return [*steps, costs.head(family, patches + prefix)]
+        return [*steps, *costs.answer(family, patches + prefix, self.config.exact_last_block)]
 
     def _stage_macs(self, family: ViT, block: int, patches: Any, action: Action) -> Any:
         """Attention, importance and matching."""

@@ -207,23 +207,35 @@ class Merging(RatioMethod):
             tokens = family.run_blocks(whole, tokens)
             if count == tokens.num_patches and not recorder:
                 tokens = family.run_blocks((block,), tokens)
-                continue
-            records: list[AttentionRecord] = []
-
-            def between(
-                before: Any, importance: Tensor, count: int = count, action: Action = action
-            ) -> Tokens:
-                after = self._fewer(before, records[-1], importance, count, action)
-                if recorder:
-                    recorder.add(block + 1, before, importance, after)
-                return after
-
-            def importance_of(record: AttentionRecord) -> Tensor:
-                records.append(record)
-                return self._importance(record, action, bool(recorder))
-
-            tokens, _ = family.split_block(block, tokens, importance_of, between)
+            else:
+                tokens = self._run_block(family, block, tokens, count, action, recorder)
         return tokens, last
+
+    def _run_block(
+        self,
+        family: ViT,
+        block: int,
+        tokens: Tokens,
+        count: int,
+        action: Action,
+        recorder: Recorder | None,
+    ) -> Tokens:
+        """A block behind whose attention there are so many patch tokens."""
+        records: list[AttentionRecord] = []
+
+        def importance_of(record: AttentionRecord) -> Tensor:
+            records.append(record)
+            return self._importance(record, action, bool(recorder))
+
+        def between(before: Any, importance: Tensor) -> Tokens:
+            after = self._fewer(before, records[-1], importance, count, action)
+            if recorder:
+                recorder.add(block + 1, before, importance, after)
+            return after
+
+        after, _ = family.split_block(block, tokens, importance_of, between)
+        assert isinstance(after, Tokens)
+        return after
 
     def _importance(self, record: AttentionRecord, action: Action, is_asked: bool) -> Tensor:
         """(B, N), where it is asked for; else a stand-in."""

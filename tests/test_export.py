@@ -27,6 +27,7 @@ from vitrim import (
     DenseConfig,
     DynamicViTConfig,
     InputError,
+    MergingConfig,
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
@@ -60,6 +61,11 @@ FIXED = {
     "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
+    "merging": MergingConfig(stages=(1, 3), keep_ratio=0.6),
+    "merging tome": MergingConfig.tome(2.5),
+    "merging and dropping": MergingConfig(
+        stages=(1, 2), action=("merge", "drop"), metric="keys"
+    ),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
     "stvit": STViTConfig(semantic_tokens=(2, 3)),
@@ -98,6 +104,7 @@ def same(sparse, folder, batch=5, x=None):
 
 STRUCTURED = [
     ("dynamicvit", "lv-vit"),
+    ("merging", "lv-vit"),
     ("dynamic_spatial", "swin"),
     ("dynamic_spatial", "convnext"),
     ("spvit_pyramid fixed", "pit"),
@@ -178,6 +185,14 @@ def test_fixed_counts_take_any_batch(name, tmp_path):
     check_sizes_are_known(folder / "model.onnx")
 
 
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_heads_that_pool_merged_tokens(pool, tmp_path):
+    sparse = sparse_vit(FIXED["merging"], class_token=False, global_pool=pool)
+    folder = export(sparse, tmp_path / "bundle", "onnx", data_config=DATA)
+    for batch in (1, 16):
+        same(sparse, folder, batch)
+
+
 @pytest.mark.parametrize("batch", [None, 1])
 def test_products_take_as_few_operations_as_can_be(batch, tmp_path):
     """Weights in Gemm, which adds the bias; attention's two products, and in the exact last block
@@ -251,9 +266,10 @@ def test_dense_models_go_the_same_way(tmp_path):
     assert described["macs"] == described["dense_macs"] > 0
 
 
-def test_executorch(tmp_path):
+@pytest.mark.parametrize("name", ["dynamicvit", "merging"])
+def test_executorch(name, tmp_path):
     pytest.importorskip("executorch")
-    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], "executorch")
+    sparse, folder = exported(tmp_path, FIXED[name], "executorch")
     same(sparse, folder, batch=2)
 
 
@@ -269,8 +285,8 @@ def test_an_absent_executorch_names_its_extra(tmp_path, monkeypatch):
 @pytest.mark.parametrize("to", ["pt2", "openvino"])
 @pytest.mark.parametrize(
     "config",
-    [FIXED["dense"], FIXED["dynamicvit"], ADAPTIVE["asvit"]],
-    ids=["dense", "fixed", "own"],
+    [FIXED["dense"], FIXED["dynamicvit"], FIXED["merging"], ADAPTIVE["asvit"]],
+    ids=["dense", "fixed", "merging", "own"],
 )
 def test_other_formats(to, config, tmp_path):
     sparse, folder = exported(tmp_path, config, to)

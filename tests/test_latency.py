@@ -20,6 +20,7 @@ from vitrim import (
     DenseConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
+    MergingConfig,
     SPViTConfig,
     SPViTPyramidConfig,
     STViTConfig,
@@ -601,6 +602,31 @@ def test_counts_of_images_are_a_mean_of_latencies_or_one_packed_batch():
     assert predicted(1, counts, exact) == pytest.approx(1 + 2 * 17 + 1.1 * (5 + 13) / 2)
     assert predicted(2, counts, exact) == pytest.approx(1 + 2 * 17 + 900 + 90)
     assert predicted(2, 8, exact) == pytest.approx(1 + 2 * 17 + 1.1 * 9)
+
+
+def test_a_merging_block_is_its_selector_and_the_mlp_of_what_is_left():
+    sparse = sparsify(tiny_vit(), MergingConfig(stages=(2,), keep_ratio=0.5))
+    found = table()
+    scales = {"block": 1.0, "select-merging": 100.0, "mlp": 0.1, "last": 0.01, "head": 0.0}
+    found.curves.update({part: curve([1, 17], [s, 17 * s]) for part, s in scales.items()})
+    counts = sparse.method.counts(sparse.family, (4, 4))
+    assert counts == (8,)
+    milliseconds = float(predict(found, sparse.method, sparse.family, (4, 4), counts))
+    assert milliseconds == pytest.approx(0.5 + 17 + 1700 + 0.9 + 9 + 0.09)
+
+
+def test_merging_alone_is_what_a_block_does_before_its_mlp():
+    backbone = tiny_vit()
+    module, x = parts.Selecting(backbone, MergingConfig()), torch.randn(2, 17, 32)
+    sparse = sparsify(backbone, module.method.config).eval()
+    mlps = []
+    backbone.blocks[0].mlp.register_forward_pre_hook(lambda _m, given: mlps.append(given[0]))
+    with torch.no_grad():
+        alone = module(parts.Stem(backbone)(images()))
+        sparse(images())
+        torch.testing.assert_close(backbone.blocks[0].norm2(alone), mlps[0])
+        assert module(x[:, :11]).shape == (2, 1 + 7, 32)
+    assert len(mlps) == 1
 
 
 def test_gradients_reach_the_counts():

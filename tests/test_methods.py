@@ -17,6 +17,7 @@ from vitrim import (
     DenseConfig,
     DynamicSpatialConfig,
     DynamicViTConfig,
+    MergingConfig,
     SaiTConfig,
     SPViTConfig,
     SPViTPyramidConfig,
@@ -35,6 +36,11 @@ TARGET = torch.tensor([1, 2, 3])
 
 CASES = {
     "dense": DenseConfig(),
+    "dense whole": DenseConfig(exact_last_block=False),
+    "merging": MergingConfig(stages=(1, 3), keep_ratio=0.6),
+    "merging tome": MergingConfig.tome(2.5),
+    "merging keys": MergingConfig(metric="keys", keep_ratio=0.6),
+    "merging and dropping": MergingConfig(stages=(1, 2), action=("merge", "drop")),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.5),
     "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
@@ -85,6 +91,9 @@ CASES = {
 
 KEEPS_ALL = {
     "dense": DenseConfig(),
+    "dense whole": DenseConfig(exact_last_block=False),
+    "merging": MergingConfig(keep_ratio=1.0),
+    "merging tome": MergingConfig.tome(0),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=1.0),
     "dynamicvit threshold": DynamicViTConfig(stages=(1, 2), threshold=0.0),
     "dynamicvit merging": DynamicViTConfig(stages=(1, 2), threshold=0.0, merge_dropped=True),

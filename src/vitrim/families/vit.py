@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -248,6 +249,11 @@ class ViT(Family):
             raise ConfigError(
                 "images of this batch keep different numbers of tokens, and the head pools them; "
                 "give forward_features one image, or call the model"
+            )
+        if tokens.size_BN is not None and self.backbone.global_pool != "token":
+            raise ConfigError(
+                "the head pools tokens that stand for different numbers of patches, and features "
+                "do not tell how many; call the model"
             )
         x: Tensor = self.backbone.norm(tokens.x)
         return x

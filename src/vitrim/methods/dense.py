@@ -53,7 +53,7 @@ class Dense(Method):
     families = ("vit", "lvvit")
     refusals: ClassVar[dict[str, str]] = dict.fromkeys(
         ("pit", "swin", "convnext"),
-        "the last block of a pyramid is a small part of it; use the timm model as it is",
+        "the last block of a pyramid is a small part of it; take the timm model as it is",
     )
     drops = False
     config: DenseConfig

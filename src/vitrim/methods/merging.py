@@ -17,7 +17,7 @@ This library's, by experiments on real weights without training (``results/tried
   merges, and few lose no accuracy.
 
 Where the code of ToMe is wrong (LayerScale and QK-norm are passed over by its blocks), this is not:
-blocks are timm's own. Pooling heads weigh tokens by their sizes, which ToMe's do not.
+blocks are timm's own. Heads that pool the patch tokens weigh each by its size.
 
 Nothing is learned: any trained model can be used as it is, and adapted by distillation.
 """
@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -145,9 +145,8 @@ class Merging(RatioMethod):
     config_class = MergingConfig
     families = ("vit", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("pit", "swin", "convnext"),
-        "tokens that became one have no place in a map; use spvit_pyramid or dynamic_spatial",
-    )
+        ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
+    ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
     usual_stages = 6
     actions = ("merge", "drop")
     config: MergingConfig
@@ -253,7 +252,9 @@ class Merging(RatioMethod):
                 recorder.add(block + 1, before, importance_BN, after, *moves)
             return after
 
-        return cast(Tokens, family.split_block(block, tokens, read, between)[0])
+        after, _ = family.split_block(block, tokens, read, between)
+        assert isinstance(after, Tokens)
+        return after
 
     def fewer(
         self,
@@ -343,8 +344,10 @@ class Merging(RatioMethod):
         steps = [costs.stem(family, num_patches)]
         patches: Any = num_patches
         actions = self.config.actions(len(self.stages))
+        going = pairwise((num_patches, *self._fixed_counts(num_patches)))
+        acts = {s: before > after for s, (before, after) in zip(self.stages, going, strict=True)}
         for block in range(family.depth - 1):
-            if block + 1 not in self.stages:
+            if not acts.get(block + 1):
                 steps.append(costs.block(family, block, patches + prefix))
                 continue
             stage = self.stages.index(block + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,16 +32,18 @@ from vitrim.methods.records import Dial
 from vitrim.tools.evaluate import evaluate
 from vitrim.train.recipe import list_recipes
 
+WHOLE = {"exact_last_block": False}
+"""Up to the dense model's cost, every budget can be met; the last of four blocks is a quarter."""
 ADAPTIVE = {
-    "sait mass": SaiTConfig(min_kept=0),
-    "sait threshold": SaiTConfig(selector="threshold", min_kept=0),
-    "asvit": ASViTConfig(),
-    "dynamicvit threshold": DynamicViTConfig(threshold=0.5),
+    "sait mass": SaiTConfig(min_kept=0, **WHOLE),
+    "sait threshold": SaiTConfig(selector="threshold", min_kept=0, **WHOLE),
+    "asvit": ASViTConfig(**WHOLE),
+    "dynamicvit threshold": DynamicViTConfig(threshold=0.5, **WHOLE),
 }
 FIXED = {
-    "sait density": SaiTConfig(selector="density"),
-    "dynamicvit": DynamicViTConfig(),
-    "dynamicvit ratios": DynamicViTConfig(keep_ratio=(0.9, 0.5, 0.4)),
+    "sait density": SaiTConfig(selector="density", **WHOLE),
+    "dynamicvit": DynamicViTConfig(**WHOLE),
+    "dynamicvit ratios": DynamicViTConfig(keep_ratio=(0.9, 0.5, 0.4), **WHOLE),
 }
 
 
@@ -300,6 +303,14 @@ def test_a_budget_below_the_floor_names_the_reachable_range(case):
 def test_a_budget_above_the_ceiling():
     sparse = made(SaiTConfig(max_kept=20))
     refused(ConfigError, r"out of reach: .* to 0\.\d+$", sparse, loader(), 0.9)
+
+
+@pytest.mark.parametrize("case", [*ADAPTIVE, *FIXED])
+def test_the_exact_last_block_is_counted_and_lowers_the_ceiling(case):
+    sparse = made(replace((ADAPTIVE | FIXED)[case], exact_last_block=True))
+    calibrate(sparse, loader(), 0.5, tolerance=0.02)
+    assert share_on(sparse, loader()) == pytest.approx(0.5, rel=0.02)
+    refused(ConfigError, r"out of reach: .* to 0\.[78]\d+$", sparse, loader(), 1.0)
 
 
 @pytest.mark.parametrize("case", FIXED)

@@ -24,6 +24,7 @@ from tests.test_methods import sparse_model
 from vitrim import (
     ASViTConfig,
     ConfigError,
+    DenseConfig,
     DynamicViTConfig,
     InputError,
     SaiTConfig,
@@ -56,6 +57,7 @@ DATA = {
     "crop_pct": 0.9,
 }
 FIXED = {
+    "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
@@ -176,12 +178,14 @@ def test_fixed_counts_take_any_batch(name, tmp_path):
 
 @pytest.mark.parametrize("batch", [None, 1])
 def test_products_take_as_few_operations_as_can_be(batch, tmp_path):
-    """Weights in Gemm, which adds the bias; attention's two products; no sizes asked for in it."""
+    """Weights in Gemm, which adds the bias; attention's two products, and in the exact last block
+    those with the weights of keys and values; no sizes asked for in it.
+    """
     sparse, folder = exported(tmp_path, FIXED["dynamicvit"], batch=batch)
     found = Counter(node.op_type for node in onnx.load(folder / "model.onnx").graph.node)
     linear = sum(isinstance(module, nn.Linear) for module in sparse.modules())
     assert found["Gemm"] == linear
-    assert found["MatMul"] == 2 * len(sparse.backbone.blocks)
+    assert found["MatMul"] == 2 * len(sparse.backbone.blocks) + 2
     assert found["Shape"] == (batch is None)  # how many images there are
 
 
@@ -260,7 +264,11 @@ def test_an_absent_executorch_names_its_extra(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["pt2", "openvino"])
-@pytest.mark.parametrize("config", [FIXED["dynamicvit"], ADAPTIVE["asvit"]], ids=["fixed", "own"])
+@pytest.mark.parametrize(
+    "config",
+    [FIXED["dense"], FIXED["dynamicvit"], ADAPTIVE["asvit"]],
+    ids=["dense", "fixed", "own"],
+)
 def test_other_formats(to, config, tmp_path):
     sparse, folder = exported(tmp_path, config, to)
     same(sparse, folder)

@@ -449,7 +449,7 @@ def test_attention_loss_is_the_divergence():
     expected = (flat * (flat / hot).log()).sum(1).mean()
     torch.testing.assert_close(loss(teacher, attention_temperature=2.0), expected)
     assert loss(torch.zeros(3, 16)).isfinite()
-    with pytest.raises(ConfigError, match="needs the teacher's class attention"):
+    with pytest.raises(ConfigError, match="needs a teacher's class attention"):
         sparse.method.losses(output, None, taught)
     with pytest.raises(ConfigError, match="learns from labels or from a dense teacher"):
         sparse.method.losses(output, None, None)

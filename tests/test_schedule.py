@@ -223,7 +223,7 @@ def test_effects_fall_to_nothing(signal, make):
 
 
 def test_an_effect_is_the_divergence_of_that_stage():
-    backbone, pixels = small().double(), images(8).double()  # KL of random models is small
+    backbone, pixels = small().double(), images(8).double()  # it is 1e-7, which floats hardly tell
     family, counts = family_of(backbone), measured_counts(64)
     with torch.no_grad():
         tokens, score = family.attention_half(
@@ -231,8 +231,8 @@ def test_an_effect_is_the_divergence_of_that_stage():
         )
         best = score.topk(counts[2], 1).indices
         kept = family.mlp_half(1, tokens).gather(best)
-        logits = family.head(family.run_blocks((2, 3), kept))
-        expected = losses.distillation_loss(logits, backbone(pixels))
+        dense = family.answer(0, family.stem(pixels))
+        expected = losses.distillation_loss(family.answer(2, kept), dense)
     effects = measure_effects(family, [pixels[:3], pixels[3:]])
     assert effects.loss["drop"][2][2] == pytest.approx(float(expected), rel=1e-4)
     assert effects.at(2, counts[2]) == effects.loss["drop"][2][2]
@@ -575,7 +575,8 @@ def test_the_latency_term_is_the_table_at_the_batchs_counts(folder, table, thres
 )
 def test_training_ends_at_the_latency(folder, table, tmp_path, method):
     dense = predict(table, None, family_of(tiny_vit()), (4, 4))
-    asked = 0.9 * dense
+    # The exact last block, which STViT without a class token has not, leaves 0.82 of it.
+    asked = (0.9 if method["name"] == "stvit" else 0.75) * dense
     fields = {key: value for key, value in method.items() if key != "name"}
     recipe = replace(
         run_recipe(folder, table, asked, data__val=str(folder), run__epochs=1),

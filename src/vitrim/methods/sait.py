@@ -105,8 +105,7 @@ class SaiTConfig:
     distill_weight: float = 0.0
     """Weight of KL(teacher || student) on the logits."""
     exact_last_block: bool = True
-    """Whether the last block computes no more than a class token's logits need: the same logits for
-    fewer MACs. False is how the papers execute and count it."""
+    """Whether the last block computes only what a class token's logits need; papers count all."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -215,15 +214,9 @@ class SaiT(Method):
             return score.words.format(attention="the class token")
         return score.words.format(attention="all tokens") + " (the backbone has no class token)"
 
-    @property
-    def _is_exact(self) -> bool:
-        """Set to be dense, it is the timm model bit for bit, which adds in another order."""
-        return self.config.exact_last_block and self.config.selector != "dense"
-
     def whole_last_block(self, family: ViT) -> str | None:
-        if self.config.selector == "dense":
-            return "set to be dense, it is the timm model bit for bit"
-        return super().whole_last_block(family)
+        dense = self.config.selector == "dense"
+        return "dense is the timm model bit for bit" if dense else super().whole_last_block(family)
 
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return self._counts(math.prod(grid))
@@ -239,7 +232,7 @@ class SaiT(Method):
         stem = family.stem(images)
         counts = self._counts(stem.num_patches)
         if counts == (stem.num_patches,) and not recorder:
-            return family.answer(0, stem, self._is_exact)
+            return family.answer(0, stem, self.whole_last_block(family) is None)
 
         def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
             kept: AnyTokens = tokens
@@ -272,7 +265,7 @@ class SaiT(Method):
             tokens, _ = family.split_block(block, before, read, between)
         else:
             tokens = between(*family.split_block(block, before, read))
-        logits = family.answer(self.stages[0], tokens, self._is_exact)
+        logits = family.answer(self.stages[0], tokens, self.whole_last_block(family) is None)
         return logits, *chosen[0]
 
     def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
@@ -359,9 +352,7 @@ class SaiT(Method):
         self, output: SaiTOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         config, parts = self.config, dict[str, Tensor]()
-        passes = [output.logits]
-        if output.dense_logits is not None:
-            passes.append(output.dense_logits)
+        passes = [each for each in (output.logits, output.dense_logits) if each is not None]
         if target is not None:
             terms = [losses.classification_loss(logits, target) for logits in passes]
             parts["classification"] = torch.stack(terms).mean()
@@ -375,11 +366,10 @@ class SaiT(Method):
 
     def _attention_loss(self, output: SaiTOutput, teacher: DenseOutput) -> Tensor:
         """KL of the teacher's class attention and the student's score, both summing to 1."""
-        require(
-            teacher.patch_attention is not None,
-            "SaiT's loss needs the teacher's class attention; take the teacher from method.teach",
-        )
-        assert teacher.patch_attention is not None
+        if teacher.patch_attention is None:
+            raise ConfigError(
+                "SaiT's loss needs a teacher's class attention; take the teacher from method.teach"
+            )
         taught = _on_grid(teacher.patch_attention.float(), output.grid)
         sides = [
             side.clamp(min=EPS).log() / self.config.attention_temperature
@@ -391,14 +381,15 @@ class SaiT(Method):
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, block = math.prod(grid), self.stages[0] - 1
+        exact = self.whole_last_block(family) is None
         if self._counts(num_patches) == (num_patches,):
-            return costs.plain_steps(family, grid, self._is_exact)
+            return costs.plain_steps(family, grid, exact)
         tokens, kept = num_patches + family.num_prefix, counts[0] + family.num_prefix
         steps = [costs.stem(family, num_patches)]
         steps += [costs.block(family, index, tokens) for index in range(block)]
         steps += self._select_steps(family, block, tokens, kept)
         steps += [costs.block(family, index, kept) for index in range(block + 1, family.depth - 1)]
-        return [*steps, *costs.answer(family, kept, self._is_exact)]
+        return [*steps, *costs.answer(family, kept, exact)]
 
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""
@@ -407,11 +398,10 @@ class SaiT(Method):
         macs = costs.attention_macs(family, block, tokens)
         macs += width * tokens * (1 if one_row else tokens)
         adaptive = self.config.selector != "density"
-        if self.config.where == "mid":
-            select = costs.select(self.name, block + 1, tokens, macs, adaptive)
-            return [select, costs.mlp(family, block, kept)]
-        macs += family.mlp_macs(block, tokens)
-        return [costs.select(self.name, block + 1, tokens, macs, adaptive)]
+        in_the_middle = self.config.where == "mid"
+        macs += 0 if in_the_middle else family.mlp_macs(block, tokens)
+        select = costs.select(self.name, block + 1, tokens, macs, adaptive)
+        return [select, costs.mlp(family, block, kept)] if in_the_middle else [select]
 
     def dial(self) -> Dial:
         """The field that the selector in use goes by."""
@@ -437,10 +427,8 @@ class SaiT(Method):
             selector: ``density``, ``threshold``, ``mass`` or ``dense``.
             value: of the config field of that name; None leaves it as it is.
         """
-        changes: dict[str, Any] = {"selector": selector}
-        if value is not None and selector != "dense":
-            changes[selector] = value
-        self.config = replace(self.config, **changes)
+        changed = {} if value is None or selector == "dense" else {selector: value}
+        self.config = replace(self.config, selector=selector, **changed)  # type: ignore[arg-type]
 
     def set_density(self, density: float | None) -> None:
         """Keep this share of the patch tokens from now on; None is the dense model."""
@@ -509,5 +497,4 @@ def _on_grid(attention_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         "student's; take a teacher that sees the same image in square patches",
     )
     attention = attention_BN.view(num_images, 1, rows, columns)
-    resized = F.interpolate(attention, grid, mode="bilinear", antialias=True)
-    return resized.flatten(1)
+    return F.interpolate(attention, grid, mode="bilinear", antialias=True).flatten(1)

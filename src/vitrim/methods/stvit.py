@@ -213,9 +213,9 @@ class STViT(SemanticMethod):
         """The semantic tokens after the last block."""
         for block in range(self.stages[0], family.depth):
             if len(self.layer_scales):
-                log_size = semantic.log_size
+                log_size, x = semantic.log_size, semantic.x
                 bias_N = None if log_size is None else log_size[0, 0, 0]
-                x, _ = self._cross_block(family, block, *[semantic.x] * 3, bias_N)
+                x, _ = self._cross_block(family, block, x, x, x, bias_N)
                 semantic = semantic.with_x(x)
             else:
                 semantic = family.run_blocks((block,), semantic)

@@ -245,20 +245,21 @@ def attention_of_first(
         bias: added to the logits of each key, (B, 1, 1, N); None: nothing.
     """
     width, heads, dim = attention.attn_dim, attention.num_heads, attention.head_dim
+    num_images, num_tokens, _ = x_BNC.shape
     first = x_BNC[:, :rows]
-    q = linear_part(attention.qkv, first, 0, width).unflatten(2, (heads, dim)).transpose(1, 2)
-    q = attention.q_norm(q)
-    weight_3HDC = attention.qkv.weight.unflatten(0, (3, heads, dim))
+    q = linear_part(attention.qkv, first, 0, width).view(num_images, rows, heads, dim)
+    q = attention.q_norm(q.transpose(1, 2))
+    weight_3HDC = attention.qkv.weight.view(3, heads, dim, -1)
     scale = scale_of(attention, q)
     if isinstance(attention.k_norm, nn.Identity):
         asked_BQC = (q * scale @ weight_3HDC[1]).flatten(1, 2)
-        logits = (asked_BQC @ x_BNC.transpose(-2, -1)).unflatten(1, (heads, rows))
+        logits = (asked_BQC @ x_BNC.transpose(-2, -1)).view(num_images, heads, rows, num_tokens)
     else:
         k = linear_part(attention.qkv, x_BNC, width, 2 * width)
-        k = attention.k_norm(k.unflatten(2, (heads, dim)).transpose(1, 2))
+        k = attention.k_norm(k.view(num_images, num_tokens, heads, dim).transpose(1, 2))
         logits = (q * scale) @ k.transpose(-2, -1)
     weights_BHRN = _biased(logits, bias).softmax(-1).to(x_BNC.dtype)
-    seen_BHRC = (weights_BHRN.flatten(1, 2) @ x_BNC).unflatten(1, (heads, rows))
+    seen_BHRC = (weights_BHRN.flatten(1, 2) @ x_BNC).view(num_images, heads, rows, -1)
     context_BHRD = seen_BHRC @ weight_3HDC[2].transpose(-2, -1)
     if attention.qkv.bias is not None:
         context_BHRD = context_BHRD + attention.qkv.bias[2 * width :].view(heads, 1, dim)

@@ -237,10 +237,9 @@ class PackedTokens:
     @_not_compiled
     def bias(self) -> Tensor:
         """(B, 1, 1, longest): of the padded sequences, see :attr:`Tokens.bias`."""
-        layout, log_size_T = self.layout, self.log_size_T
-        bias = self.x.new_zeros(layout.visible_BN.shape)
-        bias = bias if log_size_T is None else layout.pad(log_size_T)
-        return bias.masked_fill(~layout.visible_BN, -math.inf)[:, None, None, :]
+        visible_BN, size_T = self.layout.visible_BN, self.log_size_T
+        bias = self.x.new_zeros(visible_BN.shape) if size_T is None else self.layout.pad(size_T)
+        return bias.masked_fill(~visible_BN, -math.inf)[:, None, None, :]
 
     def with_x(self, x: Tensor) -> PackedTokens:
         return replace(self, x=x)
@@ -372,8 +371,7 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
     size_N = None if size_N is None else size_N.index_select(0, kept_N)
     if min(counts) < max(counts):
         return PackedTokens(x, packed, index_N, size_N)
-    shape = num_images, counts[0]
-    x = x.view(num_images, packed.longest, x.shape[1])
+    shape, x = (num_images, counts[0]), x.view(num_images, packed.longest, x.shape[1])
     size_BN = None if size_N is None else size_N.view(shape)
     return Tokens(x, packed.num_prefix, index_N.view(shape), size_BN=size_BN)
 
@@ -434,8 +432,7 @@ def packed_attention(
         projected: Tensor = attention.proj_drop(attention.proj(out))
         return projected
 
-    out = called(attention, run, x_TC)
-    return out, scores[0] if scores else None
+    return called(attention, run, x_TC), scores[0] if scores else None
 
 
 def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
@@ -461,8 +458,8 @@ def _contexts(attention: Attention, qkv: Tensor, layout: Layout, bias_T: Tensor 
         q, k, v = qkv.unbind(1)
         bounds, longest = layout.bounds, layout.longest
         return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest))
-    buckets = layout.buckets(qkv.dtype, attention.num_heads)
-    return bucketed_attention(qkv, buckets, dropout, bias_T)
+    heads = attention.num_heads
+    return bucketed_attention(qkv, layout.buckets(qkv.dtype, heads), dropout, bias_T)
 
 
 def _padded_record(
@@ -475,9 +472,8 @@ def _padded_record(
 ) -> AttentionRecord:
     q, k, v = layout.pad(qkv).permute(2, 0, 3, 1, 4).unbind(0)
     context = layout.pad(context).transpose(1, 2)
-    scale, visible = scale_of(attention, q), layout.visible_BN
+    scale, visible, prefix = scale_of(attention, q), layout.visible_BN, layout.num_prefix
     bias = None if bias_T is None else layout.pad(bias_T)[:, None, None, :]
-    prefix = layout.num_prefix
     return AttentionRecord(q, k, v, context, scale, prefix, has_class, visible, bias=bias)
 
 

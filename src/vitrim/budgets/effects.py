@@ -82,7 +82,7 @@ class Effects:
     def total(self, plan: Plan) -> float:
         """The loss of a whole schedule."""
         before = (self.counts[-1], *plan.counts)
-        actions = plan.actions or ("drop",) * len(plan.stages)
+        actions: Sequence[Action] = plan.actions or ("drop",) * len(plan.stages)
         return sum(map(self.stage, plan.stages, before, plan.counts, actions))
 
 

@@ -61,7 +61,7 @@ def match(
     order_BA = cost_BA.argsort(1)
     going_BR, staying = order_BA[:, :count], order_BA[:, count:].sort(1).values
     places_T = torch.arange(1 - first, metric_BNC.shape[1], 2, device=metric_BNC.device)
-    kept_BK = torch.cat([staying * 2 + first, places_T.expand(len(staying), -1)], 1)
+    kept_BK = torch.cat([staying * 2 + first, places_T.expand(staying.shape[0], -1)], 1)
     target_BR = best.indices.gather(1, going_BR) + staying.shape[1]
     return Matching(kept_BK, going_BR * 2 + first, target_BR)
 

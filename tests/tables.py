@@ -34,10 +34,11 @@ def table_of(backbone: nn.Module, *, jump: int = 0, **stamp: Any) -> LatencyTabl
     parts = {"stem": made(0, 0.3), "head": made(0, 0.1), "block": made(0.02, 0.05)}
     parts |= {"attention": made(0.008, 0.02), "mlp": made(0.012, 0.03), "cross": made(0.02, 0.1)}
     parts["last"] = made(0.001, 0.02)
-    for name in METHODS:
+    for name in (*METHODS, "merging-drop"):
         for adaptive in (False, True):
             # Scoring is half a block, a generation of semantic tokens two of them.
-            scale = {"asvit": 0.01, "sait": 0.01, "stvit": 0.04}.get(name, 0.002)
+            scales = {"asvit": 0.01, "sait": 0.01, "merging-drop": 0.01, "merging": 0.015}
+            scale = (scales | {"stvit": 0.04}).get(name, 0.002)
             parts[costs.select_part(name, adaptive)] = made(scale, 0.04 + 0.01 * adaptive)
     parts |= {costs.packed_part(name): curve for name, curve in parts.items()}
     return LatencyTable(PLACE | describe_model(family) | stamp, parts)

@@ -20,7 +20,8 @@ from vitrim import (
 )
 from vitrim.costs.macs import counting
 from vitrim.families import family_of
-from vitrim.methods.asvit import straight_through, token_score
+from vitrim.layers.token_scores import token_score
+from vitrim.methods.asvit import straight_through
 from vitrim.tokens.attention import masked_softmax, project
 from vitrim.train.engine import train
 from vitrim.train.optim import parameter_groups

@@ -305,6 +305,18 @@ def test_sparsify_needs_no_image_for_fixed_counts(capsys, dense, made, tmp_path)
     assert sparse.macs() / sparse.dense_macs() == pytest.approx(0.5, rel=0.03)
 
 
+def test_merging_needs_no_images(capsys, dense, tmp_path):
+    words = ("sparsify", *dense, "--macs", "0.7", "--tolerance", "0.05", "--device", "cpu")
+    code, out, err = run(capsys, *words, "--method", "merging", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "by formula" in out
+    assert "keep_ratio" in out
+    sparse = vitrim.from_pretrained(tmp_path / "out")
+    assert sparse.macs() / sparse.dense_macs() == pytest.approx(0.7, rel=0.05)
+    message = fails(capsys, tmp_path, *words, "--method", "asvit", "-o", tmp_path / "new")
+    assert "give some with --data" in message
+
+
 # budgets in milliseconds
 
 
@@ -337,6 +349,33 @@ def test_a_schedule_is_found_and_followed(capsys, dense, made, table, tmp_path):
     code, out, err = run(capsys, "schedule", *dense, *data, *arguments, "-o", file)
     assert code == 0, err
     assert load_schedule(file).macs <= 0.7
+
+
+def test_a_schedule_of_merging_is_found_and_followed(capsys, dense, made, table, tmp_path):
+    file, output = tmp_path / "schedule.json", tmp_path / "sparse"
+    budget = ("--milliseconds", "6", "--table", table)
+    words = ("schedule", *dense, "--method", "merging", *budget, "-o", file)
+    code, out, err = run(capsys, *words, "--data", made / "data", *QUICK)
+    assert code == 0, err
+    assert "patches go on" in out
+    assert ", merged" in out or "dropped" in out
+    schedule = load_schedule(file)
+    assert len(schedule.actions) == len(schedule.stages)
+    words = ("sparsify", *dense, "--method", "merging", "--schedule", file, "--device", "cpu")
+    code, out, err = run(capsys, *words, *budget, "-o", output)
+    assert code == 0, err
+    assert "its counts" in out
+    sparse = vitrim.from_pretrained(output)
+    assert sparse.config.action == schedule.actions
+    assert sparse.method.counts(sparse.family, (8, 8)) == schedule.counts
+    words += ("-o", tmp_path / "other")
+    assert "leave that out" in fails(capsys, tmp_path, *words, "--macs", "0.6")
+    words = ("sparsify", *dense, *budget, "--device", "cpu", "-o", tmp_path / "free", "--method")
+    code, out, err = run(capsys, *words, "merging")
+    assert code == 0, err
+    assert "keep_ratio" in out
+    words = (*words[:-2], tmp_path / "none", "--method")
+    assert "depend on the images" in fails(capsys, tmp_path, *words, "asvit")
 
 
 @pytest.mark.parametrize("method", ["asvit", "sait"])

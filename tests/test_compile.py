@@ -15,6 +15,7 @@ from vitrim.tokens.graphs import exporting
 ADAPTIVE = {
     "dynamicvit": DynamicViTConfig(threshold=0.45),
     "asvit": ASViTConfig(thresholds=0.0125),
+    "asvit merging": ASViTConfig(thresholds=0.0125, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
     "spvit": SPViTConfig(inference="threshold", threshold=0.48),
 }

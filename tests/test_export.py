@@ -60,10 +60,11 @@ DATA = {
 FIXED = {
     "dense": DenseConfig(),
     "dynamicvit": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6),
+    "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
     "merging": MergingConfig(stages=(1, 3), keep_ratio=0.6),
     "merging tome": MergingConfig.tome(2.5),
     "merging and dropping": MergingConfig(
-        stages=(1, 2), action=("merge", "drop"), metric="keys_and_features"
+        stages=(1, 2), action=("merge", "drop"), metric="keys"
     ),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
@@ -73,6 +74,7 @@ FIXED = {
 ADAPTIVE = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.45),
     "asvit": ASViTConfig(thresholds=0.05),
+    "asvit merging": ASViTConfig(thresholds=0.05, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.45),
 }
@@ -233,6 +235,7 @@ def test_counts_per_image_in_batches_without_a_class_token(pool, tmp_path):
 DROPS_ALL = {
     "dynamicvit": DynamicViTConfig(stages=(1, 2), threshold=0.999),
     "asvit": ASViTConfig(thresholds=0.5),
+    "asvit merging": ASViTConfig(thresholds=0.5, merge_dropped=True),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.9999),
 }
 

@@ -10,7 +10,8 @@ from timm.layers import Attention
 from tests.conftest import golden, golden_input, golden_weights, seeded
 from tests.golden_checks import assert_feature, assert_gradients, features_of, gradients_of
 from vitrim import ASViTConfig, load_official, sparsify
-from vitrim.methods.asvit import straight_through, token_score
+from vitrim.layers.token_scores import token_score
+from vitrim.methods.asvit import straight_through
 from vitrim.methods.records import DenseOutput
 from vitrim.tokens.attention import recorded_attention
 

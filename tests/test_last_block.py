@@ -444,6 +444,6 @@ def test_it_is_trained_as_it_is(tmp_path):
     )
     with torch.enable_grad():
         result = train(recipe, tmp_path / "run", on_progress=quiet)
-    sparse = from_pretrained(result.folder)
+    sparse = from_pretrained(result.folder / "checkpoint")
     assert sparse.config == DenseConfig()
     assert sparse.macs() < sparse.dense_macs()

@@ -110,9 +110,8 @@ def keys_of_all_heads(keys_HND, x_NC):
     return keys_HND.transpose(0, 1).flatten(1)
 
 
-def keys_and_features(keys_HND, x_NC):
-    keys = keys_of_all_heads(keys_HND, x_NC)
-    return torch.cat([part / part.norm(dim=-1, keepdim=True) for part in (keys, x_NC)], -1)
+def features(keys_HND, x_NC):
+    return x_NC
 
 
 @pytest.mark.parametrize("merged", [2, 9])
@@ -138,12 +137,12 @@ def test_the_preset_is_tome(backbone, merged):
     torch.testing.assert_close(torch.cat([one, two]), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"weigh_by": "size"}, {"metric": "keys_and_features"}])
+@pytest.mark.parametrize("changes", [{}, {"weigh_by": "size"}, {"metric": "keys"}])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_ours_is_what_it_says(backbone, changes):
     model = sharp(BACKBONES[backbone]())
     config = MergingConfig(stages=(1, 3), keep_ratio=(0.7, 0.5), importance_power=0.7, **changes)
-    metric = keys_and_features if config.metric == "keys_and_features" else keys_of_all_heads
+    metric = keys_of_all_heads if config.metric == "keys" else features
     expected = in_loops(
         model,
         X.double(),
@@ -317,7 +316,7 @@ COSTS = [
     MergingConfig(stages=(1, 3)),
     MergingConfig(stages=(1, 3), exact_last_block=False),
     MergingConfig(metric="mean_keys", importance_power=0, weigh_by="size"),
-    MergingConfig(metric="keys_and_features", stages=(2,)),
+    MergingConfig(metric="keys", stages=(2,)),
     MergingConfig(stages=(1, 2, 3), action=("drop", "merge", "drop")),
     MergingConfig.tome(2.5),
     MergingConfig(keep_ratio=1.0),

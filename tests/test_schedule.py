@@ -28,6 +28,7 @@ from vitrim import (
     DynamicSpatialConfig,
     DynamicViTConfig,
     InputError,
+    MergingConfig,
     SaiTConfig,
     SPViTConfig,
     SPViTPyramidConfig,
@@ -40,19 +41,22 @@ from vitrim.budgets import milliseconds, solve
 from vitrim.budgets import schedule as schedules
 from vitrim.budgets.effects import Effects, measure_effects, measured_counts
 from vitrim.budgets.schedule import Schedule
+from vitrim.config import to_plain
 from vitrim.families import family_of
 from vitrim.latency.table import predict
 from vitrim.layers import losses
 from vitrim.layers.stages import fixed_counts
+from vitrim.methods import method_of_config
 from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, SelectionOutput
 from vitrim.train.engine import train
 from vitrim.train.latency import LatencyBudget, start_config
-from vitrim.train.recipe import BudgetRecipe, MethodRecipe, load_recipe
+from vitrim.train.recipe import BudgetRecipe, MethodRecipe, _scheduled, load_recipe
 from vitrim.train.task import create_task
 
 STEPS = Schedule(stages=(1, 3), counts=(40, 20), patches=64)
-CONFIGS = [DynamicViTConfig(), SPViTConfig(), ASViTConfig(), SaiTConfig()]
+MIXED = Schedule(stages=(1, 3), counts=(40, 12), patches=64, actions=("merge", "drop"))
+CONFIGS = [DynamicViTConfig(), SPViTConfig(), ASViTConfig(), SaiTConfig(), MergingConfig()]
 NAMES = [type(config).__name__ for config in CONFIGS]
 
 
@@ -64,12 +68,13 @@ def small(**kwargs):
 def some_effects(depth, num_patches, seed=0):
     """Losses that rise as less is kept, and are larger early; random otherwise."""
     counts = measured_counts(num_patches)
-    rows = (
-        torch.rand(depth - 1, len(counts), generator=seeded(seed)).sort(1, descending=True).values
-    )
-    rows = rows * torch.arange(depth - 1, 0, -1).unsqueeze(1)
-    rows[:, -1] = 0
-    return Effects("test", 1, counts, {b + 1: tuple(row.tolist()) for b, row in enumerate(rows)})
+    loss, generator = {}, seeded(seed)
+    for action in ("drop", "merge"):
+        rows = torch.rand(depth - 1, len(counts), generator=generator)
+        rows = rows.sort(1, descending=True).values * torch.arange(depth - 1, 0, -1).unsqueeze(1)
+        rows[:, -1] = 0
+        loss[action] = {b: tuple(row.tolist()) for b, row in enumerate(rows, 1)}
+    return Effects("test", 1, counts, loss)
 
 
 # the data
@@ -93,6 +98,8 @@ def test_saved_is_loaded(tmp_path):
         ({"counts": [20, 40]}, "none above"),
         ({"counts": [40]}, "1 numbers for 2 stages"),
         ({"counts": [40, 0]}, "1 or more"),
+        ({"actions": ["merge"]}, "1 entries for 2 stages"),
+        ({"actions": ["merge", "melt"]}, "melt"),
         ({"stages": [3, 1]}, "increasing"),
         ({"stage": 3}, "did you mean 'stages'"),
         ({"version": 2}, "reads version 1"),
@@ -161,9 +168,42 @@ def test_asvit_takes_the_stages_and_the_cost():
     assert (config.stages, config.thresholds, config.budget) == ((1, 3), None, 0.61)
 
 
+def test_merging_takes_what_each_stage_does(tmp_path):
+    MIXED.save(tmp_path / "schedule.json")
+    config = schedules.load(tmp_path / "schedule.json").apply(MergingConfig(merged_per_block=5))
+    assert (config.stages, config.action, config.merged_per_block) == ((1, 3), MIXED.actions, None)
+    sparse = sparsify(small(), config)
+    assert [stage.counts.tolist() for stage in sparse.trace(images()).stages] == [
+        [40] * 2,
+        [12] * 2,
+    ]
+    parts = [step.part for step in sparse.method.steps(sparse.family, (8, 8), (40, 12))]
+    assert [part for part in parts if "select" in part] == [
+        "select-merging",
+        "select-merging-drop",
+    ]
+    assert {kind.action for kind in sparse.method.own_kinds()} == {"merge", "drop"}
+
+
+def test_a_schedule_that_says_no_action_leaves_the_methods(tmp_path):
+    content = json.loads(json.dumps({"format": "vitrim schedule"} | to_plain(STEPS)))
+    del content["actions"]  # as files had it before merging
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = schedules.load(tmp_path / "old.json")
+    assert old == STEPS
+    assert old.apply(MergingConfig(action="drop")).action == "drop"
+    assert old.apply(MergingConfig(action=("drop",) * 3)).action == "merge"
+    mixed = MergingConfig(stages=(1, 2), action=("drop", "merge"))
+    assert old.apply(mixed).action == ("drop", "merge")
+
+
 def test_a_method_that_cannot_says_why():
     with pytest.raises(ConfigError, match="dynamic_spatial cannot follow"):
         STEPS.apply(DynamicSpatialConfig())
+    with pytest.raises(ConfigError, match="merges tokens, which dynamicvit cannot"):
+        MIXED.apply(DynamicViTConfig())
+    with pytest.raises(ConfigError, match=r"leaves 12 of 40 patches.*half of them"):
+        replace(MIXED, actions=()).apply(MergingConfig())
 
 
 # quality
@@ -173,17 +213,17 @@ def test_a_method_that_cannot_says_why():
 @pytest.mark.parametrize("make", [small, tiny_lvvit])
 def test_effects_fall_to_nothing(signal, make):
     effects = measure_effects(family_of(make(img_size=48)), [images(8, 48)], signal)
-    assert set(effects.loss) == {1, 2, 3}
-    for row in effects.loss.values():
+    assert effects.blocks == [1, 2, 3]
+    for row in effects.loss["drop"].values():
         assert row[-1] == 0 < row[0]
         assert all(a >= b for a, b in itertools.pairwise(row))
-    assert effects.total((1, 3), (30, 20)) == pytest.approx(
+    assert effects.total(replace(STEPS, counts=(30, 20))) == pytest.approx(
         effects.at(1, 30) + effects.at(3, 20) - effects.at(3, 30)
     )
 
 
 def test_an_effect_is_the_divergence_of_that_stage():
-    backbone, pixels = small(), images(8)
+    backbone, pixels = small().double(), images(8).double()  # it is 1e-7, which floats hardly tell
     family, counts = family_of(backbone), measured_counts(64)
     with torch.no_grad():
         tokens, score = family.attention_half(
@@ -194,8 +234,44 @@ def test_an_effect_is_the_divergence_of_that_stage():
         dense = family.answer(0, family.stem(pixels))
         expected = losses.distillation_loss(family.answer(2, kept), dense)
     effects = measure_effects(family, [pixels[:3], pixels[3:]])
-    assert effects.loss[2][2] == pytest.approx(float(expected), rel=1e-4)
-    assert effects.at(2, counts[2]) == effects.loss[2][2]
+    assert effects.loss["drop"][2][2] == pytest.approx(float(expected), rel=1e-4)
+    assert effects.at(2, counts[2]) == effects.loss["drop"][2][2]
+
+
+@pytest.mark.parametrize("action", ["merge", "drop"])
+@pytest.mark.parametrize("count", [48, 38])
+def test_the_effect_of_merging_is_its_own(action, count):
+    """What one stage of the method itself changes, all else dense."""
+    backbone, pixels = small().double(), images(8).double()
+    effects = measure_effects(family_of(backbone), [pixels], config=MergingConfig())
+    assert count in effects.counts
+    config = MergingConfig(stages=(2,), action=action, keep_ratio=count / 64)
+    with torch.no_grad():
+        sparse = sparsify(backbone, config)
+        assert sparse.trace(pixels).stages[0].counts.tolist() == [count] * 8
+        expected = losses.distillation_loss(sparse(pixels), backbone(pixels))
+    assert effects.at(2, count, action) >= float(expected) * (1 - 1e-4)
+    assert effects.at(2, count, action) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_more_than_half_merge_by_turns():
+    """Sizes and the tokens' number are kept account of."""
+    sparse = sparsify(small(), MergingConfig())
+    family, records = sparse.family, []
+    with torch.no_grad():
+        half, _ = family.attention_half(
+            1, family.stem(images()), lambda r: (records.append(r), r.patch_attention().mean(1))[1]
+        )
+        for count in (64, 40, 32, 7, 1):
+            after = sparse.method.fewer(half, records[0], count, "merge")
+            assert after.num_patches == count
+            if count < 64:
+                assert after.size_BN.sum(1).tolist() == [64, 64]
+
+
+def test_the_attention_signal_sees_no_merging():
+    with pytest.raises(ConfigError, match="measure merging by agreement"):
+        measure_effects(family_of(small()), [images(8)], "attention", config=MergingConfig())
 
 
 def test_effects_need_a_plain_transformer_and_images():
@@ -221,34 +297,72 @@ def test_the_solver_is_exact(config, timed):
         family_of(backbone), (8, 8), config, table_of(backbone, jump=40) if timed else None
     )
     most = 1 if isinstance(config, SaiTConfig) else 3
+    kinds = method_of_config(config).actions
     every = [
-        Schedule(stages=blocks, counts=tuple(reversed(kept)), patches=64)
+        Schedule(stages=blocks, counts=tuple(reversed(kept)), patches=64, actions=actions)
         for number in range(1, most + 1)
         for blocks in itertools.combinations((1, 2, 3), number)
         for kept in itertools.combinations(counts, number)
+        for actions in itertools.product(kinds, repeat=number)
     ]
+    every = [schedule for schedule in every if merges_half_at_most(schedule)]
     priced = [(costs.of(schedule), schedule) for schedule in every]
     found_any = set()
     for seed, share in itertools.product(range(3), (0.5, 0.65, 0.8, 0.95)):
         effects, budget = some_effects(4, 64, seed), share * costs.dense
-        best = min(effects.total(s.stages, s.counts) for c, s in priced if c <= budget)
+        best = min(effects.total(schedule) for cost, schedule in priced if cost <= budget)
         found = solve.find_schedule(costs, effects, budget, stages=3, counts=counts)
         assert costs.of(found) <= budget
         assert found.loss == pytest.approx(best, rel=1e-9)
         assert (found.milliseconds if timed else found.macs) == pytest.approx(costs.of(found))
-        found_any.add((found.stages, found.counts))
+        found_any.add((found.stages, found.counts, found.actions))
     assert len(found_any) > 2
+    assert set(kinds) == {action for *_, actions in found_any for action in actions}
+
+
+def merges_half_at_most(schedule):
+    """Of an odd number the smaller half, as there is a class token before the patches."""
+    steps = itertools.pairwise((schedule.patches, *schedule.counts))
+    pairs = zip(steps, schedule.actions, strict=True)
+    return all(act == "drop" or before - after <= before // 2 for (before, after), act in pairs)
+
+
+def test_a_stage_pays_for_what_it_does():
+    """Matching costs more than dropping, in MACs and in milliseconds."""
+    backbone = small()
+    for table in (None, table_of(backbone)):
+        costs = solve.Costs(family_of(backbone), (8, 8), MergingConfig(), table)
+        one = Schedule(stages=(2,), counts=(40,), patches=64, actions=("merge",))
+        dropping = costs.of(replace(one, actions=("drop",)))
+        assert dropping < costs.of(one) < costs.dense
+    assert costs.of(one) - dropping == pytest.approx(
+        costs.table.milliseconds("select-merging", 65)
+        - costs.table.milliseconds("select-merging-drop", 65)
+    )
+
+
+def test_more_stages_are_taken_where_they_pay():
+    backbone = small(depth=8)
+    family, effects = family_of(backbone), some_effects(8, 64)
+    costs = solve.Costs(family, (8, 8), MergingConfig())
+    found = [solve.find_schedule(costs, effects, 0.6, stages=most).loss for most in (1, 3, 6)]
+    assert found[0] >= found[1] >= found[2]
+    usual = solve.find_schedule(costs, effects, 0.6)
+    assert usual.loss == found[2]
+    assert len(solve.find_schedule(replace(costs, config=ASViTConfig()), effects, 0.6).stages) <= 3
+    with pytest.raises(ConfigError, match="chooses between merge and drop"):
+        solve.find_schedule(costs, effects, 0.6, procedure="progressive")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_a_schedule_costs_what_the_model_made_from_it_does(config):
     backbone = small()
-    schedule = Schedule(stages=(2,), counts=(30,), patches=64)
+    schedule = Schedule(stages=(2,), counts=(34,), patches=64)
     costs = solve.Costs(family_of(backbone), (8, 8), config, table_of(backbone))
     sparse = sparsify(backbone, schedule.apply(config))
-    expected = predict(costs.table, sparse.method, sparse.family, (8, 8), (30,))
+    expected = predict(costs.table, sparse.method, sparse.family, (8, 8), (34,))
     assert costs.of(schedule) == pytest.approx(float(expected))
-    macs = sparse.method.macs(sparse.family, (8, 8), (30,)) / sparse.dense_macs()
+    macs = sparse.method.macs(sparse.family, (8, 8), (34,)) / sparse.dense_macs()
     assert costs.macs(schedule) == pytest.approx(float(macs))
 
 
@@ -271,7 +385,7 @@ def test_counts_stand_on_the_right_side_of_a_jump():
     assert start - 1 in kept
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("config", CONFIGS[:-1], ids=NAMES[:-1])
 def test_the_progressive_procedure_meets_the_budget_and_loses_no_less(config):
     backbone = small(depth=6)
     costs = solve.Costs(family_of(backbone), (8, 8), config, table_of(backbone))
@@ -356,6 +470,29 @@ def test_without_training_the_prediction_meets_the_budget(config, batch):
     assert record.macs.mean == pytest.approx(traced.mean().item())
 
 
+def test_merging_meets_milliseconds_with_images_and_without():
+    backbone = small()
+    table = table_of(backbone)
+    asked = 0.8 * predict(table, None, family_of(backbone), (8, 8))
+    sparse, latency, schedule = milliseconds.sparsify_to(
+        backbone, MergingConfig(), table, asked, [images(16)]
+    )
+    assert sparse.config.action == schedule.actions
+    assert sparse.method.counts(sparse.family, (8, 8)) == schedule.counts
+    assert latency.predicted == pytest.approx(schedule.milliseconds)
+    assert latency.predicted <= asked
+    with pytest.raises(ConfigError, match="find one for this budget"):
+        milliseconds.sparsify_to(
+            backbone, MergingConfig(), table, 0.9 * latency.predicted, [], schedule=schedule
+        )
+    sparse, latency, schedule = milliseconds.sparsify_to(
+        backbone, MergingConfig(), table, asked, []
+    )
+    assert schedule is None
+    assert latency.is_met
+    assert latency.dial == "keep_ratio"
+
+
 def test_a_budget_under_the_dials_floor_leaves_the_model_alone():
     sparse = sparsify(small(), SaiTConfig(prune_after=3))
     table = table_of(sparse.backbone)
@@ -438,7 +575,8 @@ def test_the_latency_term_is_the_table_at_the_batchs_counts(folder, table, thres
 )
 def test_training_ends_at_the_latency(folder, table, tmp_path, method):
     dense = predict(table, None, family_of(tiny_vit()), (4, 4))
-    asked = 0.75 * dense  # the exact last block alone is 0.82 of it
+    # The exact last block, which STViT without a class token has not, leaves 0.82 of it.
+    asked = (0.9 if method["name"] == "stvit" else 0.75) * dense
     fields = {key: value for key, value in method.items() if key != "name"}
     recipe = replace(
         run_recipe(folder, table, asked, data__val=str(folder), run__epochs=1),
@@ -560,6 +698,11 @@ def test_a_recipe_takes_a_schedule(tmp_path):
     recipe = load_recipe("digits-dynamicvit", [word])
     config = recipe.method.build()
     assert (config.stages, config.keep_ratio) == (STEPS.stages, STEPS.keep_ratios)
+    MIXED.save(tmp_path / "mixed.json")
+    config = MethodRecipe(
+        name="merging", config=_scheduled("merging", {"schedule": str(tmp_path / "mixed.json")})
+    ).build()
+    assert (config.stages, config.action) == (MIXED.stages, MIXED.actions)
     with pytest.raises(ConfigError, match=r"absent\.json"):
         load_recipe("digits-dynamicvit", ["method.schedule=absent.json"])
     with pytest.raises(ConfigError, match="drops tokens once"):

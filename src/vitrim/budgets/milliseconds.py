@@ -228,23 +228,25 @@ def sparsify_to(
     batches: Sequence[Tensor],
     *,
     schedule: Schedule | None = None,
-    stages: int = 3,
+    stages: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[SparseModel, Latency, Schedule | None]:
     """Make a dense model sparse without training, for a budget of milliseconds.
 
     Where a plain vision transformer drops tokens is solved for
     (:func:`vitrim.budgets.solve.find_schedule`), unless the config says it (``stages``,
-    ``prune_after``) or the method drops none; then the dial is turned.
+    ``prune_after``), the method drops none, or there are no images to measure on; then the dial is
+    turned.
 
     Args:
         model: dense, in evaluation mode.
         config: of a method that works without training.
         table: of the model, its device and runtime.
         milliseconds: per batch of the table.
-        batches: prepared images, on the model's device.
+        batches: prepared images, on the model's device; may be empty where every image keeps the
+            same number of tokens.
         schedule: to follow, instead of solving for one.
-        stages: at most so many.
+        stages: at most so many; None takes the method's usual number.
         progress: told in words how far it is.
 
     Returns:
@@ -256,13 +258,27 @@ def sparsify_to(
     method = method_of_config(config)
     able = method.follows_schedules and method.unscheduled is None
     solves = isinstance(family, ViT) and able
-    if schedule is None and solves and not method.says_where(config):
+    if schedule is None and solves and batches and not method.says_where(config):
         costs = Costs(family, grid, config, table)
         check_reach(costs, milliseconds)
-        effects = measure_effects(family, thinned(batches), progress=progress)
+        effects = measure_effects(family, thinned(batches), config=config, progress=progress)
         schedule = find_schedule(costs, effects, milliseconds, stages=stages)
     sparse = follow(model, config, schedule, batches)
-    return sparse, meet(sparse, table, milliseconds, batches, progress=progress), schedule
+    if not is_settled(sparse, schedule):
+        return sparse, meet(sparse, table, milliseconds, batches, progress=progress), schedule
+    latency = as_it_is(sparse, table, milliseconds)
+    require(
+        latency.predicted <= milliseconds * (1 + TOLERANCE),
+        f"the schedule takes {latency.predicted:.4g} ms by prediction, more than {milliseconds:g}; "
+        "find one for this budget with vitrim schedule",
+    )
+    return sparse, latency, schedule
+
+
+def is_settled(sparse: SparseModel, schedule: Schedule | None) -> bool:
+    """Whether a schedule has set the counts, which the one number of a dial would all set anew."""
+    may_be_several = sparse.method.most_stages != 1
+    return schedule is not None and sparse.macs() is not None and may_be_several
 
 
 def thinned(batches: Sequence[Tensor], most: int = EFFECT_IMAGES) -> list[Tensor]:

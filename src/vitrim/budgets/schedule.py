@@ -1,4 +1,4 @@
-"""Schedules: where patch tokens are dropped and how many go on, as plain data for any method.
+"""Schedules: where patch tokens become fewer and how many go on, as plain data for any method.
 
 A schedule is what ``vitrim schedule`` finds for a budget (``budgets/solve.py``); here it is stored,
 and turned into the settings of a method: ``load("schedule.json").apply(DynamicViTConfig())``.
@@ -54,6 +54,10 @@ class Schedule(Plan):
             len(self.counts) == len(self.stages),
             f"counts has {len(self.counts)} numbers for {len(self.stages)} stages",
         )
+        require(
+            len(self.actions) in (0, len(self.stages)),
+            f"actions has {len(self.actions)} entries for {len(self.stages)} stages",
+        )
         falling = all(before >= after for before, after in pairwise((self.patches, *self.counts)))
         require(
             falling and self.counts[-1] >= 1,
@@ -89,6 +93,11 @@ class Schedule(Plan):
             method.follows_schedules,
             f"{method.name} cannot follow a schedule: it does not drop patch tokens of a plain "
             f"vision transformer. {', '.join(able)} can",
+        )
+        require(
+            set(self.actions) <= set(method.actions),
+            f"the schedule merges tokens, which {method.name} cannot; find one for it: vitrim "
+            f"schedule --method {method.name}",
         )
         return method.follow(config, self)
 

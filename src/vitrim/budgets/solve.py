@@ -6,9 +6,10 @@ its selectors. Every step depends on the counts around it alone, so the cost of 
 adds to the model without it, whatever else the schedule does before; so is its loss. Two ways:
 
 * *exact*: among all schedules of at most so many stages, before any block but the first, with
-  counts from a list, the one of the least loss within the budget. A dynamic programme over (block,
-  count, stages so far) that keeps every pair of cost and loss which no other beats in both: no
-  rounding of costs, no heuristic. A test compares it with trying everything.
+  counts from a list and any action of the method at each stage (merging merges or drops, for the
+  cost and the loss of either), the one of the least loss within the budget. A dynamic programme
+  over (block, count, stages so far) that keeps every pair of cost and loss which no other beats in
+  both: no rounding of costs, no heuristic. A test compares it with trying everything.
 * *progressive*: SPViT's layer-to-phase procedure (arXiv 2112.13890), ours after the paper's
   description, which was known to us from notes. From the last block to the first a stage is put
   before each block and its count is lowered until the loss there reaches a tolerance; when the
@@ -23,9 +24,10 @@ side of the step.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,7 @@ from vitrim.budgets.schedule import Schedule
 from vitrim.config import require
 from vitrim.latency.table import Curve, LatencyTable, predict
 from vitrim.methods import method_of_config
+from vitrim.methods.records import Action
 from vitrim.tokens.plain import Grid
 
 Procedure = Literal["exact", "progressive"]
@@ -77,28 +80,33 @@ class Costs:
         method = self._method(schedule)
         return float(self._total(method, schedule.counts))
 
-    def added(self, stages: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def added(
+        self, stages: Sequence[int], counts: Sequence[int], action: Action = "drop"
+    ) -> Tensor:
         """(before, after): what the last of ``stages`` adds, going from one of ``counts`` to
         another; the earlier stages all leave the count before. Meaningful where that falls.
         """
         before, after = torch.meshgrid(*[torch.tensor(counts).double()] * 2, indexing="ij")
         *earlier, _ = stages
         with_stage: Tensor = self._total(
-            self._method(self._falling(stages)), [before] * len(earlier) + [after]
+            self._method(self._falling(stages, action)), [before] * len(earlier) + [after]
         )
         if not earlier:
             return (with_stage - self.dense).expand_as(before)
-        without: Tensor = self._total(self._method(self._falling(earlier)), [before] * len(earlier))
+        without: Tensor = self._total(
+            self._method(self._falling(earlier, action)), [before] * len(earlier)
+        )
         return with_stage - without
 
     def macs(self, schedule: Schedule) -> float:
         """MACs of ``schedule``, as a share of the dense model's."""
         return replace(self, table=None).of(schedule)
 
-    def _falling(self, stages: Sequence[int]) -> Schedule:
+    def _falling(self, stages: Sequence[int], action: Action) -> Schedule:
         """A schedule that drops something at each stage, so that no method skips any."""
-        counts = [max(1, self.patches - 1 - place) for place in range(len(stages))]
-        return Schedule(stages=tuple(stages), counts=tuple(counts), patches=self.patches)
+        counts = tuple(max(1, self.patches - 1 - place) for place in range(len(stages)))
+        actions = (action,) * len(counts)
+        return Schedule(stages=tuple(stages), counts=counts, patches=self.patches, actions=actions)
 
     def _method(self, schedule: Schedule) -> Any:
         config = schedule.apply(self.config)
@@ -148,7 +156,7 @@ def find_schedule(
     effects: Effects,
     budget: float,
     *,
-    stages: int = 3,
+    stages: int | None = None,
     procedure: Procedure = "exact",
     counts: Sequence[int] | None = None,
 ) -> Schedule:
@@ -158,15 +166,21 @@ def find_schedule(
         costs: of the method, in the budget's unit.
         effects: loss of quality of single stages, on the same backbone.
         budget: milliseconds per batch of the table, or a share of the dense MACs without one.
-        stages: at most so many.
+        stages: at most so many; None takes the method's usual number.
         procedure: see the module.
         counts: to choose from; None takes :func:`candidate_counts`.
 
     Raises:
-        ConfigError: as :func:`check_reach`.
+        ConfigError: as :func:`check_reach`; or the procedure is not for the method.
     """
-    require(stages >= 1, f"stages is {stages}; expected 1 or more")
     method = method_of_config(costs.config)
+    stages = method.usual_stages if stages is None else stages
+    require(stages >= 1, f"stages is {stages}; expected 1 or more")
+    require(
+        procedure == "exact" or method.actions == ("drop",),
+        f"the {procedure} procedure drops tokens at every stage, and {method.name} chooses between "
+        f"{' and '.join(method.actions)}; take the exact one",
+    )
     if counts is None:
         counts = candidate_counts(costs.patches, costs.family.num_prefix, costs.table)
     check_reach(costs, budget, counts)
@@ -187,7 +201,7 @@ def find_schedule(
         method=method.name,
         procedure=procedure,
         signal=f"{effects.signal} on {effects.images} images",
-        loss=effects.total(found.stages, found.counts),
+        loss=effects.total(found),
         table={} if costs.table is None else dict(costs.table.stamp),
     )
 
@@ -207,9 +221,8 @@ def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None
         f"{costs.dense:.4g} {unit}",
     )
     # Without any loss the cheapest schedule is the best; one stage gets there.
-    free = Effects(
-        "", 0, (1, costs.patches), dict.fromkeys(range(1, costs.family.depth), (0.0, 0.0))
-    )
+    nothing = dict.fromkeys(range(1, costs.family.depth), (0.0, 0.0))
+    free = Effects("", 0, (1, costs.patches), dict.fromkeys(method.actions, nothing))
     cheapest = exact(costs, free, math.inf, 1, counts)
     floor = math.inf if cheapest is None else costs.of(cheapest)
     require(
@@ -228,6 +241,7 @@ class _Label:
     loss: float
     stages: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
+    actions: tuple[Action, ...] = ()
 
 
 def exact(
@@ -236,29 +250,37 @@ def exact(
     """The schedule of the least loss within the budget, of those with equal loss the cheapest;
     None where no schedule is within it.
     """
-    counts = sorted(counts)
+    counts, method = sorted(counts), method_of_config(costs.config)
     everything, whole = [*counts, costs.patches], len(counts)
+    # By action, per place of the count before: the first place after that the stage can reach.
+    reach = {
+        action: [
+            bisect_left(everything, method.fewest(count, costs.family.num_prefix, action))
+            for count in everything
+        ]
+        for action in method.actions
+    }
     # By (stages so far, place of the count): labels that none beats in cost and loss.
     known: dict[tuple[int, int], list[_Label]] = {(0, whole): [_Label(costs.dense, 0.0)]}
     best: _Label | None = None
-    for number, block in enumerate(sorted(effects.loss)):
+    for number, block in enumerate(effects.blocks):
         reached: dict[tuple[int, int], list[_Label]] = {}
-        for so_far in range(min(stages, number + 1)):
-            added = costs.added((*range(1, so_far + 1), block), everything).tolist()
+        for so_far, action in product(range(min(stages, number + 1)), method.actions):
+            added = costs.added((*range(1, so_far + 1), block), everything, action).tolist()
+            lost = [effects.at(block, count, action) for count in everything]
             for before in range(1, whole + 1):
                 for label in known.get((so_far, before), ()):
-                    for after in range(before):
-                        loss = label.loss + effects.drop(
-                            block, everything[before], everything[after]
-                        )
+                    for after in reversed(range(reach[action][before], before)):
+                        loss = label.loss + lost[after] - lost[before]
                         if best is not None and loss > best.loss:
-                            continue  # what follows can only lose more
+                            break  # fewer tokens, or more stages, can only lose more
                         reached.setdefault((so_far + 1, after), []).append(
                             _Label(
                                 label.cost + added[before][after],
                                 loss,
                                 (*label.stages, block),
                                 (*label.counts, everything[after]),
+                                (*label.actions, action),
                             )
                         )
         for state, labels in reached.items():
@@ -269,7 +291,9 @@ def exact(
                     best = label
     if best is None:
         return None
-    return Schedule(stages=best.stages, counts=best.counts, patches=costs.patches)
+    return Schedule(
+        stages=best.stages, counts=best.counts, patches=costs.patches, actions=best.actions
+    )
 
 
 def _unbeaten(labels: list[_Label]) -> list[_Label]:
@@ -285,7 +309,7 @@ def progressive(
     costs: Costs, effects: Effects, budget: float, stages: int, counts: Sequence[int]
 ) -> Schedule | None:
     """SPViT's layer-to-phase procedure, see the module; None where it cannot meet the budget."""
-    counts, blocks = sorted(counts), sorted(effects.loss)
+    counts, blocks = sorted(counts), effects.blocks
     everything = [*counts, costs.patches]
     place = dict.fromkeys(blocks, len(counts))  # of each block's count in everything
     largest = max(effects.at(block, counts[0]) for block in blocks)

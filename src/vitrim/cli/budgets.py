@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from vitrim.budget import TOLERANCE, Calibration, check_budget
 from vitrim.budgets.calibrate import MAX_IMAGES, calibrate
-from vitrim.budgets.milliseconds import check_table, follow, sparsify_to
+from vitrim.budgets.milliseconds import check_table, follow, is_settled, sparsify_to
 from vitrim.budgets.schedule import load as load_schedule
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
@@ -40,11 +41,11 @@ from vitrim.cli.schedule import (
     schedule_table,
     table_of,
 )
-from vitrim.config import to_plain
+from vitrim.config import require, to_plain
 from vitrim.errors import ConfigError
 from vitrim.families import family_of
 from vitrim.methods import METHODS, method_by_name
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, sparsify
 
 MacsOption = Annotated[
     list[str] | None,
@@ -110,18 +111,20 @@ def meet(sparse: SparseModel, budgets: Sequence[float], loader: Any, source: str
 
 def sparsify_command(
     model: DenseArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Images to calibrate on: a folder of any layout, a tar, a timm reader name, or "
-            "digits. Labels are not used."
+            "digits. Labels are not used. Not needed where every image keeps the same number of "
+            "tokens, as with merging; then --milliseconds finds a schedule on them, if given."
         ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="One that needs no training of its own: asvit, sait, or stvit with keep_prefix."
+            help="One that needs no training of its own: merging, asvit, sait, or stvit with "
+            "keep_prefix."
         ),
     ] = "asvit",
     macs: MacsOption = None,
@@ -131,7 +134,7 @@ def sparsify_command(
         Path | None,
         typer.Option(metavar="FILE", help="Drop where this schedule says (vitrim schedule)."),
     ] = None,
-    stages: StagesOption = 3,
+    stages: StagesOption = None,
     weights: DenseWeightsOption = None,
     changes: ChangesOption = None,
     images: Annotated[
@@ -167,7 +170,11 @@ def sparsify_command(
     if latency_table is not None:
         check_table(latency_table, family_of(dense), runtime=runtime, elsewhere=elsewhere)
     start = time.perf_counter()
-    source, batches = unlabelled_batches(dense, data, images, batch, workers, split, where)
+    source, batches = "", list[Tensor]()
+    if data is None:
+        _check_needs_no_images(dense, config)
+    else:
+        source, batches = unlabelled_batches(dense, data, images, batch, workers, split, where)
     latency, found = None, tuple[Calibration, ...]()
     if milliseconds is not None and latency_table is not None:
         sparse, latency, follows = sparsify_to(
@@ -182,6 +189,11 @@ def sparsify_command(
         )
     else:
         sparse = follow(dense, config, follows, batches)
+    if budgets and is_settled(sparse, follows):
+        raise ConfigError(
+            f"the schedule sets how many tokens {method} leaves, and so would --macs; leave that "
+            "out, or find a schedule for the budget: vitrim schedule --macs"
+        )
     if budgets:
         found = calibrate(
             sparse, batches, budgets, tolerance=tolerance, max_images=images, progress=common.note
@@ -201,7 +213,8 @@ def sparsify_command(
         common.out().print(latency_facts(latency))
     if found:
         common.out().print(tables.calibration_table(found))
-    common.out().print(f"written: {output} ({seconds:.0f} s of calibration)", soft_wrap=True)
+    took = f" ({seconds:.0f} s of calibration)" if batches else ""
+    common.out().print(f"written: {output}{took}", soft_wrap=True)
     common.write_json(json, _report(model, method, data, seconds, found) | metrics)
 
 
@@ -218,8 +231,20 @@ def _training_free_config(name: str, changes: Sequence[str]) -> Any:
     return config
 
 
+def _check_needs_no_images(dense: nn.Module, config: Any) -> None:
+    """Raise :class:`ConfigError` unless every image will keep the same number of tokens."""
+    sparse = sparsify(dense, config)
+    name, needs = sparse.method.name, sparse.macs() is None
+    sparse.unwrap()
+    require(
+        not needs,
+        f"the counts of {name} depend on the images; give some with --data (labels are not used), "
+        "or take a method whose counts are fixed, such as merging",
+    )
+
+
 def _report(
-    model: str, method: str, data: str, seconds: float, found: Sequence[Calibration]
+    model: str, method: str, data: str | None, seconds: float, found: Sequence[Calibration]
 ) -> dict[str, Any]:
     return {
         "model": model,

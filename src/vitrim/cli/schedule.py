@@ -53,7 +53,12 @@ ElsewhereOption = Annotated[
     typer.Option("--elsewhere", help="The table is of another machine, and meant to be."),
 ]
 StagesOption = Annotated[
-    int, typer.Option(min=1, help="Stages of the schedule, at most; sait has one.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stages of the schedule, at most; sait has one. If not given, 3, for merging 6: fewer "
+        "where more do not pay.",
+    ),
 ]
 
 
@@ -74,10 +79,14 @@ def schedule_command(
         typer.Option(metavar="SHARE", help="Budget as a share of the dense MACs, such as 0.6."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Whose selectors the schedule pays: dynamicvit, spvit, asvit, sait.")
+        str,
+        typer.Option(
+            help="Whose selectors the schedule pays: dynamicvit, spvit, asvit, sait; or merging, "
+            "which merges or drops."
+        ),
     ] = "dynamicvit",
     changes: ChangesOption = None,
-    stages: StagesOption = 3,
+    stages: StagesOption = None,
     procedure: Annotated[
         Literal["exact", "progressive"],
         typer.Option(help="The best by a dynamic programme, or SPViT's layer-to-phase procedure."),
@@ -97,7 +106,7 @@ def schedule_command(
     runtime: RuntimeOption = None,
     elsewhere: ElsewhereOption = False,
 ) -> None:
-    """Find where to drop tokens, and how many, for a budget of milliseconds or MACs.
+    """Find where to drop (or merge) tokens, and how many, for a budget of milliseconds or MACs.
 
     The schedule is a small JSON file, for recipes (method.schedule) and vitrim sparsify --schedule.
     """
@@ -119,7 +128,7 @@ def schedule_command(
     budget = milliseconds if milliseconds is not None else macs
     assert budget is not None
     check_reach(costs, budget)
-    effects = measure_effects(family, batches, signal, progress=common.note)
+    effects = measure_effects(family, batches, signal, config=config, progress=common.note)
     found = find_schedule(costs, effects, budget, stages=stages, procedure=procedure)
     found.save(output)
     common.out().print(schedule_table(found, costs.dense))
@@ -166,10 +175,13 @@ def method_config(name: str, changes: Sequence[str]) -> Any:
 
 def schedule_table(schedule: Schedule, dense: float | None = None) -> Any:
     """What a schedule says, in rows."""
-    kept = zip(schedule.stages, schedule.counts, schedule.keep_ratios, strict=True)
+    ways = {"merge": ", merged", "drop": ", the others dropped"}
+    said = [ways[action] for action in schedule.actions] or [""] * len(schedule.stages)
+    kept = zip(schedule.stages, schedule.counts, schedule.keep_ratios, said, strict=True)
     facts = {
         f"before block {block}": f"{count} of {schedule.patches} patches go on ({100 * ratio:.0f}%)"
-        for block, count, ratio in kept
+        f"{way}"
+        for block, count, ratio, way in kept
     }
     if schedule.milliseconds is not None:
         of_dense = "" if dense is None else f" of {dense:.4g} dense"
@@ -190,7 +202,7 @@ def latency_facts(latency: Latency) -> Any:
             "asked": f"{latency.asked:g} ms",
             "predicted": f"{latency.predicted:.4g} ms, {looked}",
             "dense": f"{latency.dense:.4g} ms by prediction",
-            "set by": f"{latency.dial} = {latency.value:.6g}",
+            "set by": f"{latency.dial} = {latency.value:.6g}" if latency.dial else "its counts",
             "table": ", ".join(
                 f"{name} {latency.table[name]}" for name in ("runtime", "batch", "threads", "dtype")
             ),

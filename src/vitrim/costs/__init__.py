@@ -1,6 +1,7 @@
 """What a model computes, step by step, and what each step costs."""
 
 from vitrim.costs.steps import (
+    SELECT,
     Step,
     answer,
     attention_macs,
@@ -8,6 +9,7 @@ from vitrim.costs.steps import (
     dense_levels,
     head,
     level,
+    matching_macs,
     mlp,
     packed_part,
     plain_steps,

@@ -14,6 +14,9 @@ from typing import Any
 
 from vitrim.tokens.plain import Grid
 
+SELECT = "select-"
+"""What the names of methods' own parts start with; see :func:`select`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -59,6 +62,13 @@ def attention_macs(family: Any, index: int, tokens: Any) -> Any:
     return family.block_macs(index, tokens) - family.mlp_macs(index, tokens)
 
 
+def matching_macs(family: Any, before: Any, after: Any) -> Any:
+    """MACs of finding, for each patch token that is dropped, the kept one that is most like it,
+    given how many patch tokens there were and are.
+    """
+    return (before - after) * after * family.embed_dim
+
+
 def mlp(family: Any, index: int, tokens: Any) -> Step:
     """The second half of block ``index``."""
     return Step("mlp", tokens, family.mlp_macs(index, tokens), index)
@@ -79,7 +89,7 @@ def select(method: str, index: int, tokens: Any, macs: Any, adaptive: bool = Fal
 
 def select_part(method: str, adaptive: bool) -> str:
     """The part's name, which a latency table has for each method that was profiled."""
-    return f"select-{method}{'-adaptive' if adaptive else ''}"
+    return f"{SELECT}{method}{'-adaptive' if adaptive else ''}"
 
 
 def packed_part(part: str) -> str:

@@ -279,26 +279,32 @@ class ViT(Family):
     def pool(self, tokens: Tokens) -> Tensor:
         """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
         assert tokens.keep_BN is None
-        features: Tensor = self.backbone.forward_head(self.backbone.norm(tokens.x), pre_logits=True)
+        model = self.backbone
+        x = model.norm(tokens.x)
+        if not blocks.is_changed(tokens) or model.global_pool == "token":
+            features: Tensor = model.forward_head(x, pre_logits=True)
+            return features
+        features = model.head_drop(model.fc_norm(self._weighted_pool(x, tokens)))
         return features
 
     def _weighted_pool(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """(B, C): what is pooled of tokens of which a mask hides some, or some stand for several
-        patches: as much as those patches.
-        """
-        model, start = self.backbone, 0 if self.backbone.pool_include_prefix else self.num_prefix
+        """(B, C): of the tokens that a mask leaves, each as the patches that it stands for."""
+        model = self.backbone
+        keep = x.new_ones(x.shape[:2]) if tokens.keep_BN is None else tokens.keep_all
+        log_size = x.new_zeros(x.shape[:2])
+        if tokens.log_size is not None:
+            log_size = tokens.log_size[:, 0, 0].to(x.dtype)
+        if not model.pool_include_prefix:
+            x, keep, log_size = (part[:, self.num_prefix :] for part in (x, keep, log_size))
         if model.global_pool == "map":
-            assert tokens.bias is not None
-            bias = tokens.bias[..., start:]
-            hidden = bias.detach().isinf().all(-1, keepdim=True)  # all: look at all, no NaN
+            visible = keep.detach() > 0.5
+            visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
+            bias = log_size.masked_fill(~visible, -torch.inf)
             with _plain_in_graphs(model.attn_pool):
-                pooled: Tensor = model.attn_pool(x[:, start:], attn_mask=bias.where(~hidden, 0.0))
+                pooled: Tensor = model.attn_pool(x, attn_mask=bias[:, None, None, :])
             return pooled
-        weights = torch.ones_like(tokens.index_BN, dtype=x.dtype)
-        for factor in (tokens.keep_BN, tokens.size_BN):
-            weights = weights if factor is None else weights * factor.to(x.dtype)
-        weights = F.pad(weights, (tokens.num_prefix, 0), value=1.0)[:, start:, None]
-        return (x[:, start:] * weights).sum(1) / weights.sum(1).clamp(min=0.5)
+        weights = (keep * log_size.exp()).unsqueeze(-1).to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
 
     def patch_features(self, tokens: Tokens) -> Tensor:
         """(B, N, C): the patch tokens after the final norm, wherever the model keeps that norm."""

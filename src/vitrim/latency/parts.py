@@ -180,11 +180,11 @@ class Selecting(Part):
         config = kind.one_stage(config, _STAGE, KEPT, self.family.depth)
         self.method = method = new_method(backbone, config)
         family, grid = self.family, self.family.grid()
-        steps = method.steps(family, grid, [math.prod(grid)] * len(method.stages))
+        steps = method.steps(family, grid, [math.prod(grid) - 1] * len(method.stages))
         with_mlp = all(step.part != "mlp" for step in steps)  # it is no step of its own
         self.inside: Any = family.without_blocks(self._between, with_mlp)
         self.adaptive = method.counts(family, grid) is None
-        part = costs.select_part(method.name, self.adaptive)
+        part = next(step.part for step in steps if step.part.startswith(costs.SELECT))
         self.part = costs.packed_part(part) if packed else part
         if self.adaptive:
             self._keep_some(next(backbone.parameters()))

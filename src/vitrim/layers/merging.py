@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vitrim.tokens.plain import Tokens
 
-EPS = 1e-6
+Moves = tuple[Tensor, Tensor]
+"""Original places (B, D) of tokens that left, and of the tokens that each went into; -1 for no
+token, and for nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,79 +51,75 @@ def match(
         num_prefix: tokens before them in the sequence.
         weight_BN: see above; None: 1.
     """
-    first = num_prefix % 2
+    even, odd = num_prefix % 2, 1 - num_prefix % 2  # where even and odd places begin
     norm_BN = torch.linalg.vector_norm(metric_BNC, dim=-1)
-    a_BAC, b_BTC = metric_BNC[:, first::2], metric_BNC[:, 1 - first :: 2]
     # Rows of targets, columns of sources: torch finds maxima faster along the first of the two.
-    similar_BTA = (b_BTC @ a_BAC.transpose(1, 2)) / norm_BN[:, 1 - first :: 2].unsqueeze(-1)
-    best = similar_BTA.max(1)
-    cost_BA = 1 - (best.values / norm_BN[:, first::2]).float()
+    similar_BTA = metric_BNC[:, odd::2] @ metric_BNC[:, even::2].transpose(1, 2)
+    best = (similar_BTA / norm_BN[:, odd::2].unsqueeze(-1)).max(1)
+    gain_BA = (best.values / norm_BN[:, even::2]).float() - 1
     if weight_BN is not None:
-        cost_BA = cost_BA * weight_BN[:, first::2]
-    order_BA = cost_BA.argsort(1)
-    going_BR, staying = order_BA[:, :count], order_BA[:, count:].sort(1).values
-    places_T = torch.arange(1 - first, metric_BNC.shape[1], 2, device=metric_BNC.device)
-    kept_BK = torch.cat([staying * 2 + first, places_T.expand(staying.shape[0], -1)], 1)
-    target_BR = best.indices.gather(1, going_BR) + staying.shape[1]
-    return Matching(kept_BK, going_BR * 2 + first, target_BR)
+        gain_BA = gain_BA * weight_BN[:, even::2]
+    order_BA = gain_BA.argsort(1, descending=True)
+    going_BR, staying_BA = order_BA[:, :count], order_BA[:, count:].sort(1).values
+    odd_places = torch.arange(odd, metric_BNC.shape[1], 2, device=metric_BNC.device)
+    odd_places = odd_places.expand(staying_BA.shape[0], -1)
+    kept_BK = torch.cat([torch.add(even, staying_BA, alpha=2), odd_places], 1)
+    target_BR = best.indices.gather(1, going_BR) + staying_BA.shape[1]
+    return Matching(kept_BK, torch.add(even, going_BR, alpha=2), target_BR)
 
 
-def merge(
-    tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None, keep_norm: bool = False
-) -> Tokens:
+def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -> Tokens:
     """The tokens that stay, each the mean of itself and those that went into it.
 
     Args:
         tokens: without a mask.
         matching: who goes where.
         weight_BN: of the patch tokens in that mean; None: their sizes, as in ToMe.
-        keep_norm: give the mean the mean norm of its parts, which averaging makes smaller.
     """
-    size_BN = tokens.size_BN
-    if size_BN is None:
-        size_BN = tokens.x.new_ones(tokens.index_BN.shape)
-    weight_BN = size_BN if weight_BN is None else weight_BN
-    kept = replace(tokens, size_BN=size_BN).gather(matching.kept_BK)
     source_BR, target_BR = matching.source_BR, matching.target_BR
-    assert kept.size_BN is not None
-    size_BK = kept.size_BN.scatter_add(1, target_BR, size_BN.gather(1, source_BR))
-
-    going_BR = weight_BN.gather(1, source_BR)
-    weight_BK = weight_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
+    kept = tokens.gather(matching.kept_BK)
+    if tokens.size_BN is None:
+        size_BK, source_size = torch.ones_like(matching.kept_BK, dtype=tokens.x.dtype), None
+    else:
+        size_BK, source_size = kept.size_BN, tokens.size_BN.gather(1, source_BR)
+    assert size_BK is not None
+    if source_size is None:
+        source_size = torch.ones_like(source_BR, dtype=tokens.x.dtype)
+    size_after_BK = size_BK.scatter_add(1, target_BR, source_size)
+    if weight_BN is None:
+        going_BR, weight_BK = source_size, size_after_BK
+    else:
+        going_BR = weight_BN.gather(1, source_BR)
+        weight_BK = weight_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
     share_BR = going_BR / weight_BK.gather(1, target_BR)
     prefix = tokens.num_prefix
-    source = rows_of(tokens.x, source_BR + prefix)
-    target = rows_of(kept.x, target_BR + prefix)
-    x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * (source - target))
-    if keep_norm:
-        before_BR = _norm(target)
-        gained_BR = share_BR * (_norm(source) - before_BR)
-        gained_BK = torch.zeros_like(weight_BK).scatter_add(1, target_BR, gained_BR)
-        same_BK = torch.zeros_like(weight_BK).scatter_add(1, target_BR, torch.ones_like(share_BR))
-        mean = rows_of(x, target_BR + prefix)
-        wanted_BR = before_BR + gained_BK.gather(1, target_BR)
-        factor_BR = wanted_BR / _norm(mean).clamp(min=EPS) - 1
-        factor_BR = factor_BR / same_BK.gather(1, target_BR)
-        x = add_rows(x, target_BR + prefix, factor_BR.unsqueeze(-1) * mean)
-    return replace(kept, x=x, size_BN=size_BK)
+    change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
+    x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
+    return replace(kept, x=x, size_BN=size_after_BK)
+
+
+def moves_of(before: Tokens, matching: Matching, after: Tokens) -> Moves:
+    """What a merge moved."""
+    source_BR = before.index_BN.gather(1, matching.source_BR)
+    return source_BR, after.index_BN.gather(1, matching.target_BR)
 
 
 def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
     """(B, R, C): rows of each image."""
-    num_images, num_rows, width = x_BNC.shape
-    start = torch.arange(num_images, device=x_BNC.device).unsqueeze(1) * num_rows
-    rows = x_BNC.flatten(0, 1).index_select(0, (row_BR + start).flatten())
-    return rows.view(num_images, -1, width)
+    rows = x_BNC.flatten(0, 1).index_select(0, _flat(row_BR, x_BNC))
+    return rows.view(*row_BR.shape, x_BNC.shape[2])
 
 
 def add_rows(x_BNC: Tensor, row_BR: Tensor, values_BRC: Tensor) -> Tensor:
     """``x_BNC``, which is overwritten, with ``values`` added to some rows of each image."""
+    rows, values = x_BNC.flatten(0, 1), values_BRC.flatten(0, 1).to(x_BNC.dtype)
+    return rows.index_add_(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)
+
+
+def _flat(row_BR: Tensor, x_BNC: Tensor) -> Tensor:
+    """(B * R,): rows of each image among those of all."""
     num_images, num_rows, _ = x_BNC.shape
-    start = torch.arange(num_images, device=x_BNC.device).unsqueeze(1) * num_rows
-    flat = x_BNC.flatten(0, 1)
-    flat = flat.index_add_(0, (row_BR + start).flatten(), values_BRC.flatten(0, 1).to(flat.dtype))
-    return flat.view(x_BNC.shape)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
+    if isinstance(num_images, int) and num_images == 1:
+        return row_BR[0]
+    start = torch.arange(num_images, device=row_BR.device).unsqueeze(1) * num_rows
+    return (row_BR + start).flatten()

@@ -46,13 +46,15 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
-from vitrim.layers import losses, sampling
+from vitrim.layers import dropping, losses, sampling
+from vitrim.layers.dropping import Moves
 from vitrim.layers.stages import check_stages, stretches
+from vitrim.layers.token_scores import token_score
 from vitrim.methods.base import Method, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.calls import in_features
-from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
 
@@ -84,6 +86,9 @@ class ASViTConfig:
     value_weighting: bool = False
     """Ours: also weight a token's attention by the norm of its values, as a token with small values
     changes little whatever attention it gets (the score of ATS, arXiv 2111.15667)."""
+    merge_dropped: bool = False
+    """Ours: merge what is dropped into the kept token that is most like it, which counts in
+    attention as the patches that it stands for; see ``layers.dropping``. Needs ``monotone``."""
     monotone: bool = True
     """A token that is dropped in training stays dropped; False lets it return, as the authors' code
     does (where it hardly ever happens: what is masked out gets no attention)."""
@@ -119,6 +124,10 @@ class ASViTConfig:
             require(inside, f"thresholds holds {threshold}; expected shares of attention in (0, 1)")
         factor = self.threshold_factor
         require(0 < factor < math.inf, f"threshold_factor is {factor}; expected a positive number")
+        require(
+            self.monotone or not self.merge_dropped,
+            "merge_dropped needs monotone=True: a token that was merged cannot return",
+        )
         require(self.temperature > 0, f"temperature is {self.temperature}; expected more than 0")
         check_weights(self, "classification", "budget", "distill", "token")
 
@@ -141,39 +150,6 @@ def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:
         stages[0] >= 1,
         "stage 0 has no block before it whose attention could score tokens; start at block 1",
     )
-
-
-def token_score(
-    record: AttentionRecord, head_weighting: bool = True, value_weighting: bool = False
-) -> Tensor:
-    """(B, N): attention that the class token pays each patch token, in float32 at least.
-
-    The heads are weighted by the norm of their context at the token, ``sum_h R_hi A_hi`` with
-    ``R_hi = |context_hi| / sum_h |context_hi|``; or equally. With ``value_weighting`` each ``A_hi``
-    is multiplied by ``|value_hi|``, relative to the image's mean over heads and tokens. Only one
-    row of the attention map is needed, and the contexts are what fused attention returns anyway.
-    Without a class token, the mean attention that a token receives takes the row's place.
-    """
-    attention_BHN = losses.full(record.patch_attention())
-    if value_weighting:
-        attention_BHN = attention_BHN * _relative_value_norm(record)
-    if not head_weighting:
-        return attention_BHN.mean(1)
-    importance_BHN: Tensor = losses.full(record.context_BHQD[:, :, record.num_prefix :]).norm(
-        dim=-1
-    )
-    share_BHN = importance_BHN / (importance_BHN.sum(1, keepdim=True) + 1e-8)
-    return (share_BHN * attention_BHN).sum(1)
-
-
-def _relative_value_norm(record: AttentionRecord) -> Tensor:
-    """(B, H, N): norms of the patch tokens' values over their mean in the image."""
-    norm_BHN: Tensor = losses.full(record.v_BHND[:, :, record.num_prefix :]).norm(dim=-1)
-    if record.visible_BN is None:
-        return norm_BHN / norm_BHN.mean((1, 2), keepdim=True)
-    visible = record.visible_BN[:, None, record.num_prefix :].to(norm_BHN.dtype)
-    total = (norm_BHN * visible).mean(1, keepdim=True).sum(-1, keepdim=True)
-    return norm_BHN * visible.sum(-1, keepdim=True) / total.clamp(min=1e-8)
 
 
 def straight_through(
@@ -263,6 +239,10 @@ class ASViT(Method):
         scale = self.config.threshold_factor * self.native_patches / num_patches
         return losses.full(self.thresholds[stage]) * scale
 
+    @classmethod
+    def kinds(cls) -> tuple[ASViTConfig, ...]:
+        return ASViTConfig(), ASViTConfig(merge_dropped=True)
+
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return None
 
@@ -273,9 +253,9 @@ class ASViT(Method):
         for stage, (*whole, block) in enumerate(others):  # tokens leave in the middle of a block
 
             def drop(before: AnyTokens, score: Tensor, stage: int = stage) -> AnyTokens:
-                kept = self._drop(family, before, score, stem.num_patches, stage)
+                kept, moves = self._drop(family, before, score, stem.num_patches, stage)
                 if recorder:
-                    recorder.add(self.stages[stage], before, score, kept)
+                    recorder.add(self.stages[stage], before, score, kept, moves)
                 return kept
 
             tokens = family.run_blocks(whole, tokens)
@@ -288,18 +268,19 @@ class ASViT(Method):
 
     def _drop(
         self, family: ViT, tokens: AnyTokens, score: Tensor, num_patches: int, stage: int
-    ) -> AnyTokens:
-        """The tokens that go on at inference."""
-        threshold = self.threshold(stage, num_patches)
+    ) -> tuple[AnyTokens, Moves | None]:
+        """The tokens that go on at inference, and what became of the others."""
+        threshold, merge = self.threshold(stage, num_patches), self.config.merge_dropped
         if self.config.mode == "adaptive":
             score_BN = tokens.on_grid(score, num_patches, -math.inf)
-            return select(tokens, _above(family, score_BN, threshold))
+            return dropping.keep_chosen(tokens, _above(family, score_BN, threshold), merge)
         assert isinstance(tokens, Tokens)
         if self.config.mode == "batch_mean":
             count = int((score > threshold).sum()) // tokens.num_images
-            return tokens.gather(sampling.top_k(score, max(count, int(family.pools_patches))))
+            count = max(count, int(family.pools_patches))
+            return dropping.keep_best(tokens, score, count, merge)
         keep_BN = _above(family, _without_dropped(tokens, score), threshold)
-        return tokens.with_keep(keep_BN.to(tokens.x.dtype))
+        return dropping.hide(tokens, keep_BN.to(tokens.x.dtype), merge)
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
@@ -313,10 +294,14 @@ class ASViT(Method):
             if block + 1 not in self.stages:
                 tokens = family.run_blocks((block,), tokens)
                 continue
-            before = tokens
-            after, score = family.split_block(block, before, self._score)
-            keeps.append(self._mask(family, before, score, self.threshold(len(keeps), num_patches)))
-            tokens = cast(Tokens, after).with_keep(keeps[-1])
+            threshold = self.threshold(len(keeps), num_patches)
+
+            def mask(before: AnyTokens, score: Tensor, threshold: Tensor = threshold) -> AnyTokens:
+                assert isinstance(before, Tokens)
+                keeps.append(self._mask(family, before, score, threshold))
+                return dropping.hide(before, keeps[-1], self.config.merge_dropped)[0]
+
+            tokens = cast(Tokens, family.split_block(block, tokens, self._score, mask)[0])
         macs_B, dense_macs = self.budget_macs(family, num_patches, [keep.sum(1) for keep in keeps])
         features = family.patch_features(tokens) if family.labels_patches else None
         logits, token_loss = family.training_head(tokens), family.token_loss
@@ -399,8 +384,11 @@ class ASViT(Method):
                 steps.append(costs.block(family, block, tokens))
                 continue
             macs = costs.attention_macs(family, block, tokens) + family.score_macs(block, tokens)
-            steps.append(costs.select(self.name, block + 1, tokens, macs, adaptive=True))
-            tokens = counts[self.stages.index(block + 1)] + family.num_prefix
+            kept = counts[self.stages.index(block + 1)]
+            if self.config.merge_dropped:
+                macs = macs + costs.matching_macs(family, tokens - family.num_prefix, kept)
+            steps.append(costs.select(self.select_name, block + 1, tokens, macs, adaptive=True))
+            tokens = kept + family.num_prefix
             steps.append(costs.mlp(family, block, tokens))
         return [*steps, *costs.answer(family, tokens, self.config.exact_last_block)]
 
@@ -410,7 +398,9 @@ class ASViT(Method):
         steps = [costs.stem(family, num_patches)]
         steps += [costs.block(family, block, tokens) for block in range(first)]
         macs = costs.attention_macs(family, first, tokens) + family.score_macs(first, tokens)
-        steps.append(costs.select(self.name, first + 1, tokens, macs, adaptive=True))
+        if self.config.merge_dropped:  # at every stage, all tokens with all
+            macs += len(self.stages) * num_patches**2 * family.embed_dim
+        steps.append(costs.select(self.select_name, first + 1, tokens, macs, adaptive=True))
         steps.append(costs.mlp(family, first, tokens))
         between = range(first + 1, family.depth - 1)
         steps += [costs.block(family, block, tokens, "masked") for block in between]

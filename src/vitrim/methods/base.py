@@ -15,9 +15,11 @@ from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family
+from vitrim.layers import sampling
 from vitrim.layers.stages import fixed_counts
-from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
-from vitrim.tokens.plain import Grid
+from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.plain import Grid, Tokens
 
 SHARES = tuple(step / 400 for step in range(1, 401))
 """Of the positions: what training to a latency may start from."""
@@ -45,6 +47,10 @@ class Method(nn.Module, ABC):
     """At how many stages a schedule may have it drop patches; None: any number."""
     follows_schedules: ClassVar[bool] = False
     """Whether it drops patches of plain vision transformers where, and as many as, it is told."""
+    usual_stages: ClassVar[int] = 3
+    """The same, where nobody says how many."""
+    actions: ClassVar[tuple[Action, ...]] = ("drop",)
+    """What its stages can do; a schedule chooses for each of them."""
     unscheduled: ClassVar[str | None] = None
     """Why no schedule is solved for it, though it follows some; None: one can be."""
     keeps_its_cost: ClassVar[bool] = False
@@ -76,6 +82,10 @@ class Method(nn.Module, ABC):
         else a config says hardly matters to how long choosing takes.
         """
         return (cls.config_class(),)
+
+    def own_kinds(self) -> tuple[Any, ...]:
+        """The same, of the ways in which this model chooses."""
+        return (self.config,)
 
     @abstractmethod
     def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
@@ -171,6 +181,24 @@ class Method(nn.Module, ABC):
         """
         raise ConfigError(f"{cls.name} cannot follow a schedule; its config says what it drops")
 
+    @classmethod
+    def fewest(cls, count: int, num_prefix: int, action: Action) -> int:
+        """The fewest patch tokens that a stage can leave of ``count``."""
+        return 1
+
+    def fewer(self, tokens: Tokens, record: AttentionRecord, count: int, action: Action) -> Tokens:
+        """``count`` of the patch tokens, or made of them, between attention and MLP of a block, as
+        the stage behind it would; what schedules are measured by. Here by class attention, whatever
+        a method learns to drop by.
+
+        Args:
+            tokens: between the halves of the block.
+            record: of the block's attention.
+            count: that go on; also fewer than one stage of the method can leave.
+            action: one of :attr:`actions`.
+        """
+        return tokens.gather(sampling.top_k(record.patch_attention().mean(1).float(), count))
+
     def fit(self, family: Any, plan: Plan, batches: Sequence[Tensor]) -> None:
         """Find on images what :meth:`follow` could not set; in evaluation, without gradients."""
 
@@ -193,6 +221,12 @@ class Method(nn.Module, ABC):
     def score_name(self) -> str | None:
         """What tokens are scored by, where that is read off the attention, in words; else None."""
         return None
+
+    @property
+    def select_name(self) -> str:
+        """What its way of choosing is called in latency tables."""
+        merges = getattr(self.config, "merge_dropped", False)
+        return f"{self.name}-merged" if merges else self.name
 
     def dial(self) -> Dial:
         """The number that calibration and :meth:`turn` move.

@@ -37,13 +37,13 @@ from vitrim import costs
 from vitrim.config import require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ViT
-from vitrim.layers import losses, sampling
+from vitrim.layers import dropping, losses, sampling
 from vitrim.layers.predictor import Predictor
 from vitrim.layers.stages import check_stages, quarter_stages, stretches
 from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
 from vitrim.methods.selection import RatioConfig, check_scores, salient_teacher, selection_losses
-from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
 
@@ -66,6 +66,9 @@ class DynamicViTConfig(RatioConfig):
     score_noise: float = 0.0
     """Ours: with ``sampling="top_k"``, standard deviation of normal noise on a token's log-odds of
     being kept when training chooses, so that the backbone meets other choices. Paper: none."""
+    merge_dropped: bool = False
+    """Ours: merge what is dropped into the kept token that is most like it, which counts in
+    attention as the patches that it stands for; see ``layers.dropping``. Paper: gone is gone."""
     exact_last_block: bool = True
     """Whether the last block computes no more than a class token's logits need: the same logits for
     fewer MACs. False is how the papers execute and count it."""
@@ -113,7 +116,11 @@ class DynamicViT(RatioMethod):
 
     @classmethod
     def kinds(cls) -> tuple[DynamicViTConfig, ...]:
-        return DynamicViTConfig(), DynamicViTConfig(threshold=0.5)
+        return tuple(
+            DynamicViTConfig(threshold=threshold, merge_dropped=merge)
+            for merge in (False, True)
+            for threshold in (None, 0.5)
+        )
 
     def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         stem = family.stem(images)
@@ -133,13 +140,14 @@ class DynamicViT(RatioMethod):
         recorder: Recorder | None,
     ) -> AnyTokens:
         """The tokens that go on: the best of a fixed number, or those above the threshold."""
+        merge, moves = self.config.merge_dropped, None
         if self.config.threshold is not None:
             score = self.predictors[stage](tokens)[..., 0].exp()
             score_BN = tokens.on_grid(score, num_patches, -1.0)
             keep_BN = score_BN > self.config.threshold
             if family.pools_patches:
                 keep_BN = sampling.at_least_best(keep_BN, score_BN)
-            kept = select(tokens, keep_BN)
+            kept, moves = dropping.keep_chosen(tokens, keep_BN, merge)
         else:
             assert isinstance(tokens, Tokens)
             count = self._fixed_counts(num_patches)[stage]
@@ -148,9 +156,9 @@ class DynamicViT(RatioMethod):
             log_keep = self.predictors[stage](tokens)[..., 0]
             score, kept = log_keep.exp(), tokens
             if count < tokens.num_patches:
-                kept = tokens.gather(sampling.top_k(log_keep, count))
+                kept, moves = dropping.keep_best(tokens, log_keep, count, merge)
         if recorder:
-            recorder.add(self.stages[stage], tokens, score, kept)
+            recorder.add(self.stages[stage], tokens, score, kept, moves)
         return kept
 
     def train_forward(
@@ -174,17 +182,19 @@ class DynamicViT(RatioMethod):
         self, tokens: Tokens, log_probs: Tensor, count: int, generator: torch.Generator | None
     ) -> Tokens:
         """The tokens that go on in training: under a mask, or gathered as at inference."""
+        merge = self.config.merge_dropped
         if self.config.sampling == "top_k":
             log_odds = log_probs[..., 0] - log_probs[..., 1]
             log_odds = sampling.with_noise(log_odds, self.config.score_noise, generator)
-            return tokens.gather(sampling.top_k(log_odds, count))
+            return dropping.keep_best(tokens, log_odds, count, merge)[0]
         keep_BN = sampling.hard_keep(
             log_probs,
             noise=self.config.sampling == "gumbel",
             temperature=self.config.temperature,
             generator=generator,
         )
-        return tokens.with_keep(keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN)
+        keep_BN = keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN
+        return dropping.hide(tokens, keep_BN, merge)[0]
 
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
         if not self.config.score_weight:
@@ -210,7 +220,10 @@ class DynamicViT(RatioMethod):
                 macs = linear_macs(self.predictors[stage]) * patches
                 if self.images_decide or not _is_same_count(counts[stage], patches):
                     tokens = patches + prefix
-                    steps.append(costs.select(self.name, block, tokens, macs, self.images_decide))
+                    if self.config.merge_dropped:
+                        macs += costs.matching_macs(family, patches, counts[stage])
+                    name, adaptive = self.select_name, self.images_decide
+                    steps.append(costs.select(name, block, tokens, macs, adaptive))
                 patches = counts[stage]
             if block < family.depth - 1:
                 steps.append(costs.block(family, block, patches + prefix))

@@ -9,7 +9,7 @@ weighted by sizes, in every block.
 
 This library's, by experiments on real weights without training (``results/tried.md``):
 
-* Tokens are compared by the keys of all heads.
+* Tokens are compared by their features, not by their keys.
 * Going costs ``(1 - cosine) * importance ** 0.5``. A token's importance is the attention that the
   class token pays to it, mean over the heads (without a class token, what all tokens pay to it).
 * What becomes one is the mean weighted by importance.
@@ -37,14 +37,13 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
-from vitrim.layers.merging import match, merge, most_sources
+from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
 from vitrim.methods.base import RatioMethod, with_total
-from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
-Action = Literal["merge", "drop"]
 EPS = 1e-9
 
 
@@ -57,16 +56,16 @@ class MergingConfig:
     ...; a tuple gives the share at each. Half of the tokens can go at once, no more do."""
     stages: tuple[int, ...] | None = None
     """Blocks before which tokens are fewer: they are merged between attention and MLP of the block
-    before. None takes the blocks behind a quarter, a half and three quarters of the depth."""
+    before. None takes 4, 5, 7, 9 of 12 blocks, and in proportion of others."""
     merged_per_block: float | None = None
     """ToMe's r: so many tokens are merged away in every block, in place of ``keep_ratio`` and
     ``stages``; of a fraction, as many as add up. Published: 13 for DeiT-S."""
     action: Action | tuple[Action, ...] = "merge"
     """Whether tokens are merged, or the least important ones dropped; a tuple says it for each
     stage."""
-    metric: Literal["keys", "mean_keys", "keys_and_features"] = "keys"
-    """What tokens are compared by: the keys of all heads; their mean over the heads (ToMe); or the
-    keys and the features, half each, which is a little better and dearer."""
+    metric: Literal["features", "keys", "mean_keys"] = "features"
+    """What tokens are compared by: their features, after the attention's residual; the keys of all
+    heads; or the keys' mean over the heads (ToMe)."""
     importance_power: float = 0.5
     """Of the importance in the cost of going; 0 leaves it out (ToMe)."""
     weigh_by: Literal["importance", "size"] = "importance"
@@ -148,6 +147,8 @@ class Merging(RatioMethod):
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
     ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
+    usual_stages = 6
+    actions = ("merge", "drop")
     config: MergingConfig
 
     def __init__(
@@ -159,7 +160,7 @@ class Merging(RatioMethod):
         if config.merged_per_block is not None:
             stages = tuple(range(1, depth))
         elif stages is None:
-            stages = tuple(sorted({min(depth * q // 4 + 1, depth - 1) for q in (1, 2, 3)}))
+            stages = tuple(sorted({max(1, depth * part // 12) for part in (4, 5, 7, 9)}))
         _check_stages(stages, depth)
         config.ratios(len(stages))
         config.actions(len(stages))
@@ -171,7 +172,24 @@ class Merging(RatioMethod):
 
     @classmethod
     def kinds(cls) -> tuple[MergingConfig, ...]:
-        return (MergingConfig(),)
+        return MergingConfig(), MergingConfig(action="drop")
+
+    def own_kinds(self) -> tuple[MergingConfig, ...]:
+        actions = dict.fromkeys(self.config.actions(len(self.stages)))
+        return tuple(replace(self.config, action=action) for action in actions)
+
+    @classmethod
+    def one_stage(
+        cls, config: MergingConfig, block: int, ratio: float, depth: int
+    ) -> MergingConfig:
+        action = config.action[0] if isinstance(config.action, tuple) else config.action
+        changes: dict[str, Any] = {"stages": (block,), "keep_ratio": ratio, "action": action}
+        return replace(config, merged_per_block=None, **changes)
+
+    @classmethod
+    def fewest(cls, count: int, num_prefix: int, action: Action) -> int:
+        """Tokens at odd places stay; those at even places may all merge at once."""
+        return max(1, count - most_sources(count, num_prefix)) if action == "merge" else 1
 
     @property
     def score_name(self) -> str:
@@ -179,7 +197,6 @@ class Merging(RatioMethod):
         return f"attention received from {source}"
 
     def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
-        """Of the tokens at even places, all may go; those at odd places stay."""
         per_block = self.config.merged_per_block
         if per_block is None:
             wanted = list(super()._fixed_counts(num_positions))
@@ -187,8 +204,8 @@ class Merging(RatioMethod):
             wanted = [num_positions - int(per_block * (n + 1)) for n in range(len(self.stages))]
         counts, before = list[int](), num_positions
         for count, action in zip(wanted, self.config.actions(len(self.stages)), strict=True):
-            least = before - most_sources(before, self.num_prefix) if action == "merge" else 1
-            before = min(before, max(count, least, 1))
+            least = self.fewest(before, self.num_prefix, action)
+            before = min(before, max(count, least))
             counts.append(before)
         return tuple(counts)
 
@@ -203,15 +220,15 @@ class Merging(RatioMethod):
         """The tokens behind the last stage, and the blocks that are left to run."""
         *others, last = stretches(self.stages, family.depth)
         actions = self.config.actions(len(self.stages))
-        for (*whole, block), count, action in zip(others, counts, actions, strict=True):
-            tokens = family.run_blocks(whole, tokens)
+        for blocks, count, action in zip(others, counts, actions, strict=True):
             if count == tokens.num_patches and not recorder:
-                tokens = family.run_blocks((block,), tokens)
+                tokens = family.run_blocks(blocks, tokens)
             else:
-                tokens = self._run_block(family, block, tokens, count, action, recorder)
+                tokens = family.run_blocks(blocks[:-1], tokens)
+                tokens = self._stage(family, blocks[-1], tokens, count, action, recorder)
         return tokens, last
 
-    def _run_block(
+    def _stage(
         self,
         family: ViT,
         block: int,
@@ -220,63 +237,75 @@ class Merging(RatioMethod):
         action: Action,
         recorder: Recorder | None,
     ) -> Tokens:
-        """A block behind whose attention there are so many patch tokens."""
+        """A block between whose halves tokens become ``count``."""
         records: list[AttentionRecord] = []
 
-        def importance_of(record: AttentionRecord) -> Tensor:
+        def read(record: AttentionRecord) -> Tensor:
             records.append(record)
-            return self._importance(record, action, bool(recorder))
+            return record.context_BHQD  # there is more to know than one score: see the record
 
-        def between(before: Any, importance: Tensor) -> Tokens:
-            after = self._fewer(before, records[-1], importance, count, action)
+        def between(before: Any, _: Tensor) -> Tokens:
+            moves: list[Moves] = []
+            after = self.fewer(before, records[0], count, action, moves if recorder else None)
             if recorder:
-                recorder.add(block + 1, before, importance, after)
+                importance_BN = records[0].patch_attention().mean(1)
+                recorder.add(block + 1, before, importance_BN, after, *moves)
             return after
 
-        after, _ = family.split_block(block, tokens, importance_of, between)
+        after, _ = family.split_block(block, tokens, read, between)
         assert isinstance(after, Tokens)
         return after
 
-    def _importance(self, record: AttentionRecord, action: Action, is_asked: bool) -> Tensor:
-        """(B, N), where it is asked for; else a stand-in."""
-        if action == "drop" or is_asked or self.config.asks_importance:
-            return record.patch_attention().mean(1)
-        return record.k_BHND[:, 0, record.num_prefix :, 0]
-
-    def _fewer(
+    def fewer(
         self,
         tokens: Tokens,
         record: AttentionRecord,
-        importance_BN: Tensor,
         count: int,
         action: Action,
+        moves: list[Moves] | None = None,
     ) -> Tokens:
-        """So many tokens, by merging or by dropping."""
-        config, going = self.config, tokens.num_patches - count
-        if going == 0:
-            return tokens
+        """``count`` tokens, by merging or by dropping, between the halves of a block.
+
+        Where more than half of them go, those that stayed merge again: never at inference, but a
+        schedule's effects are measured so.
+
+        Args:
+            tokens: after the block's attention.
+            record: what that did.
+            count: of patch tokens that go on.
+            action: how they become so few.
+            moves: told what went into what, if anybody asks.
+        """
+        config, importance_BN = self.config, None
+        if action == "drop" or config.asks_importance:
+            importance_BN = record.patch_attention().mean(1).clamp(min=EPS)
         if action == "drop":
+            assert importance_BN is not None
             return tokens.gather(sampling.top_k(importance_BN, count))
-        cost_weight = importance_BN.clamp(min=EPS).pow(config.importance_power)
-        matching = match(
-            self._metric(tokens, record),
-            going,
-            tokens.num_prefix,
-            cost_weight if config.importance_power else None,
-        )
-        weight = importance_BN.clamp(min=EPS) if config.weigh_by == "importance" else None
-        return merge(tokens, matching, weight)
+        metric_BNC = self._metric(tokens, record)
+        while tokens.num_patches > count:
+            most = most_sources(tokens.num_patches, tokens.num_prefix)
+            going = min(tokens.num_patches - count, most)
+            cost_BN = weight_BN = None
+            if importance_BN is not None:
+                cost_BN = importance_BN**config.importance_power
+                weight_BN = importance_BN if config.weigh_by == "importance" else None
+            matching = match(metric_BNC, going, tokens.num_prefix, cost_BN)
+            before, tokens = tokens, merge(tokens, matching, weight_BN)
+            if moves is not None:
+                moves.append(moves_of(before, matching, tokens))
+            if tokens.num_patches > count:
+                metric_BNC = rows_of(metric_BNC, matching.kept_BK)
+                if importance_BN is not None:
+                    importance_BN = importance_BN.gather(1, matching.kept_BK)
+        return tokens
 
     def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:
         """(B, N, C): what patch tokens are compared by."""
+        if self.config.metric == "features":
+            return tokens.patches
         keys_BNHD = record.k_BHND.transpose(1, 2)[:, tokens.num_prefix :]
-        if self.config.metric == "mean_keys":
-            return keys_BNHD.mean(2)
-        keys = keys_BNHD.flatten(2)
-        if self.config.metric == "keys":
-            return keys
-        halves = (keys, tokens.patches)
-        return torch.cat([half / half.norm(dim=-1, keepdim=True) for half in halves], -1)
+        return keys_BNHD.flatten(2) if self.config.metric == "keys" else keys_BNHD.mean(2)
 
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
@@ -323,7 +352,8 @@ class Merging(RatioMethod):
                 continue
             stage = self.stages.index(block + 1)
             macs = self._stage_macs(family, block, patches, actions[stage])
-            steps.append(costs.select(self.name, block + 1, patches + prefix, macs))
+            name = self.name if actions[stage] == "merge" else f"{self.name}-drop"
+            steps.append(costs.select(name, block + 1, patches + prefix, macs))
             patches = counts[stage]
             steps.append(costs.mlp(family, block, patches + prefix))
         return [*steps, *costs.answer(family, patches + prefix, self.config.exact_last_block)]
@@ -338,9 +368,9 @@ class Merging(RatioMethod):
             return macs
         attention = family.backbone.blocks[block].attn
         width = {
+            "features": family.embed_dim,
             "keys": attention.attn_dim,
             "mean_keys": attention.head_dim,
-            "keys_and_features": attention.attn_dim + family.embed_dim,
         }[self.config.metric]
         sources = most_sources(patches, family.num_prefix)
         return macs + width * sources * (patches - sources)
@@ -373,9 +403,21 @@ class Merging(RatioMethod):
 
     @classmethod
     def follow(cls, config: MergingConfig, plan: Plan) -> tuple[MergingConfig, str | None]:
-        ratios = plan.keep_ratios
-        changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": ratios}
-        return replace(config, merged_per_block=None, **changes), None
+        action: Action | tuple[Action, ...] = plan.actions or config.action
+        if isinstance(action, tuple) and len(action) != len(plan.stages):
+            action = "merge"
+        changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": plan.keep_ratios}
+        followed = replace(config, merged_per_block=None, action=action, **changes)
+        actions = followed.actions(len(plan.stages))
+        steps = pairwise((plan.patches, *plan.counts))
+        for (before, after), each in zip(steps, actions, strict=True):
+            require(
+                each == "drop" or 2 * after >= before - 1,
+                f"the schedule leaves {after} of {before} patches at a stage, and half of them at "
+                "most can merge at once; find a schedule for merging (vitrim schedule --method "
+                'merging), or set action = "drop"',
+            )
+        return followed, None
 
 
 def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:

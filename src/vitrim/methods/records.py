@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from vitrim.layers import losses
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
+
+Action = Literal["merge", "drop"]
+"""How a stage makes patch tokens fewer."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,17 @@ class StageTrace:
     assignment: Tensor | None = None
     """(B, S, N): how much each semantic token looks at each original patch, the mean over heads,
     where semantic tokens replace the patches."""
+    groups: Tensor | None = None
+    """(B, N) int64: for each original patch the place of the token that it is in, its own where
+    nothing happened to it; -1 where it is gone. None where no patch tokens are dropped or merged:
+    in maps, and where semantic tokens replace them."""
 
     def of_nothing(self) -> StageTrace:
         """The same for a batch without images."""
         looks = None if self.assignment is None else self.assignment[:0]
-        return StageTrace(self.block, self.scores[:0], self.grid, [], self.counts[:0], looks)
+        groups = None if self.groups is None else self.groups[:0]
+        scores, counts = self.scores[:0], self.counts[:0]
+        return StageTrace(self.block, scores, self.grid, [], counts, looks, groups)
 
 
 @dataclass
@@ -47,12 +57,41 @@ class Recorder:
     """Of the original patches."""
     stages: list[StageTrace] = field(default_factory=list)
 
-    def add(self, block: int, before: AnyTokens, scores: Tensor, after: AnyTokens) -> None:
-        """Record that ``before`` was scored, one score per patch token, and ``after`` goes on."""
+    def add(
+        self,
+        block: int,
+        before: AnyTokens,
+        scores: Tensor,
+        after: AnyTokens,
+        moves: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Record that ``before`` was scored, one score per patch token, and ``after`` goes on;
+        ``moves`` says what went into what, see :data:`vitrim.layers.dropping.Moves`.
+        """
         if isinstance(before, Tokens) and before.keep_BN is not None:
             scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)
         score_BN = before.on_grid(scores.detach().float(), math.prod(self.grid), torch.nan)
-        self._append(block, self.grid, score_BN, after.places())
+        kept = after.places()
+        self._append(block, self.grid, score_BN, kept, self._grouped(kept, moves, score_BN))
+
+    def _grouped(
+        self, kept: list[Tensor], moves: tuple[Tensor, Tensor] | None, like_BN: Tensor
+    ) -> Tensor:
+        """The groups after a stage: where the tokens of those before it went."""
+        num_images, num_patches = like_BN.shape
+        nowhere = num_patches  # a place more, which -1 stands for
+        into_BN = like_BN.new_full((num_images, num_patches + 1), -1, dtype=torch.int64)
+        for image, places in enumerate(kept):
+            into_BN[image, places] = places
+        if moves is not None:
+            source_BD, target_BD = moves
+            into_BN.scatter_(1, source_BD % (nowhere + 1), target_BD)
+            into_BN[:, nowhere] = -1
+        if not self.stages:
+            return into_BN[:, :nowhere]
+        groups = self.stages[-1].groups
+        assert groups is not None
+        return into_BN.gather(1, groups % (nowhere + 1))
 
     def add_map(self, block: int, score_BHW: Tensor, keep_BHW: Tensor) -> None:
         """Record a decision on the whole map that a hierarchical backbone has before a block.
@@ -66,9 +105,17 @@ class Recorder:
         kept = [keep_N.nonzero().squeeze(1) for keep_N in keep_BHW.flatten(1)]
         self._append(block, (rows, columns), score_BHW.detach().float().flatten(1), kept)
 
-    def _append(self, block: int, grid: Grid, score_BN: Tensor, kept: list[Tensor]) -> None:
+    def _append(
+        self,
+        block: int,
+        grid: Grid,
+        score_BN: Tensor,
+        kept: list[Tensor],
+        groups: Tensor | None = None,
+    ) -> None:
         counts = torch.tensor([len(places) for places in kept], device=score_BN.device)
-        self.stages.append(StageTrace(block, score_BN, grid, kept, counts))
+        trace = StageTrace(block, score_BN, grid, kept, counts, groups=groups)
+        self.stages.append(trace)
 
 
 @dataclass(frozen=True)
@@ -147,11 +194,13 @@ class Plan:
     """Stages of a plain vision transformer, and how many patches go on from each."""
 
     stages: tuple[int, ...]
-    """Blocks before which patches are dropped."""
+    """Blocks before which patches become fewer."""
     counts: tuple[int, ...]
     """Patches that go on from each stage; a mean, where every image decides."""
     patches: int
     """Of the whole image."""
+    actions: tuple[Action, ...] = ()
+    """What each stage does; empty: what the method does if it is not told."""
     macs: float | None = None
     """Predicted, as a share of the dense model's MACs."""
 

@@ -40,19 +40,18 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim import costs
 from vitrim.config import check_weights, closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
-from vitrim.layers import losses
-from vitrim.layers.token_scores import SCORES
+from vitrim.layers import dropping, losses
+from vitrim.layers.token_scores import SCORES, on_grid
 from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.graphs import exporting
-from vitrim.tokens.packed import AnyTokens, select
+from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
 EPS = 1e-8
@@ -84,6 +83,9 @@ class SaiTConfig:
     """Tokens that ``threshold`` and ``mass`` keep in any case."""
     max_kept: int | None = None
     """Tokens that ``threshold`` and ``mass`` keep at most; None sets no limit."""
+    merge_dropped: bool = False
+    """Ours: merge what is dropped into the kept token that is most like it, which counts in
+    attention as the patches that it stands for; see ``layers.dropping``."""
     schedule: Literal["per_epoch", "per_iteration", "sandwich", "sparse"] = "per_epoch"
     """When training is dense: in odd epochs, counted from 1 (the patent's); in every other step;
     in each step, beside a sparse pass; or never."""
@@ -205,7 +207,11 @@ class SaiT(Method):
 
     @classmethod
     def kinds(cls) -> tuple[SaiTConfig, ...]:
-        return SaiTConfig(selector="density"), SaiTConfig()
+        return tuple(
+            SaiTConfig(selector=selector, merge_dropped=merge)
+            for merge in (False, True)
+            for selector in ("density", "mass")
+        )
 
     @property
     def score_name(self) -> str:
@@ -236,12 +242,13 @@ class SaiT(Method):
 
         def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
             kept: AnyTokens = tokens
+            merge, moves = self.config.merge_dropped, None
             if counts is None:
-                kept = self._select(tokens, score_BN)
+                kept, moves = dropping.keep_chosen(tokens, self._chosen(score_BN), merge)
             elif counts[0] < tokens.num_patches:
-                kept = tokens.gather(_ranking(score_BN)[:, : counts[0]])
+                kept, moves = dropping.keep_first(tokens, _ranking(score_BN), counts[0], merge)
             if recorder:
-                recorder.add(self.stages[0], tokens, score_BN, kept)
+                recorder.add(self.stages[0], tokens, score_BN, kept, moves)
             return kept
 
         before = family.run_blocks(range(self.stages[0] - 1), stem)
@@ -268,10 +275,11 @@ class SaiT(Method):
         logits = family.answer(self.stages[0], tokens, self.whole_last_block(family) is None)
         return logits, *chosen[0]
 
-    def _select(self, tokens: Tokens, score_BN: Tensor) -> AnyTokens:
+    def _chosen(self, score_BN: Tensor) -> Tensor:
+        """(B, N) bool: what an adaptive selector keeps."""
         order_BN = _ranking(score_BN)
         keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.selector)
-        return select(tokens, torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN))
+        return torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN)
 
     def _ranks_kept(self, falling_BN: Tensor, selector: str) -> Tensor:
         """(B, N) bool: which ranks an adaptive selector keeps; always the head of each row.
@@ -318,17 +326,19 @@ class SaiT(Method):
 
     def _draw(self, tokens: Tokens, score_BN: Tensor, generator: torch.Generator | None) -> Tokens:
         """What goes on in a sparse pass of training; images that keep fewer are padded, masked."""
-        order_BN = _ranking(score_BN)
+        order_BN, merge = _ranking(score_BN), self.config.merge_dropped
         if self.config.train_selector == "density":
             low, high = self.config.density_range
             device = None if generator is None else generator.device
             share = torch.rand((), generator=generator, device=device).item()
             count = _count(low + share * (high - low), tokens.num_patches)
-            return tokens.gather(order_BN[:, :count])
+            return dropping.keep_first(tokens, order_BN, count, merge)[0]
         keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.train_selector)
-        longest = int(keep_BN.sum(1).max())
-        kept = tokens.gather(order_BN[:, :longest])
-        return kept.with_keep(keep_BN[:, :longest].to(tokens.x.dtype))
+        longest, keep_BN = int(keep_BN.sum(1).max()), keep_BN.to(tokens.x.dtype)
+        kept = tokens.gather(order_BN[:, :longest]).with_keep(keep_BN[:, :longest])
+        if not merge:
+            return kept
+        return dropping.absorb(kept, tokens.gather(order_BN).with_keep(1 - keep_BN))[0]
 
     @torch.no_grad()
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
@@ -370,7 +380,7 @@ class SaiT(Method):
             raise ConfigError(
                 "SaiT's loss needs a teacher's class attention; take the teacher from method.teach"
             )
-        taught = _on_grid(teacher.patch_attention.float(), output.grid)
+        taught = on_grid(teacher.patch_attention.float(), output.grid)
         sides = [
             side.clamp(min=EPS).log() / self.config.attention_temperature
             for side in (output.score_BN, taught)
@@ -397,10 +407,13 @@ class SaiT(Method):
         width = family.backbone.blocks[block].attn.attn_dim
         macs = costs.attention_macs(family, block, tokens)
         macs += width * tokens * (1 if one_row else tokens)
+        if self.config.merge_dropped:
+            prefix = family.num_prefix
+            macs += costs.matching_macs(family, tokens - prefix, kept - prefix)
         adaptive = self.config.selector != "density"
         in_the_middle = self.config.where == "mid"
         macs += 0 if in_the_middle else family.mlp_macs(block, tokens)
-        select = costs.select(self.name, block + 1, tokens, macs, adaptive)
+        select = costs.select(self.select_name, block + 1, tokens, macs, adaptive)
         return [select, costs.mlp(family, block, kept)] if in_the_middle else [select]
 
     def dial(self) -> Dial:
@@ -482,19 +495,3 @@ def _ranking(score_BN: Tensor) -> Tensor:
 def _count(density: float, num_patches: int) -> int:
     """The density in whole tokens, rounded up; 0.55 of 100 are 55, whatever floats say."""
     return max(1, math.ceil(density * num_patches - 1e-9))
-
-
-def _on_grid(attention_BN: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Attention on a teacher's patch grid, brought to the student's if they differ."""
-    num_images, num_patches = attention_BN.shape
-    if num_patches == grid[0] * grid[1]:
-        return attention_BN
-    scale = math.sqrt(num_patches / (grid[0] * grid[1]))
-    rows, columns = round(grid[0] * scale), round(grid[1] * scale)
-    require(
-        rows * columns == num_patches,
-        f"the teacher's {num_patches} patches are no grid of the shape {grid[0]} x {grid[1]}, the "
-        "student's; take a teacher that sees the same image in square patches",
-    )
-    attention = attention_BN.view(num_images, 1, rows, columns)
-    return F.interpolate(attention, grid, mode="bilinear", antialias=True).flatten(1)

@@ -167,15 +167,17 @@ def _self_attention(
     q, k, v = project(attention, x_BNC)
     scale, weights, visible = scale_of(attention, q), None, None
     bias = None if bias is None else bias.to(q.dtype)
-    if keep_BN is None:
-        context = attend(attention, q, k, v, bias)
-    elif exporting():
+    if exporting() and not (keep_BN is None and bias is None):
         # Plain products: of fused attention some exporters want to know the number of tokens.
-        visible = keep_BN > 0.5
-        token_N = torch.arange(q.shape[2], device=q.device)
-        seen = visible[:, None, None, :] | (token_N.unsqueeze(1) == token_N)  # itself in any case
-        logits = _biased(q * scale @ k.transpose(-2, -1), bias).masked_fill(~seen, -math.inf)
+        logits = _biased(q * scale @ k.transpose(-2, -1), bias)
+        if keep_BN is not None:
+            visible = keep_BN > 0.5
+            token_N = torch.arange(q.shape[2], device=q.device)
+            itself = token_N.unsqueeze(1) == token_N  # is seen in any case
+            logits = logits.masked_fill(~(visible[:, None, None, :] | itself), -math.inf)
         context = logits.softmax(-1) @ v
+    elif keep_BN is None:
+        context = attend(attention, q, k, v, bias)
     else:
         weights = masked_softmax(_biased(q * scale @ k.transpose(-2, -1), bias), keep_BN)
         context = attention.attn_drop(weights) @ v

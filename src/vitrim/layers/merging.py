@@ -62,7 +62,7 @@ def match(
     order_BA = gain_BA.argsort(1, descending=True)
     going_BR, staying_BA = order_BA[:, :count], order_BA[:, count:].sort(1).values
     odd_places = torch.arange(odd, metric_BNC.shape[1], 2, device=metric_BNC.device)
-    odd_places = odd_places.expand(len(staying_BA), -1)
+    odd_places = odd_places.expand(staying_BA.shape[0], -1)
     kept_BK = torch.cat([torch.add(even, staying_BA, alpha=2), odd_places], 1)
     target_BR = best.indices.gather(1, going_BR) + staying_BA.shape[1]
     return Matching(kept_BK, torch.add(even, going_BR, alpha=2), target_BR)

@@ -66,7 +66,7 @@ class Recorder:
         moves: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Record that ``before`` was scored, one score per patch token, and ``after`` goes on;
-        ``moves`` says what went into what, see :data:`vitrim.layers.dropping.Moves`.
+        ``moves`` says what went into what, see :data:`vitrim.layers.merging.Moves`.
         """
         if isinstance(before, Tokens) and before.keep_BN is not None:
             scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)

@@ -466,3 +466,60 @@ def test_the_recipes():
         config = recipe.method.build()
         assert isinstance(config, MergingConfig)
         assert min(config.classification_weight, config.distill_weight) > 0
+
+
+# The source map, and the map that it gives back.
+
+
+def test_groups_say_which_patch_is_in_which_token():
+    """Features that are their own patch's number show where each patch went."""
+    sparse = made(MergingConfig(stages=(1, 2, 3), keep_ratio=(0.75, 0.5, 0.4)))
+    trace = sparse.trace(X)
+    for before, stage in zip([None, *trace.stages], trace.stages, strict=False):
+        for image in range(2):
+            group, kept = stage.groups[image], stage.kept[image].tolist()
+            assert sorted(set(group.tolist())) == kept
+            assert group[kept].tolist() == kept
+            if before is not None:  # who was together stays so
+                merged = before.groups[image]
+                assert torch.equal(group, group[merged])
+
+
+def test_groups_are_those_that_the_sizes_count():
+    model = sharp(tiny_vit())
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), keep_ratio=(0.7, 0.5))).eval()
+    family, method = sparse.family, sparse.method
+    stem = family.stem(X.double())
+    tokens, _ = method._merged(family, stem, method.counts(family, family.grid()))
+    groups = sparse.trace(X.double()).stages[-1].groups
+    for image in range(2):
+        found = dict(
+            zip(tokens.index_BN[image].tolist(), tokens.size_BN[image].tolist(), strict=True)
+        )
+        counted = groups[image].bincount(minlength=16)
+        assert found == {place: float(counted[place]) for place in found}
+
+
+def test_features_give_the_map_back():
+    model = sharp(tiny_vit())
+    family = family_of(model)
+    whole = sparsify(model, MergingConfig(keep_ratio=1.0)).eval()
+    (level,) = whole.features(X.double())
+    expected = family.dense(X.double()).patches.transpose(1, 2).reshape(2, 32, 4, 4)
+    torch.testing.assert_close(level, expected)
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), keep_ratio=(0.7, 0.5))).eval()
+    (level,) = sparse.features(X.double())
+    assert level.shape == (2, 32, 4, 4)
+    groups = sparse.trace(X.double()).stages[-1].groups
+    for image in range(2):
+        places = level[image].flatten(1).T
+        torch.testing.assert_close(places, places[groups[image]])
+        assert len(places.unique(dim=0)) == 8
+    level.square().mean().backward()
+    assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_features_need_tokens_for_all_patches():
+    sparse = made(MergingConfig(stages=(1, 2), action=("merge", "drop")))
+    with pytest.raises(ConfigError, match="dropped patches leave no features"):
+        sparse.features(X)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import vitrim
 from tests.conftest import images, tiny_vit
-from vitrim import DynamicViTConfig, STViTConfig
+from vitrim import DynamicViTConfig, MergingConfig, STViTConfig
 from vitrim.cli import show
 from vitrim.tools import report, visualize
 
@@ -125,6 +125,34 @@ def test_panels_show_semantic_tokens():
     large = found[0].image
     expected = visualize.assignment(large, trace.stages[0].assignment[1], (4, 4))
     assert np.array_equal(np.asarray(found[1].image), np.asarray(expected))
+
+
+def test_patches_that_are_one_token_have_one_colour():
+    picture = Image.new("RGB", (40, 30), (200, 40, 40))
+    group = torch.tensor([[0, 1, 1, 3], [0, 5, 1, 7], [-1, 9, 9, 11]])
+    shown = np.asarray(visualize.merged(picture, group))
+    seen = {
+        (row, column): tuple(shown[row * 10 + 5, column * 10 + 5].tolist())
+        for row in range(3)
+        for column in range(4)
+    }
+    assert seen[0, 0] == seen[1, 0]
+    assert seen[0, 1] == seen[0, 2] == seen[1, 2]
+    assert seen[2, 1] == seen[2, 2]
+    assert len({seen[0, 0], seen[0, 1], seen[2, 1], seen[0, 3]}) == 4
+    assert seen[0, 3] == seen[1, 1] == seen[1, 3] == (200, 40, 40)  # alone: as it is
+    assert min(seen[2, 0]) > 200  # gone: pale
+
+
+def test_panels_show_merged_tokens():
+    sparse = vitrim.sparsify(tiny_vit(), MergingConfig(stages=(1, 2), keep_ratio=(0.75, 0.5)))
+    trace = sparse.trace(images(2))
+    picture = Image.new("RGB", (32, 32))
+    found = visualize.panels(picture, trace, 1)
+    assert [panel.caption for panel in found[1:]] == [
+        "12 tokens for 16 patches (75%)",
+        "8 tokens for 16 patches (50%)",
+    ]
 
 
 def test_histogram_bars_stand_where_the_counts_are():

@@ -37,7 +37,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
-from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of
+from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of, ungrouped
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
 from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
@@ -213,6 +213,23 @@ class Merging(RatioMethod):
         stem = family.stem(images)
         tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
         return family.answer(last.start, tokens, self.config.exact_last_block)
+
+    def features(self, family: ViT, images: Tensor) -> list[Tensor]:
+        """One map (B, C, rows, columns): what leaves the last block, before the final norm; each
+        patch has the features of the token that it became part of.
+
+        Raises:
+            ConfigError: a stage drops tokens, of whose patches nothing is left to show.
+        """
+        actions = self.config.actions(len(self.stages))
+        require("drop" not in actions, "dropped patches leave no features; merge at every stage")
+        recorder = Recorder(family.grid((images.shape[-2], images.shape[-1])))
+        stem = family.stem(images)
+        tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
+        after, groups = family.run_blocks(last, tokens), recorder.stages[-1].groups
+        assert groups is not None
+        x_BCN = ungrouped(after, groups).transpose(1, 2)
+        return [x_BCN.reshape(*x_BCN.shape[:2], *recorder.grid)]
 
     def _merged(
         self, family: ViT, tokens: Tokens, counts: Sequence[int], recorder: Recorder | None = None

@@ -1,5 +1,6 @@
-"""Pictures of what a sparse model looks at: dropped patches fade, stage by stage; where semantic
-tokens replace the patches, each has a colour; histograms say how many patches images kept.
+"""Pictures of what a sparse model looks at: dropped patches fade, stage by stage; patches that are
+one token have one colour, and so have those of a semantic token; histograms say how many patches
+images kept.
 
 Drawn with Pillow alone. The picture shown is the model's own input, with the normalisation undone.
 """
@@ -91,16 +92,17 @@ def panels(
             caption = f"{len(looks_SN)} semantic tokens for {num_patches} patches"
             found.append(Panel(assignment(large, looks_SN, stage.grid), title, caption))
             continue
+        kept = len(stage.kept[i])
+        share = f"{100 * kept / num_patches:.0f}%"
         keep = torch.zeros(num_patches, dtype=torch.bool)
         keep[stage.kept[i].cpu()] = True
-        kept = int(keep.sum())
-        found.append(
-            Panel(
-                fade(large, keep.view(rows, columns)),
-                title,
-                f"{kept} of {num_patches} patches ({100 * kept / num_patches:.0f}%)",
-            )
-        )
+        caption, shown = f"{kept} of {num_patches} patches ({share})", keep.view(rows, columns)
+        picture = fade(large, shown)
+        group = None if stage.groups is None else stage.groups[i].cpu()
+        if group is not None and bool((group[~keep] >= 0).any()):
+            caption = f"{kept} tokens for {num_patches} patches ({share})"
+            picture = merged(large, group.view(rows, columns))
+        found.append(Panel(picture, title, caption))
     return found
 
 
@@ -117,11 +119,7 @@ def fade(image: Image.Image, keep: Tensor) -> Image.Image:
     """
     rows, columns = keep.shape
     pale = Image.blend(image.convert("L").convert("RGB"), _plain(image.size, _FADED), _FADE)
-    # One pixel per patch, enlarged: sharp edges at the patch borders.
-    mask = Image.fromarray(keep.byte().mul(255).numpy()).resize(
-        image.size, Image.Resampling.NEAREST
-    )
-    shown = Image.composite(image, pale, mask)
+    shown = Image.composite(image, pale, _by_patch(keep.byte() * 255, image.size))
     lined = shown.copy()
     draw = ImageDraw.Draw(lined)
     width, height = image.size
@@ -144,12 +142,36 @@ def assignment(image: Image.Image, looks_SN: Tensor, grid: Grid) -> Image.Image:
     rows, columns = grid
     leader = looks_SN.float().argmax(0).view(rows, columns).cpu()
     colours = torch.tensor(token_colours(len(looks_SN)), dtype=torch.uint8)
-    # One pixel per patch, enlarged: sharp edges at the patch borders.
-    tint = Image.fromarray(colours[leader].numpy()).resize(image.size, Image.Resampling.NEAREST)
-    shown = Image.blend(image.convert("RGB"), tint, _TINT)
-    draw = ImageDraw.Draw(shown)
-    width, height = image.size
-    thick = max(1, width // (40 * columns))
+    tint = _by_patch(colours[leader], image.size)
+    return _parted(Image.blend(image.convert("RGB"), tint, _TINT), leader)
+
+
+def merged(image: Image.Image, group: Tensor) -> Image.Image:
+    """``image`` with a colour for each token that stands for several patches; white lines part what
+    belongs to different tokens, and patches that are gone fade.
+
+    Args:
+        image: the picture.
+        group: (rows, columns), the token of each patch, -1 where it is gone: those that
+            ``StageTrace.groups`` has for an image.
+    """
+    tokens, place, size = torch.unique(group, return_inverse=True, return_counts=True)
+    colours = torch.tensor(token_colours(len(tokens)), dtype=torch.uint8)
+    tinted = Image.blend(image.convert("RGB"), _by_patch(colours[place], image.size), _TINT)
+    several = _by_patch(((size > 1)[place] & (group >= 0)).byte() * 255, image.size)
+    shown = Image.composite(tinted, fade(image.convert("RGB"), group >= 0), several)
+    return _parted(shown, group)
+
+
+def _by_patch(values: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A picture of one colour a patch: one pixel for each, enlarged, for edges that are sharp."""
+    return Image.fromarray(values.numpy()).resize(size, Image.Resampling.NEAREST)
+
+
+def _parted(shown: Image.Image, leader: Tensor) -> Image.Image:
+    """White lines where neighbouring patches have different numbers in ``leader``."""
+    (rows, columns), (width, height) = leader.shape, shown.size
+    draw, thick = ImageDraw.Draw(shown), max(1, width // (40 * columns))
     for row, column in (leader[:, 1:] != leader[:, :-1]).nonzero().tolist():
         x = (column + 1) * width // columns
         draw.line([(x, row * height // rows), (x, (row + 1) * height // rows)], _PAPER, thick)

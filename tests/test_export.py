@@ -63,9 +63,7 @@ FIXED = {
     "dynamicvit merging": DynamicViTConfig(stages=(1, 2), keep_ratio=0.6, merge_dropped=True),
     "merging": MergingConfig(stages=(1, 3), keep_ratio=0.6),
     "merging tome": MergingConfig.tome(2.5),
-    "merging and dropping": MergingConfig(
-        stages=(1, 2), action=("merge", "drop"), metric="keys"
-    ),
+    "merging and dropping": MergingConfig(stages=(1, 2), action=("merge", "drop"), metric="keys"),
     "sait": SaiTConfig(selector="density", where="mid"),
     "spvit": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
     "stvit": STViTConfig(semantic_tokens=(2, 3)),

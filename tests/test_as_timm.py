@@ -328,7 +328,7 @@ def test_a_dial_is_turned_while_others_infer(set_by):
 
     def turn(which):
         if set_by == "budget":
-            sparse.set_budget(0.6 if which == low else 0.9)
+            sparse.set_budget(0.5 if which == low else 0.75)
         else:
             sparse.set_keep_ratio(which)
 

@@ -338,7 +338,8 @@ def test_packed_counts_spread_around_their_mean(mean, num_images):
 
 def kind_name(config):
     method = method_of_config(config)(family_of(tiny_vit()), config)
-    return costs.select_part(method.name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
+    name = f"{method.name}-drop" if getattr(config, "action", "") == "drop" else method.name
+    return costs.select_part(name, method.counts(family_of(tiny_vit()), (4, 4)) is None)
 
 
 PLAIN_KINDS = probes.kinds_of(family_of(tiny_vit()))

@@ -397,13 +397,12 @@ def method_config(description: Mapping[str, Any], options: Mapping[str, Any]) ->
     Raises:
         ConfigError: a field is missing, unknown, or not valid.
     """
-    method = method_by_name(description["method"]["name"])
-    fields = description["method"]["config"]
+    fields, method = description["method"]["config"], method_by_name(description["method"]["name"])
     due = [field.name for field in dataclasses.fields(method.config_class) if field.init]
     if "exact_last_block" in due:  # before it was known, costs and budgets were the whole block's
         fields = {"exact_last_block": False} | fields
-    missing = [name for name in due if name not in fields]
-    require(not missing, f"method.config lacks {', '.join(missing)}")
+    missing = ", ".join(name for name in due if name not in fields)
+    require(not missing, f"method.config lacks {missing}")
     return from_plain(method.config_class, fields | options, "method")
 
 

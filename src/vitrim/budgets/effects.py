@@ -82,8 +82,8 @@ class Effects:
     def total(self, plan: Plan) -> float:
         """The loss of a whole schedule."""
         before = (self.counts[-1], *plan.counts)
-        actions = plan.actions or ("drop",) * len(plan.stages)
-        return sum(map(self.stage, plan.stages, before, plan.counts, actions))
+        drops: list[Action] = ["drop"] * len(plan.stages)
+        return sum(map(self.stage, plan.stages, before, plan.counts, plan.actions or drops))
 
 
 def measured_counts(num_patches: int) -> tuple[int, ...]:

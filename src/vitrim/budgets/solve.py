@@ -221,7 +221,7 @@ def check_reach(costs: Costs, budget: float, counts: Sequence[int] | None = None
         f"{costs.dense:.4g} {unit}",
     )
     # Without any loss the cheapest schedule is the best; one stage gets there.
-    nothing = dict.fromkeys(range(1, costs.family.depth), (0.0, 0.0))
+    nothing: dict[int, tuple[float, ...]] = dict.fromkeys(range(1, costs.family.depth), (0.0, 0.0))
     free = Effects("", 0, (1, costs.patches), dict.fromkeys(method.actions, nothing))
     cheapest = exact(costs, free, math.inf, 1, counts)
     floor = math.inf if cheapest is None else costs.of(cheapest)

@@ -105,8 +105,10 @@ def profile(
     require(0 <= min_seconds < math.inf, f"min_seconds is {min_seconds}; expected 0 or more")
     source = model.backbone if isinstance(model, SparseModel) else model
     if configs is None:
-        own = isinstance(model, SparseModel)
-        configs = model.method.own_kinds() if own else kinds_of(family_of(source))
+        if isinstance(model, SparseModel):
+            configs = model.method.own_kinds()
+        else:
+            configs = kinds_of(family_of(source))
     kind = runners.torch_dtype(runtime, dtype)
     backbone, *models = (
         copy.deepcopy(module).to(device, kind).eval().requires_grad_(False)

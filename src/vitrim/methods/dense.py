@@ -78,7 +78,13 @@ class Dense(Method):
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> TrainingOutput:
-        return TrainingOutput(family.training_head(family.dense(images)))
+        return TrainingOutput(family.head(family.dense(images)))
+
+    @torch.no_grad()
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        """The whole answer: of LV-ViT, what both classifiers say."""
+        tokens = family.dense(images)
+        return DenseOutput(family.head(tokens), family.patch_features(tokens))
 
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None

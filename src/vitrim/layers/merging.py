@@ -80,13 +80,11 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     """
     source_BR, target_BR = matching.source_BR, matching.target_BR
     kept = tokens.gather(matching.kept_BK)
-    if tokens.size_BN is None:
-        size_BK, source_size = torch.ones_like(matching.kept_BK, dtype=tokens.x.dtype), None
+    if tokens.size_BN is None or kept.size_BN is None:
+        size_BK = torch.ones_like(matching.kept_BK, dtype=tokens.x.dtype)
+        source_size = torch.ones_like(source_BR, dtype=tokens.x.dtype)
     else:
         size_BK, source_size = kept.size_BN, tokens.size_BN.gather(1, source_BR)
-    assert size_BK is not None
-    if source_size is None:
-        source_size = torch.ones_like(source_BR, dtype=tokens.x.dtype)
     size_after_BK = size_BK.scatter_add(1, target_BR, source_size)
     if weight_BN is None:
         going_BR, weight_BK = source_size, size_after_BK

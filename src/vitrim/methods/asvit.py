@@ -47,7 +47,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import dropping, losses, sampling
-from vitrim.layers.dropping import Moves
+from vitrim.layers.merging import Moves
 from vitrim.layers.stages import check_stages, stretches
 from vitrim.layers.token_scores import token_score
 from vitrim.methods.base import Method, with_total

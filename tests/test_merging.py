@@ -273,10 +273,10 @@ def made(config, **kwargs):
 @pytest.mark.parametrize(
     ("config", "counts"),
     [
-        (MergingConfig(), (11, 7)),
-        (MergingConfig(keep_ratio=0.1), (8, 4)),
-        (MergingConfig(keep_ratio=0.1, action="drop"), (1, 1)),
-        (MergingConfig(keep_ratio=0.1, action=("drop", "merge")), (1, 1)),
+        (MergingConfig(stages=(2, 3)), (11, 7)),
+        (MergingConfig(stages=(2, 3), keep_ratio=0.1), (8, 4)),
+        (MergingConfig(stages=(2, 3), keep_ratio=0.1, action="drop"), (1, 1)),
+        (MergingConfig(stages=(2, 3), keep_ratio=0.1, action=("drop", "merge")), (1, 1)),
         (MergingConfig(keep_ratio=(0.9, 0.2, 0.2), stages=(1, 2, 3)), (14, 7, 4)),
         (MergingConfig.tome(2.5), (14, 11, 9)),
         (MergingConfig.tome(0), (16, 16, 16)),
@@ -291,7 +291,7 @@ def test_half_of_the_tokens_go_at_most(config, counts):
 
 def test_an_odd_number_of_patches_and_one():
     for size, counts in ((8, (1, 1)), (24, (6, 4))):
-        sparse = made(MergingConfig(keep_ratio=0.7), img_size=size)
+        sparse = made(MergingConfig(stages=(2, 3)), img_size=size)
         grid = sparse.family.grid()
         assert sparse.method.counts(sparse.family, grid) == counts
         assert sparse(images(2, size)).isfinite().all()

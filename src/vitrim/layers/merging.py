@@ -9,10 +9,12 @@ that go, not on those that stay: merging costs by how much it merges.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Tokens
 
 Moves = tuple[Tensor, Tensor]
@@ -59,8 +61,8 @@ def match(
     gain_BA = (best.values / norm_BN[:, even::2]).float() - 1
     if weight_BN is not None:
         gain_BA = gain_BA * weight_BN[:, even::2]
-    order_BA = gain_BA.argsort(1, descending=True)
-    going_BR, staying_BA = order_BA[:, :count], order_BA[:, count:].sort(1).values
+    order_BA = _sorted(gain_BA, descending=True).indices
+    going_BR, staying_BA = order_BA[:, :count], _sorted(order_BA[:, count:]).values
     odd_places = torch.arange(odd, metric_BNC.shape[1], 2, device=metric_BNC.device)
     odd_places = odd_places.expand(staying_BA.shape[0], -1)
     kept_BK = torch.cat([torch.add(even, staying_BA, alpha=2), odd_places], 1)
@@ -95,6 +97,13 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
     x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
     return replace(kept, x=x, size_BN=size_after_BK)
+
+
+def _sorted(values_BN: Tensor, descending: bool = False) -> Any:
+    """Each row's values and where they were."""
+    if exporting():  # a graph's sort asks for the row's size when it runs
+        return values_BN.topk(values_BN.shape[1], dim=1, largest=descending)
+    return values_BN.sort(1, descending=descending)
 
 
 def moves_of(before: Tokens, matching: Matching, after: Tokens) -> Moves:

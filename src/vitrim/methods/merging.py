@@ -38,7 +38,13 @@ from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of, ungrouped
-from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios, stretches
+from vitrim.layers.stages import (
+    check_keep_ratio,
+    check_stages,
+    fixed_counts,
+    stage_ratios,
+    stretches,
+)
 from vitrim.methods.base import RatioMethod, with_total
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
@@ -197,13 +203,16 @@ class Merging(RatioMethod):
         return f"attention received from {source}"
 
     def _fixed_counts(self, num_positions: int) -> tuple[int, ...]:
-        per_block = self.config.merged_per_block
+        return self._counts_of(self.config, num_positions)
+
+    def _counts_of(self, config: MergingConfig, num_positions: int) -> tuple[int, ...]:
+        stages, per_block = len(self.stages), config.merged_per_block
         if per_block is None:
-            wanted = list(super()._fixed_counts(num_positions))
+            wanted = fixed_counts(config.ratios(stages), num_positions)
         else:
-            wanted = [num_positions - int(per_block * (n + 1)) for n in range(len(self.stages))]
+            wanted = tuple(num_positions - int(per_block * (n + 1)) for n in range(stages))
         counts, before = list[int](), num_positions
-        for count, action in zip(wanted, self.config.actions(len(self.stages)), strict=True):
+        for count, action in zip(wanted, config.actions(stages), strict=True):
             least = self.fewest(before, self.num_prefix, action)
             before = min(before, max(count, least))
             counts.append(before)
@@ -327,23 +336,15 @@ class Merging(RatioMethod):
     def train_forward(
         self, family: ViT, images: Tensor, generator: torch.Generator | None = None
     ) -> TrainingOutput:
-        tokens, method = family.stem(images), self
-        counts = method._fixed_counts(tokens.num_patches)
-        if self.config.train_keep_ratio is not None:
-            low, high = self.config.train_keep_ratio
+        tokens, config = family.stem(images), self.config
+        if config.train_keep_ratio is not None:
+            low, high = config.train_keep_ratio
             device = None if generator is None else generator.device
             share = torch.rand((), generator=generator, device=device).item()
-            counts = self._counts_at(low + share * (high - low), tokens.num_patches)
-        tokens, last = self._merged(family, tokens, counts)
+            ratio = low + share * (high - low)
+            config = replace(config, keep_ratio=ratio, merged_per_block=None)
+        tokens, last = self._merged(family, tokens, self._counts_of(config, tokens.num_patches))
         return TrainingOutput(family.training_head(family.run_blocks(last, tokens)))
-
-    def _counts_at(self, keep_ratio: float, num_patches: int) -> tuple[int, ...]:
-        config = self.config
-        try:
-            self.config = replace(config, keep_ratio=keep_ratio, merged_per_block=None)
-            return self._fixed_counts(num_patches)
-        finally:
-            self.config = config
 
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None

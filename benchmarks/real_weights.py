@@ -32,13 +32,25 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "real_weights.json"
 CROP_PCT = {"deit_tiny_patch16_224": "0.875", "vit_tiny_patch16_224": "0.9"}
 """What the weights were published with; for DeiT timm's own entry says 0.9."""
-METHODS = ("dynamicvit", "spvit", "asvit", "sait", "stvit")
+METHODS = ("merging", "dynamicvit", "spvit", "asvit", "sait", "stvit")
 BUDGETS = (0.65, 0.8, 0.5)
 """The first is what a calibrated model is adapted at."""
 RATIOS = "0.8,0.7,0.6"
 """Of the paper's rule, for DynamicViT, besides the budgets."""
-TRAINING_FREE = {"asvit": {"value_weighting": "true"}, "sait": {"score": "cls_value_norm"}}
+TRAINING_FREE: dict[str, dict[str, Any]] = {
+    "merging": {},
+    "asvit": {"value_weighting": "true"},
+    "sait": {"score": "cls_value_norm"},
+}
 """Fields other than the defaults; chosen on adaptation images."""
+TOME = {
+    "merged_per_block": 13,
+    "metric": "mean_keys",
+    "importance_power": 0,
+    "weigh_by": "size",
+    "exact_last_block": "false",
+}
+"""``MergingConfig.tome()``, for the command line."""
 LOW = 0.5
 """The budget that has an adaptation of its own; those above it share one."""
 LOW_FIELDS = {"dynamicvit": {"keep_ratio": 0.56}, "spvit": {"keep_ratio": 0.56}}
@@ -77,6 +89,10 @@ class Bench:
         folder = self._sparsify(method, f"{method}-free", BUDGETS, TRAINING_FREE[method])
         return self._evaluate(f"{method}-free", folder, *self._budgets)
 
+    def tome(self) -> Any:
+        folder = self._sparsify("merging", "tome", BUDGETS, TOME)
+        return self._evaluate("tome", folder, *self._budgets)
+
     def _sparsify(
         self, method: str, name: str, budgets: Sequence[float], fields: dict[str, Any]
     ) -> Path:
@@ -97,7 +113,7 @@ class Bench:
         name = f"{method}-adapt"
         checkpoint, seconds = self._adapt(method, name, *self._start(method, BUDGETS[0]))
         rows = {"adapted": self._evaluate(name, checkpoint, *self._budgets) | seconds}
-        if self.low and method != "sait":  # which is adapted at many densities at once
+        if self.low and method not in ("sait", "merging"):  # adapted at many budgets at once
             low, low_seconds = self._adapt(method, f"{name}-low", *self._start(method, LOW))
             found = self._evaluate(f"{name}-low", low, *self._calibrated_at(LOW))
             rows[f"adapted at {LOW}"] = found | low_seconds
@@ -226,6 +242,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--epochs", type=int, help="Of every adaptation, instead of its recipe's.")
     parser.add_argument("--speed", action="store_true", help="Time the rows as well.")
+    parser.add_argument("--free", action="store_true", help="Nothing that is adapted.")
     parser.add_argument("--no-low", action="store_true", help=f"No adaptation at {LOW} of its own.")
     options = parser.parse_args()
     earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -237,8 +254,11 @@ def main() -> None:
         for method in options.methods:
             if method in TRAINING_FREE or method == "stvit":
                 rows[f"{method} training-free"] = bench.training_free(method)
-            for name, row in bench.adapted(method).items():
-                rows[f"{method} {name}"] = row
+            if method == "merging":
+                rows["tome (preset)"] = bench.tome()
+            if not options.free:
+                for name, row in bench.adapted(method).items():
+                    rows[f"{method} {name}"] = row
             content = {
                 "command": "python benchmarks/real_weights.py ASSETS " + " ".join(sys.argv[2:]),
                 "data": "1,300 ILSVRC2012 validation images (an easy-leaning subset); calibrated "

@@ -50,7 +50,7 @@ from vitrim.layers import dropping, losses, sampling
 from vitrim.layers.merging import Moves
 from vitrim.layers.stages import check_stages, stretches
 from vitrim.layers.token_scores import token_score
-from vitrim.methods.base import Method, with_total
+from vitrim.methods.base import Method, whole_answer, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.calls import in_features
@@ -311,8 +311,7 @@ class ASViT(Method):
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
         if self.config.learn_thresholds:
             return super().teach(family, images)
-        tokens = family.dense(images)  # then the student answers as it does at inference
-        return DenseOutput(family.head(tokens), family.patch_features(tokens))
+        return whole_answer(family, images)  # the student answers as it does at inference
 
     def _mask(self, family: ViT, tokens: Tokens, score: Tensor, threshold: Tensor) -> Tensor:
         """(B, N): 1 for a token that goes on in training, with straight-through gradients."""

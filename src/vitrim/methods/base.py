@@ -15,7 +15,7 @@ from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family
-from vitrim.layers import sampling
+from vitrim.layers import losses, sampling
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
@@ -364,6 +364,28 @@ def require_one_stage(plan: Plan, why: str) -> None:
         f"{why}, and the schedule has {len(plan.stages)} stages; solve it with one "
         "(vitrim schedule --stages 1)",
     )
+
+
+@torch.no_grad()
+def whole_answer(family: Any, images: Tensor) -> DenseOutput:
+    """A teacher's answer as it is at inference: of LV-ViT, what both classifiers say."""
+    tokens = family.dense(images)
+    return DenseOutput(family.head(tokens), family.patch_features(tokens))
+
+
+def answer_losses(
+    method: Method, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+) -> dict[str, Tensor]:
+    """The losses of a method that learns from answers alone: of labels, and of a teacher."""
+    parts = dict[str, Tensor]()
+    if target is not None:
+        parts["classification"] = losses.classification_loss(output.logits, target)
+    if teacher is not None:
+        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+    require(
+        len(parts) > 0, f"{method.name} learns from labels or from a dense teacher; give either"
+    )
+    return with_total(method.config, parts)
 
 
 def with_total(config: Any, parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from vitrim import costs
-from vitrim.config import check_weights, normalise, require
+from vitrim.config import check_weights, normalise
 from vitrim.families import ViT
-from vitrim.layers import losses
-from vitrim.methods.base import Method, with_total
+from vitrim.methods.base import Method, answer_losses, whole_answer
 from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
 from vitrim.tokens.plain import Grid
 
@@ -80,22 +79,13 @@ class Dense(Method):
     ) -> TrainingOutput:
         return TrainingOutput(family.head(family.dense(images)))
 
-    @torch.no_grad()
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
-        """The whole answer: of LV-ViT, what both classifiers say."""
-        tokens = family.dense(images)
-        return DenseOutput(family.head(tokens), family.patch_features(tokens))
+        return whole_answer(family, images)
 
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        parts = dict[str, Tensor]()
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-        require(len(parts) > 0, "dense learns from labels or from a dense teacher; give either")
-        return with_total(self.config, parts)
+        return answer_losses(self, output, target, teacher)
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         return costs.plain_steps(family, grid, self.config.exact_last_block)

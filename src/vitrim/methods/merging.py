@@ -36,7 +36,7 @@ from torch import Tensor
 from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
-from vitrim.layers import losses, sampling
+from vitrim.layers import sampling
 from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of, ungrouped
 from vitrim.layers.stages import (
     check_keep_ratio,
@@ -45,7 +45,7 @@ from vitrim.layers.stages import (
     stage_ratios,
     stretches,
 )
-from vitrim.methods.base import RatioMethod, with_total
+from vitrim.methods.base import RatioMethod, answer_losses, whole_answer
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
@@ -344,18 +344,15 @@ class Merging(RatioMethod):
             ratio = low + share * (high - low)
             config = replace(config, keep_ratio=ratio, merged_per_block=None)
         tokens, last = self._merged(family, tokens, self._counts_of(config, tokens.num_patches))
-        return TrainingOutput(family.training_head(family.run_blocks(last, tokens)))
+        return TrainingOutput(family.head(family.run_blocks(last, tokens)))
+
+    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+        return whole_answer(family, images)
 
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        parts = dict[str, Tensor]()
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-        require(len(parts) > 0, "merging learns from labels or from a dense teacher; give either")
-        return with_total(self.config, parts)
+        return answer_losses(self, output, target, teacher)
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, prefix = math.prod(grid), family.num_prefix

@@ -126,7 +126,7 @@ def sparsify_command(
             help="One that needs no training of its own: merging, asvit, sait, or stvit with "
             "keep_prefix."
         ),
-    ] = "asvit",
+    ] = "merging",
     macs: MacsOption = None,
     milliseconds: MillisecondsOption = None,
     table: TableOption = None,

@@ -1,4 +1,4 @@
-"""The whole job in a few minutes, offline: data, dense model, five methods, measures, report.
+"""The whole job in a few minutes, offline: data, dense model, every method, measures, report.
 
 Everything that the summary and the report say was measured in the same run on the same machine.
 """

@@ -211,7 +211,8 @@ class Merging(RatioMethod):
             wanted = fixed_counts(config.ratios(stages), num_positions)
         else:
             wanted = tuple(num_positions - int(per_block * (n + 1)) for n in range(stages))
-        counts, before = list[int](), num_positions
+        before = num_positions
+        counts: list[int] = []
         for count, action in zip(wanted, config.actions(stages), strict=True):
             least = self.fewest(before, self.num_prefix, action)
             before = min(before, max(count, least))

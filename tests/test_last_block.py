@@ -401,7 +401,12 @@ def test_a_checkpoint_from_before_runs_whole(tmp_path):
     """Its budgets and costs were those of the whole block."""
     sparse = sparsify(tiny_vit(), DynamicViTConfig(exact_last_block=False))
     sparse.save_pretrained(tmp_path)
-    forge(tmp_path, lambda config: config["method"]["config"].pop("exact_last_block"))
+
+    def forget(config):
+        for name in ("exact_last_block", "merge_dropped"):
+            config["method"]["config"].pop(name)
+
+    forge(tmp_path, forget)
     loaded = from_pretrained(tmp_path)
     assert loaded.config == sparse.config
     assert torch.equal(loaded(X), sparse(X))

@@ -399,10 +399,10 @@ def method_config(description: Mapping[str, Any], options: Mapping[str, Any]) ->
     """
     fields, method = description["method"]["config"], method_by_name(description["method"]["name"])
     due = [field.name for field in dataclasses.fields(method.config_class) if field.init]
-    if "exact_last_block" in due:  # before it was known, costs and budgets were the whole block's
-        fields = {"exact_last_block": False} | fields
-    missing = ", ".join(name for name in due if name not in fields)
-    require(not missing, f"method.config lacks {missing}")
+    # Of checkpoints that did not know these, what they did, and what their budgets are of.
+    fields = dict.fromkeys({"exact_last_block", "merge_dropped"} & set(due), False) | fields
+    missing = [name for name in due if name not in fields]
+    require(not missing, f"method.config lacks {', '.join(missing)}")
     return from_plain(method.config_class, fields | options, "method")
 
 

@@ -118,10 +118,10 @@ def test_the_dense_model_is_the_one_before_training(finished):
         assert dataclasses.asdict(found.dense) == point["dense"]
 
 
-def test_summary_has_six_lines_with_what_was_measured(finished):
+def test_summary_has_seven_lines_with_what_was_measured(finished):
     folder, lines, _ = finished
     results = results_of(folder)
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert [line.split()[0] for line in lines] == ["dense", *NAMES]
     assert not any("\n" in line for line in lines)
     main = {point["method"]: point for point in results["points"] if point["is_main"]}
@@ -153,11 +153,11 @@ def test_report_is_whole_and_self_contained(finished):
 
 def test_every_part_shows_progress_to_its_end(finished):
     _, _, parts = finished
-    assert len(parts) == 5 + 4
+    assert len(parts) == 6 + 4
     assert all(numbers == sorted(numbers) for numbers in parts.values())
     assert parts["making the test images"][-1] == 120
     assert parts["fine-tuning with dynamicvit"][-1] == 100
-    assert parts["evaluating methods and budgets"][-1] == 5
+    assert parts["evaluating methods and budgets"][-1] == 6
 
 
 def test_shipped_model_is_loaded_from_half_precision(tmp_path):

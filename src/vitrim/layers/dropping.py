@@ -52,8 +52,12 @@ def keep_chosen(
     tokens: AnyTokens, keep_BN: Tensor, merge: bool = False
 ) -> tuple[AnyTokens, Moves | None]:
     """The patch tokens that ``keep_BN`` (bool, on the original grid) names; see ``select``."""
-    kept = select(tokens, keep_BN)
-    return absorb(kept, select(tokens, ~keep_BN)) if merge else (kept, None)
+    return _merge_chosen(tokens, keep_BN) if merge else (select(tokens, keep_BN), None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as all that deals with counts
+def _merge_chosen(tokens: AnyTokens, keep_BN: Tensor) -> tuple[AnyTokens, Moves]:
+    return absorb(select(tokens, keep_BN), select(tokens, ~keep_BN))
 
 
 def hide(tokens: Tokens, keep_BN: Tensor, merge: bool = False) -> tuple[Tokens, Moves | None]:
@@ -81,7 +85,6 @@ def absorb(kept: SomeTokens, gone: AnyTokens) -> tuple[SomeTokens, Moves]:
     return cast("tuple[SomeTokens, Moves]", _absorb(kept, gone))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # as all that deals with counts
 def _absorb_packed(kept: AnyTokens, gone: AnyTokens) -> tuple[AnyTokens, Moves]:
     gone = gone.padded() if isinstance(gone, PackedTokens) else gone
     if isinstance(kept, Tokens):

@@ -50,7 +50,7 @@ from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, Tr
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
-EPS = 1e-9
+EPS = 1e-6  # what 16 bits can tell from 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

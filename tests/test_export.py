@@ -319,9 +319,11 @@ def test_openvino_is_told_the_precision(dtype, hint, tmp_path, monkeypatch):
     assert [config["INFERENCE_PRECISION_HINT"] for config in configs] == [hint]
 
 
-def test_a_batch_that_is_not_a_whole_number_of_calls(tmp_path):
-    sparse, folder = exported(tmp_path, FIXED["dynamicvit"], batch=2)
-    assert Bundle(folder).batch == 2
+@pytest.mark.parametrize("name", ["dynamicvit", "dense", "merging", "dynamicvit merging"])
+def test_a_batch_that_is_not_a_whole_number_of_calls(tmp_path, name):
+    """Of as many images as the model has heads, which an exporter once took for each other."""
+    sparse, folder = exported(tmp_path, FIXED[name], batch=2)
+    assert Bundle(folder).batch == 2 == sparse.backbone.blocks[0].attn.num_heads
     same(sparse, folder, batch=5)
 
 

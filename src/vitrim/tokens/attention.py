@@ -254,18 +254,25 @@ def attention_of_first(
     weight_3HDC = attention.qkv.weight.view(3, heads, dim, -1)
     scale = scale_of(attention, q)
     if isinstance(attention.k_norm, nn.Identity):
-        asked_BQC = (q * scale @ weight_3HDC[1]).flatten(1, 2)
-        logits = (asked_BQC @ x_BNC.transpose(-2, -1)).view(num_images, heads, rows, num_tokens)
+        logits = _of_all_heads(q * scale @ weight_3HDC[1], x_BNC.transpose(-2, -1))
     else:
         k = linear_part(attention.qkv, x_BNC, width, 2 * width)
         k = attention.k_norm(k.view(num_images, num_tokens, heads, dim).transpose(1, 2))
         logits = (q * scale) @ k.transpose(-2, -1)
     weights_BHRN = _biased(logits, bias).softmax(-1).to(x_BNC.dtype)
-    seen_BHRC = (weights_BHRN.flatten(1, 2) @ x_BNC).view(num_images, heads, rows, -1)
+    seen_BHRC = _of_all_heads(weights_BHRN, x_BNC)
     context_BHRD = seen_BHRC @ weight_3HDC[2].transpose(-2, -1)
     if attention.qkv.bias is not None:
         context_BHRD = context_BHRD + attention.qkv.bias[2 * width :].view(heads, 1, dim)
     return merge(attention, first, context_BHRD)
+
+
+def _of_all_heads(rows_BHRX: Tensor, matrix_BXY: Tensor) -> Tensor:
+    """(B, H, R, Y): all heads' rows times their image's matrix."""
+    if exporting():  # exporters lose the reshapes below where there are as many images as heads
+        return rows_BHRX @ matrix_BXY.unsqueeze(1)
+    product_BQY = rows_BHRX.flatten(1, 2) @ matrix_BXY
+    return product_BQY.view(*rows_BHRX.shape[:3], -1)
 
 
 def masked_softmax(logits_BHNN: Tensor, keep_BN: Tensor, eps: float = EPS) -> Tensor:

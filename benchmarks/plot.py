@@ -9,9 +9,6 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "results"
 DEIT = "deit_tiny_patch16_224"
 
-# DeiT-Tiny with ToMe off the shelf on the same 1,300 images: GMACs and top-1, figures given to us.
-TOME = [(0.929, 81.3), (0.811, 80.3), (0.735, 80.2), (0.625, 79.2)]
-
 
 def table(models: dict[str, Any]) -> str:
     """A table per model: every row of the measurements."""
@@ -65,9 +62,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
         rows = sorted(content["results"], key=lambda row: row["macs"]["mean"])
         macs = [row["macs"]["mean"] / 1e9 for row in rows]
         free = "training-free" in name
-        style = {"linestyle": ":" if free else "-", "marker": "s" if free else "o"}
+        style: dict[str, Any] = {"linestyle": ":" if free else "-", "marker": "s" if free else "o"}
+        if name.startswith("tome"):
+            style = {"linestyle": "--", "marker": "D", "color": "gray"}
+        elif name.startswith("merging"):
+            style |= {"linewidth": 2.5, "color": "black"}
         axes.plot(macs, [row["sparse"]["top1"] for row in rows], label=name, **style)
-    axes.plot(*zip(*TOME, strict=True), "D--", color="gray", label="ToMe, off the shelf (as given)")
     dense = found["dense"]["results"][0]
     axes.plot(dense["dense_macs"] / 1e9, dense["dense"]["top1"], "k*", markersize=12, label="dense")
     axes.set(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.layers import sampling
-from vitrim.layers.merging import Moves, add_rows, rows_of
+from vitrim.layers.merging import Moves, add_rows, rows_of, sizes_of
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Tokens
 
@@ -107,7 +107,7 @@ def _absorb(kept: Tokens, gone: Tokens) -> tuple[Tokens, Moves]:
     least = torch.finfo(alike_BDK.dtype).min
     target_BD = F.pad(alike_BDK, (0, 1), value=least).argmax(-1)
 
-    size_BK, size_BD, there = _sizes(kept), _sizes(gone), None
+    size_BK, size_BD, there = sizes_of(kept), sizes_of(gone), None
     if gone.keep_BN is not None:
         there, size_BD = gone.keep_BN > 0.5, size_BD * gone.keep_BN
     size_BK = F.pad(size_BK, (0, 1), value=1.0).scatter_add(1, target_BD, size_BD)
@@ -119,10 +119,3 @@ def _absorb(kept: Tokens, gone: Tokens) -> tuple[Tokens, Moves]:
     source_BD = gone.index_BN if there is None else gone.index_BN.where(there, -1)
     into_BD = F.pad(kept.index_BN, (0, 1), value=-1).gather(1, target_BD)
     return replace(kept, x=x, size_BN=size_BK[:, :-1]), (source_BD, into_BD)
-
-
-def _sizes(tokens: Tokens) -> Tensor:
-    """(B, N)"""
-    if tokens.size_BN is None:
-        return tokens.x.new_ones(tokens.index_BN.shape)
-    return tokens.size_BN

@@ -79,24 +79,27 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
         weight_BN: of the patch tokens in that mean; None: their sizes, as in ToMe.
     """
     source_BR, target_BR = matching.source_BR, matching.target_BR
-    kept = replace(tokens, size_BN=None).gather(matching.kept_BK)
-    if tokens.size_BN is None:
-        size_BK = torch.ones_like(matching.kept_BK, dtype=tokens.x.dtype)
-        source_size = torch.ones_like(source_BR, dtype=tokens.x.dtype)
-    else:
-        size_BK = tokens.size_BN.gather(1, matching.kept_BK)
-        source_size = tokens.size_BN.gather(1, source_BR)
-    size_after_BK = size_BK.scatter_add(1, target_BR, source_size)
-    if weight_BN is None:
-        going_BR, weight_BK = source_size, size_after_BK
-    else:
-        going_BR = weight_BN.gather(1, source_BR)
-        weight_BK = weight_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
+    kept, size_BN = replace(tokens, size_BN=None).gather(matching.kept_BK), sizes_of(tokens)
+
+    def summed(values_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Of those that go, and the sum of what each that stays has together with them."""
+        going_BR = values_BN.gather(1, source_BR)
+        return going_BR, values_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
+
+    source_size, size_BK = summed(size_BN)
+    going_BR, weight_BK = (source_size, size_BK) if weight_BN is None else summed(weight_BN)
     share_BR = going_BR / weight_BK.gather(1, target_BR)
     prefix = tokens.num_prefix
     change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
     x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
-    return replace(kept, x=x, size_BN=size_after_BK)
+    return replace(kept, x=x, size_BN=size_BK)
+
+
+def sizes_of(tokens: Tokens) -> Tensor:
+    """(B, N): how many patches each patch token stands for."""
+    if tokens.size_BN is not None:
+        return tokens.size_BN
+    return tokens.x.new_ones(tokens.index_BN.shape)
 
 
 def _sorted(values_BN: Tensor, descending: bool = False) -> Any:

@@ -50,7 +50,7 @@ from vitrim.layers import dropping, losses, sampling
 from vitrim.layers.merging import Moves
 from vitrim.layers.stages import check_stages, stretches
 from vitrim.layers.token_scores import token_score
-from vitrim.methods.base import Method, whole_answer, with_total
+from vitrim.methods.base import Method, answer_parts, whole_answer, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.calls import in_features
@@ -353,17 +353,18 @@ class ASViT(Method):
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, parts = self.config, {}
+        config, parts = self.config, dict[str, Tensor]()
         if isinstance(output, ASViTOutput):
             excess = output.macs_B.mean() - config.budget * output.dense_macs
             parts["budget"] = excess.abs() / 1e9
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            if isinstance(output, ASViTOutput) and output.patch_features is not None:
-                features, taught = output.patch_features, teacher.patch_features
-                parts["token"] = output.token_loss(features, taught, output.keeps[-1])
+        parts |= answer_parts(output, target, teacher)
+        if (
+            teacher is not None
+            and isinstance(output, ASViTOutput)
+            and output.patch_features is not None
+        ):
+            features, taught = output.patch_features, teacher.patch_features
+            parts["token"] = output.token_loss(features, taught, output.keeps[-1])
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
         return with_total(config, parts)
 

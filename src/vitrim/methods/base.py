@@ -373,15 +373,23 @@ def whole_answer(family: Any, images: Tensor) -> DenseOutput:
     return DenseOutput(family.head(tokens), family.patch_features(tokens))
 
 
-def answer_losses(
-    method: Method, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+def answer_parts(
+    output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
 ) -> dict[str, Tensor]:
-    """The losses of a method that learns from answers alone: of labels, and of a teacher."""
+    """The loss terms of answers, not weighted: of labels, and of a teacher, where there are any."""
     parts = dict[str, Tensor]()
     if target is not None:
         parts["classification"] = losses.classification_loss(output.logits, target)
     if teacher is not None:
         parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
+    return parts
+
+
+def answer_losses(
+    method: Method, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
+) -> dict[str, Tensor]:
+    """The losses of a method that learns from answers alone: of labels, and of a teacher."""
+    parts = answer_parts(output, target, teacher)
     require(
         len(parts) > 0, f"{method.name} learns from labels or from a dense teacher; give either"
     )

@@ -13,7 +13,7 @@ from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import losses
 from vitrim.layers.stages import check_keep_ratio, check_stages, stage_ratios
-from vitrim.methods.base import RatioMethod, with_total
+from vitrim.methods.base import RatioMethod, answer_parts, with_total
 from vitrim.methods.records import Decision, DenseOutput, SelectionOutput
 
 
@@ -143,11 +143,8 @@ def selection_losses(
         not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
         "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
     )
-    parts = {"ratio": ratio}
-    if target is not None:
-        parts["classification"] = losses.classification_loss(output.logits, target)
+    parts = {"ratio": ratio} | answer_parts(output, target, teacher)
     if teacher is not None:
-        parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
         parts["token"] = _token_loss(output, teacher)
         if config.score_weight:
             parts["score"] = _score_loss(output.decisions, teacher, counts)

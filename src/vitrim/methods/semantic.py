@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vitrim.config import check_weights, normalise, require
 from vitrim.errors import ConfigError
-from vitrim.layers import losses
 from vitrim.layers.semantic_windows import Windows, tokens_side, windows_of
-from vitrim.methods.base import Method, with_total
+from vitrim.methods.base import Method, answer_parts, with_total
 from vitrim.methods.records import DenseOutput, PooledOutput, StageTrace
 from vitrim.tokens.plain import Grid
 
@@ -93,19 +92,15 @@ class SemanticMethod(Method):
         self, output: PooledOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
         """Classification, distillation and, with a weight above 0, what the classifier reads."""
-        parts = dict[str, Tensor]()
-        if target is not None:
-            parts["classification"] = losses.classification_loss(output.logits, target)
-        if teacher is not None:
-            parts["distill"] = losses.distillation_loss(output.logits, teacher.logits)
-            if self.config.feature_weight:
-                wanted = teacher.pooled_features
-                if wanted is None:
-                    raise ConfigError(
-                        "feature_weight is above 0, so the loss needs what the teacher's "
-                        "classifier reads; ask the teacher through the method's teach"
-                    )
-                parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
+        parts = answer_parts(output, target, teacher)
+        if teacher is not None and self.config.feature_weight:
+            wanted = teacher.pooled_features
+            if wanted is None:
+                raise ConfigError(
+                    "feature_weight is above 0, so the loss needs what the teacher's classifier "
+                    "reads; ask the teacher through the method's teach"
+                )
+            parts["feature"] = F.mse_loss(output.features_BC.float(), wanted.float())
         return with_total(self.config, parts)
 
     @staticmethod

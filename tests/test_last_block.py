@@ -191,14 +191,14 @@ def test_masked_gathered_and_packed_agree(variant, sized):
     tokens = family.run_block(0, family.stem(images(4)))
     if sized:
         size = torch.randint(1, 5, (4, 16), generator=seeded(2)).float()
-        tokens = replace(tokens, size_BN=size)
+        tokens = tokens.sized(size)
     position = torch.stack([torch.randperm(16, generator=seeded(i))[:7] for i in range(4)])
     keep = torch.zeros(4, 16).scatter(1, position, 1.0)
     alike = tokens.with_keep(keep), tokens.gather(position)
     for form in alike:
         close(family.answer(1, form), family.answer(1, alike[1], exact=False))
     if sized:
-        plain = replace(tokens, size_BN=None).gather(position)
+        plain = tokens.sized(None).gather(position)
         assert (family.answer(1, plain) - family.answer(1, alike[1])).abs().max() > 1e-4
     unlike = keep * (torch.arange(4)[:, None] + torch.arange(16) > 6)
     packed = select(tokens, unlike > 0)

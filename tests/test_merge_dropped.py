@@ -319,7 +319,7 @@ def test_heads_weigh_tokens_by_what_they_stand_for(pool, include):
         one = Tokens(tokens.x[image : image + 1], 1, tokens.index_BN[:1]).gather(places)
         expected.append(family.head(one))
     expected = torch.cat(expected)
-    sized = replace(tokens, size_BN=size)
+    sized = tokens.sized(size)
     keep = torch.ones(4, 16, dtype=torch.bool)
     for form in (sized, sized.with_keep(keep.float()), select_padded(sized, keep, None)):
         torch.testing.assert_close(family.head(form), expected, atol=1e-5, rtol=0)
@@ -341,7 +341,7 @@ def test_heads_weigh_tokens_by_what_they_stand_for(pool, include):
 def test_an_lvvit_s_maximum_is_of_the_tokens_as_they_are():
     family = family_of(tiny_lvvit())
     tokens = some_tokens(1, channels=32)
-    sized = replace(tokens, size_BN=torch.full((4, 16), 3.0))
+    sized = tokens.sized(torch.full((4, 16), 3.0))
     assert torch.equal(family.head(sized), family.head(tokens))
 
 

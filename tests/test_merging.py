@@ -221,7 +221,7 @@ def test_merging_keeps_sums(case, weighted):
     x = torch.randn(2, num_prefix + num_patches, 4, generator=generator, dtype=torch.float64)
     weight = torch.rand(2, num_patches, generator=generator, dtype=torch.float64) + 0.1
     size = torch.randint(1, 5, (2, num_patches), generator=generator).double()
-    tokens = replace(Tokens.of(x, num_prefix), size_BN=size)
+    tokens = Tokens.of(x, num_prefix).sized(size)
     matching = match(tokens.patches, count, num_prefix)
     given_weight = weight if weighted else None
     after = merge(tokens, matching, given_weight)
@@ -300,7 +300,7 @@ def test_an_odd_number_of_patches_and_one():
 @pytest.mark.parametrize("depth", [2, 3, 4, 6, 12])
 def test_default_stages(depth):
     sparse = made(MergingConfig(), depth=depth)
-    expected = {2: (1,), 3: (1, 2), 4: (1, 2), 6: (2, 3, 4), 12: (4, 5, 6, 8)}
+    expected = {2: (1,), 3: (1, 2), 4: (1, 2, 3), 6: (2, 3, 4), 12: (4, 5, 6, 7, 8, 9)}
     assert sparse.method.stages == expected[depth]
     assert sparse(X).isfinite().all()
 
@@ -445,7 +445,7 @@ def test_what_the_backbone_cannot_serve_is_refused():
         made(MergingConfig(stages=(4,)))
     with pytest.raises(ConfigError, match="merging needs two"):
         made(MergingConfig(), depth=1)
-    with pytest.raises(ConfigError, match="2 numbers for 4 stages"):
+    with pytest.raises(ConfigError, match="2 numbers for 6 stages"):
         made(MergingConfig(keep_ratio=(0.8, 0.6)), depth=12)
     with pytest.raises(ConfigError, match="merged_per_block says how many"):
         made(MergingConfig.tome(2)).set_keep_ratio(0.5)

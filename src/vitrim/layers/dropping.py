@@ -118,4 +118,4 @@ def _absorb(kept: Tokens, gone: Tokens) -> tuple[Tokens, Moves]:
 
     source_BD = gone.index_BN if there is None else gone.index_BN.where(there, -1)
     into_BD = F.pad(kept.index_BN, (0, 1), value=-1).gather(1, target_BD)
-    return replace(kept, x=x, size_BN=size_BK[:, :-1]), (source_BD, into_BD)
+    return kept.with_x(x).sized(size_BK[:, :-1]), (source_BD, into_BD)

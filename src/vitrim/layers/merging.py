@@ -8,7 +8,7 @@ that go, not on those that stay: merging costs by how much it merges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +26,20 @@ token, and for nowhere."""
 class Matching:
     """Which patch tokens stay, and into which of these the others go; places count patch tokens."""
 
-    kept_BK: Tensor
-    """(B, K) int64: places of those that stay."""
-    source_BR: Tensor
-    """(B, R) int64: places of those that go."""
+    order_BN: Tensor
+    """(B, N) int64: places of those that stay, then of those that go."""
     target_BR: Tensor
-    """(B, R) int64: where among those that stay each of them goes."""
+    """(B, R) int64: where among those that stay each of the others goes."""
+
+    @property
+    def kept_BK(self) -> Tensor:
+        """(B, K) int64: places of those that stay."""
+        return self.order_BN[:, : self.order_BN.shape[1] - self.target_BR.shape[1]]
+
+    @property
+    def source_BR(self) -> Tensor:
+        """(B, R) int64: places of those that go."""
+        return self.order_BN[:, self.order_BN.shape[1] - self.target_BR.shape[1] :]
 
 
 def most_sources(num_patches: int, num_prefix: int) -> int:
@@ -64,10 +72,11 @@ def match(
     order_BA = _sorted(gain_BA, descending=True).indices
     going_BR, staying_BA = order_BA[:, :count], _sorted(order_BA[:, count:]).values
     odd_places = torch.arange(odd, metric_BNC.shape[1], 2, device=metric_BNC.device)
-    odd_places = odd_places.expand(staying_BA.shape[0], -1)
-    kept_BK = torch.cat([torch.add(even, staying_BA, alpha=2), odd_places], 1)
-    target_BR = best.indices.gather(1, going_BR) + staying_BA.shape[1]
-    return Matching(kept_BK, torch.add(even, going_BR, alpha=2), target_BR)
+    odd_places = odd_places.expand(order_BA.shape[0], -1)
+    even_places = torch.add(even, torch.cat([staying_BA, going_BR], 1), alpha=2)
+    staying = staying_BA.shape[1]
+    order_BN = torch.cat([even_places[:, :staying], odd_places, even_places[:, staying:]], 1)
+    return Matching(order_BN, best.indices.gather(1, going_BR) + staying)
 
 
 def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -> Tokens:
@@ -78,21 +87,24 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
         matching: who goes where.
         weight_BN: of the patch tokens in that mean; None: their sizes, as in ToMe.
     """
-    source_BR, target_BR = matching.source_BR, matching.target_BR
-    kept, size_BN = replace(tokens, size_BN=None).gather(matching.kept_BK), sizes_of(tokens)
+    target_BR = matching.target_BR
+    ordered, size_BN = tokens.sized(None).gather(matching.order_BN), sizes_of(tokens)
+    num_kept = ordered.num_patches - target_BR.shape[1]
 
     def summed(values_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Of those that go, and the sum of what each that stays has together with them."""
-        going_BR = values_BN.gather(1, source_BR)
-        return going_BR, values_BN.gather(1, matching.kept_BK).scatter_add(1, target_BR, going_BR)
+        values_BN = values_BN.gather(1, matching.order_BN)
+        going_BR = values_BN[:, num_kept:]
+        return going_BR, values_BN[:, :num_kept].scatter_add(1, target_BR, going_BR)
 
-    source_size, size_BK = summed(size_BN)
-    going_BR, weight_BK = (source_size, size_BK) if weight_BN is None else summed(weight_BN)
+    size_BR, size_BK = summed(size_BN)
+    going_BR, weight_BK = (size_BR, size_BK) if weight_BN is None else summed(weight_BN)
     share_BR = going_BR / weight_BK.gather(1, target_BR)
-    prefix = tokens.num_prefix
-    change = rows_of(tokens.x, source_BR + prefix) - rows_of(kept.x, target_BR + prefix)
-    x = add_rows(kept.x, target_BR + prefix, share_BR.unsqueeze(-1) * change)
-    return replace(kept, x=x, size_BN=size_BK)
+    target_BR = target_BR + tokens.num_prefix
+    last = tokens.num_prefix + num_kept
+    change = ordered.x[:, last:] - rows_of(ordered.x, target_BR)
+    x = add_rows(ordered.x, target_BR, share_BR.unsqueeze(-1) * change)[:, :last]
+    return Tokens(x, tokens.num_prefix, ordered.index_BN[:, :num_kept]).sized(size_BK)
 
 
 def sizes_of(tokens: Tokens) -> Tensor:

@@ -62,7 +62,7 @@ class MergingConfig:
     ...; a tuple gives the share at each. Half of the tokens can go at once, no more do."""
     stages: tuple[int, ...] | None = None
     """Blocks before which tokens are fewer: they are merged between attention and MLP of the block
-    before. None takes 4, 5, 6, 8 of 12 blocks, and in proportion of others."""
+    before. None takes 4 to 9 of 12 blocks, and in proportion of others."""
     merged_per_block: float | None = None
     """ToMe's r: so many tokens are merged away in every block, in place of ``keep_ratio`` and
     ``stages``; of a fraction, as many as add up. Published: 13 for DeiT-S."""
@@ -166,7 +166,7 @@ class Merging(RatioMethod):
         if config.merged_per_block is not None:
             stages = tuple(range(1, depth))
         elif stages is None:
-            stages = tuple(sorted({max(1, depth * part // 12) for part in (4, 5, 6, 8)}))
+            stages = tuple(sorted({max(1, depth * part // 12) for part in range(4, 10)}))
         _check_stages(stages, depth)
         config.ratios(len(stages))
         config.actions(len(stages))

@@ -207,7 +207,7 @@ class STViT(SemanticMethod):
         if not semantic.num_prefix:
             return semantic
         size = tokens.num_patches / semantic.num_patches
-        return replace(semantic, size_BN=semantic.x.new_full(semantic.index_BN.shape, size))
+        return semantic.sized(semantic.x.new_full(semantic.index_BN.shape, size))
 
     def _rest(self, family: ViT, semantic: Tokens) -> Tokens:
         """The semantic tokens after the last block."""

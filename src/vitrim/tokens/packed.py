@@ -290,7 +290,7 @@ class PackedTokens:
         keep = layout.visible_BN[:, self.num_prefix :].to(self.x.dtype)
         index = layout.pad_patches(self.index_N)
         size = None if self.size_N is None else layout.pad_patches(self.size_N).clamp(min=1)
-        return Tokens(layout.pad(self.x), self.num_prefix, index, keep, size)
+        return Tokens(layout.pad(self.x), self.num_prefix, index, keep).sized(size)
 
 
 AnyTokens = Tokens | PackedTokens
@@ -373,7 +373,7 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
         return PackedTokens(x, packed, index_N, size_N)
     shape, x = (num_images, counts[0]), x.view(num_images, packed.longest, x.shape[1])
     size_BN = None if size_N is None else size_N.view(shape)
-    return Tokens(x, packed.num_prefix, index_N.view(shape), size_BN=size_BN)
+    return Tokens(x, packed.num_prefix, index_N.view(shape)).sized(size_BN)
 
 
 def _select_one(tokens: Tokens, keep_N: Tensor, packages_1PC: Tensor | None) -> Tokens:

@@ -46,7 +46,8 @@ def select_padded(tokens: Tokens, keep_BN: Tensor, packages_BPC: Tensor | None) 
     visible_BS = slot_S < counts_B1
     index_BS = kept.index_BN.where(visible_BS, num_places)
     keep_BS = visible_BS.to(kept.x.dtype)
-    padded = PaddedTokens(kept.x, kept.num_prefix, index_BS, keep_BS, kept.size_BN)
+    padded = PaddedTokens(kept.x, kept.num_prefix, index_BS, keep_BS)
+    padded = padded.sized(kept.size_BN)
     if packages_BPC is None:
         return padded
     return padded.with_prefix(torch.cat([kept.prefix_BPC, packages_BPC], 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,14 @@ class Tokens:
     straight-through gradients."""
 
     size_BN: Tensor | None = None
-    """(B, N): how many patches each patch token stands for; None: one each."""
+    """(B, N): how many patches each patch token stands for, see :meth:`sized`; None: one each."""
+
+    log_size: Tensor | None = None
+    """(B, 1, 1, P + N): what makes attention see each token as the patches that it stands for,
+    added to the logits of keys; None: nothing."""
+
+    def __post_init__(self) -> None:
+        assert (self.size_BN is None) == (self.log_size is None), "set sizes by Tokens.sized"
 
     @classmethod
     def of(cls, x: Tensor, num_prefix: int) -> Tokens:
@@ -76,15 +84,6 @@ class Tokens:
         assert self.keep_BN is not None
         ones = self.keep_BN.new_ones(self.keep_BN.shape[0], self.num_prefix)
         return torch.cat([ones, self.keep_BN], dim=1)
-
-    @property
-    def log_size(self) -> Tensor | None:
-        """(B, 1, 1, P + N): what makes attention see each token as the patches that it stands for,
-        added to the logits of keys; None: nothing.
-        """
-        if self.size_BN is None:
-            return None
-        return F.pad(self.size_BN.log(), (self.num_prefix, 0))[:, None, None, :]
 
     @property
     def bias(self) -> Tensor | None:
@@ -138,10 +137,17 @@ class Tokens:
         """The same tokens with new features."""
         return replace(self, x=x)
 
+    def sized(self, size_BN: Tensor | None) -> Self:
+        """The same tokens, each of which stands for so many patches; None: for one each."""
+        if size_BN is None:
+            return replace(self, size_BN=None, log_size=None)
+        log_size = F.pad(size_BN.log(), (self.num_prefix, 0))[:, None, None, :]
+        return replace(self, size_BN=size_BN, log_size=log_size)
+
     def with_prefix(self, prefix_BPC: Tensor) -> Tokens:
         """The same patch tokens behind other prefix tokens, in any number."""
         x = torch.cat([prefix_BPC, self.patches], 1)
-        return replace(self, x=x, num_prefix=prefix_BPC.shape[1])
+        return replace(self, x=x, num_prefix=prefix_BPC.shape[1]).sized(self.size_BN)
 
     def with_keep(self, keep_BN: Tensor) -> Tokens:
         """The same tokens under a mask: all stay in memory, dropped ones are not attended to."""
@@ -168,4 +174,5 @@ class Tokens:
             x = flat.index_select(0, (rows + start).flatten())
             x = x.view(num_images, rows.shape[1], num_channels)
         size_BN = None if self.size_BN is None else self.size_BN.gather(1, position_BK)
-        return Tokens(x, self.num_prefix, self.index_BN.gather(1, position_BK), size_BN=size_BN)
+        gathered = Tokens(x, self.num_prefix, self.index_BN.gather(1, position_BK))
+        return gathered.sized(size_BN)

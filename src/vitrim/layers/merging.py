@@ -94,8 +94,8 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     def summed(values_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Of those that go, and the sum of what each that stays has together with them."""
         values_BN = values_BN.gather(1, matching.order_BN)
-        going_BR = values_BN[:, num_kept:]
-        return going_BR, values_BN[:, :num_kept].scatter_add(1, target_BR, going_BR)
+        kept_BK, going_BR = values_BN[:, :num_kept], values_BN[:, num_kept:]
+        return going_BR, add_rows(kept_BK, target_BR, going_BR)
 
     size_BR, size_BK = summed(size_BN)
     going_BR, weight_BK = (size_BR, size_BK) if weight_BN is None else summed(weight_BN)
@@ -148,14 +148,16 @@ def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
 
 
 def add_rows(x_BNC: Tensor, row_BR: Tensor, values_BRC: Tensor) -> Tensor:
-    """``x_BNC``, which is overwritten, with ``values`` added to some rows of each image."""
+    """``x`` (B, N, C) or (B, N), which may be overwritten, with ``values`` added to some rows of each
+    image.
+    """
     rows, values = x_BNC.flatten(0, 1), values_BRC.flatten(0, 1).to(x_BNC.dtype)
     return rows.index_add_(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)
 
 
 def _flat(row_BR: Tensor, x_BNC: Tensor) -> Tensor:
     """(B * R,): rows of each image among those of all."""
-    num_images, num_rows, _ = x_BNC.shape
+    num_images, num_rows = x_BNC.shape[:2]
     if isinstance(num_images, int) and num_images == 1:
         return row_BR[0]
     start = torch.arange(num_images, device=row_BR.device).unsqueeze(1) * num_rows

@@ -13,6 +13,7 @@ import torch
 import vitrim
 from tests.training import TINY, curve, quiet, run_script, tiny_recipe, write_images
 from vitrim import InputError, TrainingError, VitrimError
+from vitrim.train.devices import accelerator_of, native
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
 from vitrim.train.state import load_state, save_state
@@ -146,6 +147,19 @@ def test_accumulation_equals_the_bigger_batch(folder, tmp_path):
     train(small, tmp_path / "small", on_progress=quiet)
     for line, expected in zip(curve(tmp_path / "small"), curve(tmp_path / "big"), strict=True):
         assert line == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({}, "fp32"), ({"avx512_bf16": False}, "fp32"), ({"amx_bf16": True}, "bf16")],
+)
+def test_automatic_precision_is_what_the_processor_has(found, expected, monkeypatch):
+    """Without its instructions bf16 takes twenty times as long."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert native(cpu=True) == expected
+    with accelerator_of("auto") as accelerator:
+        if accelerator.device.type == "cpu":
+            assert accelerator.mixed_precision == expected.replace("fp32", "no")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

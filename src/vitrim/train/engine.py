@@ -340,7 +340,12 @@ class _Trainer:
         if score > self.best:
             self.best = score
             measured = {"val_images": count, "val_data": self.recipe.data.val}
-            self._export(metrics | found | measured | {"precision": self.recipe.run.precision})
+            self._export(metrics | found | measured | {"precision": self._precision})
+
+    @property
+    def _precision(self) -> str:
+        name: str = self.accelerator.mixed_precision
+        return name.replace("no", "fp32")
 
     @property
     def _result(self) -> nn.Module:

@@ -58,9 +58,11 @@ def native(cpu: bool) -> str:
     takes twenty times as long.
     """
     if not cpu:
-        return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp32"
-    found = torch.cpu.get_capabilities()
-    return "bf16" if any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+        has_it = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    else:
+        found = torch.cpu.get_capabilities()
+        has_it = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if has_it else "fp32"
 
 
 def _meant_for_several() -> bool:

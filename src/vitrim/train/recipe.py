@@ -260,8 +260,8 @@ class RunRecipe:
     seed: int = 0
     """Data order, augmentation, new parameters and the method's noise are functions of it."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Of the forward and backward pass; weights stay in fp32. ``"auto"`` is bf16 where the device has
-    instructions for it, and fp32 elsewhere."""
+    """Of the forward and backward pass; weights stay in fp32. ``"auto"`` is bf16 where the device
+    has instructions for it, and fp32 elsewhere."""
     checkpoint_steps: int = 500
     """Optimiser steps between two saved trainer states; the end of an epoch saves one too."""
     eval_every: int = 1

@@ -27,12 +27,12 @@ Kind = TypeVar("Kind", bound=Method)
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        Merging,
         Dense,
         DynamicViT,
         DynamicSpatial,
         ASViT,
         SaiT,
-        Merging,
         SPViT,
         SPViTPyramid,
         STViT,

@@ -34,6 +34,7 @@ FLOORS = {
     "tools": 8,
     "latency": 9,
     "budgets": 10,
+    "tasks": 11,
     "train": 11,
     "demo": 12,
     "cli": 13,

@@ -1,0 +1,1 @@
+"""What a model is for. The engine in ``train/`` trains each of them."""

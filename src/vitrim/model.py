@@ -19,7 +19,7 @@ from vitrim.as_timm import TimmModel, is_empty, one_for_none
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
-from vitrim.families import Family, family_of
+from vitrim.families import Family, described, family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
@@ -128,7 +128,7 @@ class SparseModel(TimmModel):
         self._calibrated = checkpoint.fingerprint(self.state_dict()) if found else None
 
     @property
-    def _is_calibrated(self) -> bool:
+    def is_calibrated(self) -> bool:
         """Whether the record of a calibration is of the weights that the model has now."""
         return self._calibrated == checkpoint.fingerprint(self.state_dict())
 
@@ -246,7 +246,7 @@ class SparseModel(TimmModel):
         budget.check_budget(macs)
         trial, grid = copy.copy(self.method), self.family.grid()
         if self.macs() is None:
-            if self.calibration and not self._is_calibrated:
+            if self.calibration and not self.is_calibrated:
                 raise ConfigError(
                     "the weights have changed since vitrim.calibrate met its budgets; calibrate "
                     "again"
@@ -331,7 +331,7 @@ class SparseModel(TimmModel):
         still = copy.copy(self)  # whatever another thread turns meanwhile
         still._modules = self._modules | {"method": self._settled()}
         weights = checkpoint.plain_weights(still.state_dict())
-        records = self.calibration if self.calibration and self._is_calibrated else ()
+        records = self.calibration if self.calibration and self.is_calibrated else ()
         known = {
             "method": {"name": still.method.name, "config": to_plain(still.config)},
             "calibration": [to_plain(record) for record in records],
@@ -448,12 +448,12 @@ def _made(
     if len(types) > 1:
         raise CheckpointError(f"{source} has weights of {' and '.join(sorted(types))}; one is due")
     with torch.device("meta"):
-        backbone = checkpoint.create_backbone(description["backbone"], len(weights))
+        backbone = described.create_backbone(description["backbone"], len(weights))
         model = SparseModel(backbone, config)
         checkpoint.check_fit(model.state_dict(), weights, source)
-        checkpoint.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
+        described.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
     model.load_state_dict(weights, assign=True)
-    checkpoint.fill_buffers(model.backbone, description["backbone"])
+    described.fill_buffers(model.backbone, description["backbone"])
     return model
 
 

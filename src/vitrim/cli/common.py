@@ -21,6 +21,7 @@ from torch import nn
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError, printable
 from vitrim.families import FAMILIES
+from vitrim.families.described import describe_data
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
@@ -166,7 +167,7 @@ def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
     from vitrim.train.data import digits_data_config, is_digits
 
     stored = getattr(model, "data_config", None)
-    config = stored or checkpoint.describe_data(backbone_of(model))
+    config = stored or describe_data(backbone_of(model))
     missing = [key for key in ("input_size", "mean", "std") if key not in config]
     if missing:
         raise CheckpointError(f"the checkpoint's data config is damaged: no {', '.join(missing)}")

@@ -248,7 +248,8 @@ def _reference(
             "model before that, give its --weights"
         )
         return True
-    from vitrim.checkpoint import create_backbone, describe_backbone, load_strict, read_weights
+    from vitrim.checkpoint import load_strict, read_weights
+    from vitrim.families.described import create_backbone, describe_backbone
 
     dense = create_backbone(describe_backbone(subject.backbone))
     load_strict(dense, read_weights(weights), str(weights))

@@ -1,1 +1,25 @@
-"""What a model is for. The engine in ``train/`` trains each of them."""
+"""What a model is for, and the heads that detect and segment. The engine in ``train/`` trains them.
+
+``vitrim.tasks.mask_rcnn(sparse, num_classes=91)`` makes a detector of a backbone, and
+``vitrim.tasks.from_pretrained(folder)`` opens one that was saved.
+"""
+
+from vitrim.tasks.config import DetectorConfig
+from vitrim.tasks.detection import (
+    Detector,
+    cascade_mask_rcnn,
+    faster_rcnn,
+    mask_rcnn,
+    retinanet,
+)
+from vitrim.tasks.registry import from_pretrained
+
+__all__ = [
+    "Detector",
+    "DetectorConfig",
+    "cascade_mask_rcnn",
+    "faster_rcnn",
+    "from_pretrained",
+    "mask_rcnn",
+    "retinanet",
+]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import checkpoint
-from vitrim.checkpoint import describe_data
 from vitrim.config import to_plain
 from vitrim.errors import ConfigError, InputError, TrainingError
 from vitrim.families import family_of
+from vitrim.families.described import describe_backbone, describe_data
 from vitrim.layers import losses
 from vitrim.methods.records import DenseOutput
 from vitrim.model import SparseModel, eval_mode, from_pretrained
@@ -86,7 +86,7 @@ class Classification(Task):
             model.save_pretrained(folder / "checkpoint", metrics=metrics, origin=origin)
             return
         description = {
-            "backbone": checkpoint.describe_backbone(model),
+            "backbone": describe_backbone(model),
             "data": self.data_config,
             "metrics": metrics,
             "recipe": to_plain(recipe),

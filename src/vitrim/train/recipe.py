@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.checkpoint import check_arguments
 from vitrim.config import check_plain, closest, from_plain, read_text, require, shown, to_plain
 from vitrim.errors import ConfigError
+from vitrim.families.described import check_arguments
 from vitrim.methods import method_by_name
 from vitrim.tasks.config import TaskRecipe
 

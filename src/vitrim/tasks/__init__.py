@@ -1,0 +1,1 @@
+"""What a model is for: its data, its losses, its measure."""

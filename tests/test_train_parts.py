@@ -23,17 +23,17 @@ from tests.training import TINY, tiny_recipe, write_images
 from vitrim import CheckpointError, ConfigError, DynamicViTConfig, InputError, sparsify
 from vitrim.checkpoint import write_atomic
 from vitrim.errors import TrainingError
+from vitrim.tasks.classification import SparseTask, create_task, data_config_of, top1
+from vitrim.tasks.labelled import Mixer, TrainLoader, training_transform
 from vitrim.train import state as trainer_state
+from vitrim.train.backbone import create_dense
 from vitrim.train.devices import accelerator_of
 from vitrim.train.digits import ClutteredDigits
 from vitrim.train.folder import held
-from vitrim.train.loader import Mixer, TrainLoader, training_transform
 from vitrim.train.logs import JsonLines, RichBar, read_log
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer, parameter_groups
 from vitrim.train.recipe import AugmentRecipe, ModelRecipe, OptimRecipe
-from vitrim.train.result import top1
 from vitrim.train.samples import EpochBatches, SeededSamples, mix_seed, seeded
-from vitrim.train.task import SparseTask, create_dense, create_task, data_config_of
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 

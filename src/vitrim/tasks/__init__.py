@@ -1,1 +1,1 @@
-"""What a model is for: its data, its losses, its measure."""
+"""What a model is for. The engine in ``train/`` trains each of them."""

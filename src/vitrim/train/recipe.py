@@ -20,6 +20,7 @@ from vitrim.checkpoint import check_arguments
 from vitrim.config import check_plain, closest, from_plain, read_text, require, shown, to_plain
 from vitrim.errors import ConfigError
 from vitrim.methods import method_by_name
+from vitrim.tasks.config import TaskRecipe
 
 _MOST = 10**9
 """Of the numbers in a recipe: larger ones overflow on their way into a step."""
@@ -289,6 +290,8 @@ class Recipe:
     """Short name."""
     description: str = ""
     """One line for lists."""
+    task: TaskRecipe = field(default_factory=TaskRecipe)
+    """What for."""
     model: ModelRecipe
     """What is trained."""
     method: MethodRecipe = field(default_factory=MethodRecipe)
@@ -329,21 +332,19 @@ class Recipe:
 
 
 def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain data, as TOML gives it: the method's fields stand beside its name.
+    """A recipe from plain data, as TOML gives it: the fields of the method, and those of the task,
+    stand beside its name.
 
     Raises:
         ConfigError: an unknown key, a missing table, or a value that does not fit.
     """
     require(isinstance(data, Mapping), f"the recipe is {shown(data)}; a table was expected")
     tables = dict(data)
-    method = tables.get("method", {})
-    require(isinstance(method, Mapping), f"method is {shown(method)}; a table was expected")
-    values = {key: value for key, value in method.items() if key != "name"}
-    if values.keys() == {"config"}:  # the form of recipe.json
-        values = values["config"]
-        require(isinstance(values, dict), f"method.config is {shown(values)}; expected a table")
-    values = _scheduled(method.get("name"), values)
-    tables["method"] = {"name": method.get("name"), "config": values}
+    method, values = _named(tables, "method")
+    tables["method"] = {"name": method, "config": _scheduled(method, values)}
+    if "task" in tables:
+        task, values = _named(tables, "task")
+        tables["task"] = {"name": task, "config": values}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
     for table, key in needed.items():
         require(table in tables, f"the recipe has no {table!r}")
@@ -351,6 +352,17 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
         missing = key and table != "model" and isinstance(inside, Mapping) and key not in inside
         require(not missing, f"the recipe has no {table}.{key}")
     return from_plain(Recipe, tables)
+
+
+def _named(tables: Mapping[str, Any], table: str) -> tuple[Any, dict[str, Any]]:
+    """The name in a table, and the fields beside it."""
+    content = tables.get(table, {})
+    require(isinstance(content, Mapping), f"{table} is {shown(content)}; a table was expected")
+    values = {key: value for key, value in content.items() if key != "name"}
+    if values.keys() == {"config"}:  # the form of recipe.json
+        values = values["config"]
+        require(isinstance(values, dict), f"{table}.config is {shown(values)}; expected a table")
+    return content.get("name"), values
 
 
 def _scheduled(name: Any, values: dict[str, Any]) -> dict[str, Any]:

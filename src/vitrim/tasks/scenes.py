@@ -27,6 +27,9 @@ INSTANCES = "instances.json"
 LABEL_NAMES = ("background", *CLASS_NAMES)
 """By the values of the PNG labels; a digit's value is also its category in the json file."""
 
+SPLITS = ("train", "val", "test")
+_DRAWING = 1
+"""Number of the drawing: kept files of another one are not used."""
 _SHARE = (0.20, 0.32)
 """Of the picture's side that a digit takes: two of the largest always find room."""
 
@@ -154,3 +157,30 @@ def _annotation(found: SceneObject) -> dict[str, Any]:
         "iscrowd": 0,
         "segmentation": {"size": list(found.mask.shape), "counts": runs},
     }
+
+
+def is_scenes(source: str) -> bool:
+    """Whether ``source`` names the embedded scenes, and no folder of that name."""
+    return source.partition("/")[0] == "scenes" and not Path(source).exists()
+
+
+def open_scenes(source: str, count: int, side: int = 128, seed: int = 0) -> Path:
+    """The folder of the embedded scenes that ``source`` names: ``scenes/train``, ``scenes/val`` or
+    ``scenes/test``. They are written once, into the user's cache (``XDG_CACHE_HOME``).
+
+    Raises:
+        InputError, ConfigError, MissingExtraError: as :func:`write_scenes`.
+    """
+    split: Any = source.partition("/")[2]
+    if split not in SPLITS:
+        known = ", ".join(f"scenes/{name}" for name in SPLITS)
+        raise InputError(f"{source!r} is none of the embedded scenes; use one of {known}")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "vitrim" / f"scenes-{_DRAWING}-{split}-{count}-{side}-{seed}"
+    if not folder.is_dir():
+        try:
+            write_scenes(folder, count, seed, side, split=split)
+        except InputError:  # unless another process was faster
+            if not folder.is_dir():
+                raise
+    return folder

@@ -1,0 +1,254 @@
+"""Folders of images and labels, what is wrong with them, preparation, and the measures."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrim import InputError
+from vitrim.runtime import UnreadableImageError
+from vitrim.tasks.scenes import open_scenes, write_scenes
+from vitrim.tasks.segmentation_data import (
+    IGNORED,
+    LabelForm,
+    Preparation,
+    SegmentationFolder,
+    find_folders,
+)
+from vitrim.tasks.segmentation_metrics import bootstrap, pixel_counts, segmentation_metrics
+from vitrim.train.samples import SeededSamples, SkipUnreadable, Unreadable
+
+FORM = LabelForm(num_classes=4)
+VALUES = np.array([[0, 1, 2], [3, 255, 0]])
+
+
+def write_pairs(root, *labels, names="abcdefgh"):
+    """Images of the labels' sizes, and the labels as they are."""
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, label in zip(names, labels, strict=False):
+        picture = label if isinstance(label, Image.Image) else Image.fromarray(label)
+        Image.new("RGB", picture.size, (250, 0, 0)).save(root / "images" / f"{name}.jpg")
+        picture.save(root / "labels" / f"{name}.png")
+    return root / "images", root / "labels"
+
+
+def grey(values=VALUES):
+    return np.asarray(values).astype(np.uint8)
+
+
+def coloured(values=VALUES):
+    picture = Image.fromarray(grey(values))
+    palette = Image.new("P", picture.size)
+    palette.putdata([int(value) for value in grey(values).ravel()])
+    palette.putpalette([9, 9, 9] * 256)
+    return palette
+
+
+@pytest.mark.parametrize(
+    "label", [grey(), VALUES.astype(np.uint16), coloured()], ids=("grey", "16", "palette")
+)
+def test_labels_in_eight_and_sixteen_bits_and_of_a_palette(tmp_path, label):
+    data = SegmentationFolder(*write_pairs(tmp_path, label), FORM)
+    image, labels = data[0]
+    assert image.size == (3, 2)
+    assert labels.tolist() == [[0, 1, 2], [3, IGNORED, 0]]
+    reduced = LabelForm(num_classes=3, reduce_zero_label=True)
+    labels = SegmentationFolder(*write_pairs(tmp_path, label), reduced)[0][1]
+    assert labels.tolist() == [[IGNORED, 0, 1], [2, IGNORED, IGNORED]]
+
+
+def test_sixteen_bits_hold_more_classes(tmp_path):
+    values = np.array([[0, 300], [255, 65535]], np.uint16)
+    form = LabelForm(num_classes=847, ignore_index=65535)
+    labels = SegmentationFolder(*write_pairs(tmp_path, values), form)[0][1]
+    assert labels.tolist() == [[0, 300], [255, IGNORED]]
+
+
+def damage_label(folder):
+    (folder / "b.png").write_bytes(b"no image")
+
+
+def other_format(folder):
+    Image.fromarray(grey()).save(folder / "b.png", "JPEG")
+
+
+BAD = {
+    "it has 2 x 3 pixels, and its image 3 x 2": Image.fromarray(grey().T.copy()),
+    "it holds the number 4; the classes are 0 to 3, and 255 is no class": grey([[0, 1, 4]] * 2),
+    "its pixels are RGB; expected class numbers": Image.new("RGB", (3, 2)),
+    "its pixels are LA; expected class numbers": Image.new("LA", (3, 2)),
+    "cannot identify image file": damage_label,
+    "cannot identify image": other_format,
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_labels_that_cannot_be_used_name_themselves(tmp_path, reason):
+    images, labels = write_pairs(tmp_path, grey(), grey())
+    if callable(BAD[reason]):
+        BAD[reason](labels)
+    else:
+        label = BAD[reason]
+        label = label if isinstance(label, Image.Image) else Image.fromarray(label)
+        label.save(labels / "b.png")
+    data = SegmentationFolder(images, labels, FORM)
+    with pytest.raises(UnreadableImageError, match=rf"labels.b\.png cannot be .*{reason}"):
+        data[1]
+    assert isinstance(SkipUnreadable(data)[1], Unreadable)
+
+
+def test_images_and_labels_without_the_other_are_counted_and_told(tmp_path, caplog):
+    images, labels = write_pairs(tmp_path, *[grey()] * 4)
+    (labels / "b.png").unlink()
+    (images / "d.jpg").unlink()
+    (labels / "notes.txt").write_text("no label")
+    with pytest.raises(InputError, match=r"1 of 3 images .* 1 without a label \(b.jpg\)"):
+        SegmentationFolder(images, labels, FORM)
+    data = SegmentationFolder(images, labels, FORM, max_skipped=0.5)
+    assert len(data) == 2
+    assert "1 of 3 images" in caplog.text
+    assert "1 of 3 labels" in caplog.text
+    assert "1 without an image (d.png)" in caplog.text
+    for path in labels.glob("*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"no image of .* has a label"):
+        SegmentationFolder(images, labels, FORM, max_skipped=1)
+    with pytest.raises(InputError, match="does not exist"):
+        SegmentationFolder(images, tmp_path / "absent", FORM)
+
+
+def test_the_two_forms_of_folders(tmp_path):
+    for place in ("images/training", "annotations/training", "images/val", "labels/val"):
+        (tmp_path / "ade" / place).mkdir(parents=True)
+    root = tmp_path / "ade"
+    assert find_folders(root, training=True) == (
+        root / "images/training",
+        root / "annotations/training",
+    )
+    assert find_folders(root, training=False) == (root / "images/val", root / "labels/val")
+    assert find_folders(root, training=True, split="val")[0] == root / "images/val"
+    with pytest.raises(InputError, match="expected images/test and annotations/test"):
+        find_folders(root, training=True, split="test")
+    # All splits together are never meant.
+    for folder in (root / "annotations", root / "labels"):
+        for split in folder.iterdir():
+            split.rmdir()
+    with pytest.raises(InputError, match="no folders of images and labels"):
+        find_folders(root, training=True)
+    (tmp_path / "pairs" / "images").mkdir(parents=True)
+    (tmp_path / "pairs" / "labels").mkdir()
+    found = find_folders(tmp_path / "pairs", training=False)
+    assert found == (tmp_path / "pairs/images", tmp_path / "pairs/labels")
+
+
+def prepare(**changes):
+    fields = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "crop": (16, 24)}
+    return Preparation(**(fields | {"short_side": 20, "long_side": 60} | changes))
+
+
+def checked(side=40):
+    """An image whose red tells the class, in quarters."""
+    labels = np.zeros((side, 2 * side), np.int64)
+    labels[: side // 2] = 1
+    labels[:, side:] += 2
+    pixels = np.repeat((labels * 80)[..., None], 3, axis=-1).astype(np.uint8)
+    return Image.fromarray(pixels), labels
+
+
+def test_crops_keep_image_and_labels_together():
+    image, labels = checked()
+    classes = set()
+    for seed in range(12):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        pixels, found, size = prepare().training(image, labels)
+        assert (tuple(pixels.shape), tuple(found.shape)) == ((3, 16, 24), (16, 24))
+        height, width = size.tolist()
+        assert (found[height:] == IGNORED).all()
+        assert (found[:, width:] == IGNORED).all()
+        assert not pixels[:, height:].any()
+        assert not pixels[:, :, width:].any()
+        red = (pixels[0, :height, :width] * 0.25 + 0.5) * 255 / 80
+        right = (red.round() == found[:height, :width]).float().mean()
+        assert right > 0.8  # but for the edges between classes
+        classes |= set(found[:height, :width].unique().tolist())
+        flipped = prepare(hflip=1.0, scale=(1.0, 1.0), crop=(20, 40)).training(image, labels)[1]
+        assert flipped[0, 0] == 3
+    assert classes == {0, 1, 2, 3}
+
+
+def test_small_images_are_padded():
+    image, labels = checked()
+    pixels, found, size = prepare(scale=(0.5, 0.5)).training(image, labels)
+    assert size.tolist() == [10, 20]
+    assert (found >= 0).sum() == 200
+    assert not pixels[:, 10:].any()
+
+
+def test_evaluation_looks_at_the_whole_image():
+    image, labels = checked()
+    pixels, found = prepare().evaluation(image, labels)
+    assert tuple(pixels.shape) == (3, 20, 40)
+    assert torch.equal(found, torch.from_numpy(labels))
+    wide = prepare(long_side=30).evaluation(image, labels)[0]
+    assert tuple(wide.shape) == (3, 15, 30)
+
+
+def test_samples_are_a_function_of_seed_and_place(tmp_path):
+    folder = write_scenes(tmp_path / "scenes", 3)
+    preparation = prepare(crop=(96, 96), short_side=128, long_side=128, color_jitter=0.4)
+    places = find_folders(folder, training=True)
+    data = SegmentationFolder(*places, LabelForm(num_classes=11), preparation.training)
+    first, again, other = (SeededSamples(data, seed) for seed in (0, 0, 1))
+    again[0, 1]
+    for key in ((0, 2), (1, 2)):
+        assert all(map(torch.equal, first[key], again[key]))
+        assert not torch.equal(first[key][0], other[key][0])
+    assert not torch.equal(first[0, 2][0], first[1, 2][0])
+
+
+def test_embedded_scenes_are_written_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = open_scenes("scenes/val", 2)
+    inode = (folder / "instances.json").stat().st_ino
+    assert open_scenes("scenes/val", 2) == folder
+    assert (folder / "instances.json").stat().st_ino == inode
+    with pytest.raises(InputError, match="none of the embedded scenes"):
+        open_scenes("scenes", 2)
+    (tmp_path / "vitrim").rename(tmp_path / "moved")
+    (tmp_path / "vitrim").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        open_scenes("scenes/val", 2)
+
+
+def test_measures_are_those_of_the_confusion_matrix():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 3, (4, 20, 30), generator=generator)
+    labels[labels < 0] = IGNORED
+    wrong = torch.rand(labels.shape, generator=generator) < 0.3
+    predicted = torch.where(wrong, torch.randint(0, 5, labels.shape, generator=generator), labels)
+    predicted[predicted < 0] = 4
+    counts = torch.stack(
+        [pixel_counts(p, truth, 6) for p, truth in zip(predicted, labels, strict=True)]
+    )
+    matrix = torch.zeros(6, 6, dtype=torch.float64)
+    for truth, p in zip(labels.ravel().tolist(), predicted.ravel().tolist(), strict=True):
+        if truth >= 0:
+            matrix[truth, p] += 1
+    right, there, said = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    iou = (right / (there + said - right))[:5]  # class 5 does not occur
+    found = segmentation_metrics(counts.sum(0))
+    assert found["miou"] == pytest.approx(100 * float(iou.mean()))
+    assert found["macc"] == pytest.approx(100 * float((right / there)[:3].mean()))
+    assert found["pixel_acc"] == pytest.approx(100 * float(right.sum() / matrix.sum()))
+    low, high = bootstrap(counts)
+    assert low < found["miou"] < high
+    better = torch.stack([pixel_counts(truth, truth, 6) for truth in labels])
+    low, high = bootstrap(better, counts)
+    assert 0 < low < 100 - found["miou"] < high
+    assert bootstrap(counts, counts) == (0, 0)

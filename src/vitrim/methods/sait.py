@@ -285,11 +285,8 @@ class SaiT(Method):
         return torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN)
 
     def _ranks_kept(self, falling_BN: Tensor, selector: str) -> Tensor:
-        """(B, N) bool: which ranks an adaptive selector keeps; always the head of each row.
-
-        Args:
-            falling_BN: scores, from best to worst.
-            selector: ``mass`` or ``threshold``.
+        """(B, N) bool: which ranks an adaptive ``selector`` keeps, always the head of each row, given
+        the scores from best to worst.
         """
         num_patches = falling_BN.shape[1]
         if selector == "mass":

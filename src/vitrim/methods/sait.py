@@ -285,8 +285,8 @@ class SaiT(Method):
         return torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN)
 
     def _ranks_kept(self, falling_BN: Tensor, selector: str) -> Tensor:
-        """(B, N) bool: which ranks an adaptive ``selector`` keeps, always the head of each row, given
-        the scores from best to worst.
+        """(B, N) bool: which ranks an adaptive ``selector`` keeps of the scores from best to worst;
+        always the head of each row.
         """
         num_patches = falling_BN.shape[1]
         if selector == "mass":

@@ -271,7 +271,7 @@ class PackedTokens:
 
     @_not_compiled
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches, ...): ``values`` (patch rows, ...) on the original grid; else ``fill``."""
+        """(B, num_patches, ...): ``values`` (patch rows, ...) on the grid, ``fill`` elsewhere."""
         grid = values.new_full((self.num_images, num_patches, *values.shape[1:]), fill)
         place_N = self.layout.image_N * num_patches + self.index_N
         return grid.flatten(0, 1).index_copy(0, place_N, values).view(grid.shape)

@@ -21,7 +21,7 @@ class PaddedTokens(Tokens):
     """Tokens of which some are padding: hidden by the keep mask, at a place beyond the grid."""
 
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches, ...): ``values`` (B, N, ...) on the original grid; else ``fill``."""
+        """(B, num_patches, ...): ``values`` (B, N, ...) on the grid, ``fill`` elsewhere."""
         grid = values.new_full((self.num_images, num_patches + 1, *values.shape[2:]), fill)
         return grid.scatter(1, index_like(self.index_BN, values), values)[:, :num_patches]
 

@@ -127,7 +127,7 @@ class Tokens:
         return per_image.unsqueeze(1).expand(-1, self.num_patches, *per_image.shape[1:])
 
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches, ...): ``values`` (B, N, ...) on the original grid; else ``fill``."""
+        """(B, num_patches, ...): ``values`` (B, N, ...) on the grid, ``fill`` elsewhere."""
         grid = values.new_full((self.num_images, num_patches, *values.shape[2:]), fill)
         return grid.scatter(1, index_like(self.index_BN, values), values)
 

@@ -85,8 +85,7 @@ class TaskModel(nn.Module):
             sizes: own height and width of each image, where they were padded to one size.
         """
         if self.sparse is not None:
-            maps: list[Tensor] = self.sparse.features(images, sizes)
-            return maps
+            return self.sparse.features(images, sizes)
         return self.family.features(images, sizes=sizes)
 
     def train_levels(

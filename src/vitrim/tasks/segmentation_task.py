@@ -25,7 +25,6 @@ from vitrim.tasks.segmentation_batches import (
 from vitrim.tasks.segmentation_config import SegmentationConfig
 from vitrim.tasks.segmentation_data import LabelForm
 from vitrim.tasks.segmentation_metrics import pixel_counts, segmentation_metrics
-from vitrim.tools.evaluate import check_logits
 from vitrim.train.recipe import Recipe
 
 
@@ -96,40 +95,35 @@ class SegmentationTask(HeadTask):
     def evaluate(self, model: nn.Module, validation: SegmentationLoader, accelerator: Any) -> Score:
         """Mean IoU, which decides, mean accuracy of the classes, and accuracy of the pixels."""
         classes = self.config.num_classes
-        sums = torch.zeros(3 * classes + 1, dtype=torch.int64, device=accelerator.device)
+        # Counts of every class, images, and images with scores that are no numbers.
+        sums = torch.zeros(3 * classes + 2, dtype=torch.int64, device=accelerator.device)
         with eval_mode(model):
             for images, labels in validation:
                 with accelerator.autocast():
-                    found = predictions(model, images.to(accelerator.device), labels)
-                for predicted, truth in zip(found, labels, strict=True):
-                    counts = pixel_counts(predicted, truth.to(predicted.device), classes)
-                    sums += torch.cat([counts.flatten(), counts.new_ones(1)])
-        *totals, images_seen = accelerator.reduce(sums, "sum").tolist()
-        if not images_seen:
+                    scores = model(images.to(accelerator.device)).float()
+                sums[-1] += (~scores.isfinite().flatten(1).all(1)).sum()
+                for score, truth in zip(scores, labels, strict=True):
+                    found = classes_of(score, truth), truth.to(score.device)
+                    sums[:-2] += pixel_counts(*found, classes).flatten()
+                sums[-2] += len(images)
+        *totals, count, broken = accelerator.reduce(sums, "sum").tolist()
+        if broken:
+            raise TrainingError(
+                f"the scores of {broken} of {count} validation images hold NaN or infinity; the "
+                "last saved state and result are kept"
+            )
+        if not count:
             raise InputError("no validation image can be read; check data.val")
         metrics = segmentation_metrics(torch.tensor(totals).view(3, classes))
-        return Score(
-            metrics["miou"], {f"val_{name}": value for name, value in metrics.items()}, images_seen
-        )
+        named = {f"val_{name}": value for name, value in metrics.items()}
+        return Score(metrics["miou"], named, count)
 
 
-def predictions(model: Any, images: Tensor, labels: Sequence[Tensor]) -> list[Tensor]:
-    """Class numbers (H, W) of each image at the size of its labels.
-
-    Raises:
-        TrainingError: a score is not finite.
-    """
-    scores = model(images).float()
-    try:
-        check_logits("trained", scores)
-    except InputError as error:
-        raise TrainingError(f"{error}; the last saved state and result are kept") from error
-    found = []
-    for score, label in zip(scores, labels, strict=True):
-        size = (label.shape[0], label.shape[1])
-        large = F.interpolate(score.unsqueeze(0), size, mode="bilinear", align_corners=False)
-        found.append(large.argmax(1).squeeze(0))
-    return found
+def classes_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """Class numbers (H, W) at the size of ``labels`` (H, W) from the scores (classes, h, w)."""
+    size = (labels.shape[0], labels.shape[1])
+    large = F.interpolate(scores.unsqueeze(0), size, mode="bilinear", align_corners=False)
+    return large.argmax(1).squeeze(0)
 
 
 def _class_names(recipe: Recipe, config: SegmentationConfig) -> tuple[str, ...]:

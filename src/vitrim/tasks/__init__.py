@@ -1,6 +1,7 @@
 """What a model is for, and the heads that detect and segment. The engine in ``train/`` trains them.
 
-``vitrim.tasks.mask_rcnn(sparse, num_classes=91)`` makes a detector of a backbone, and
+``vitrim.tasks.mask_rcnn(sparse, num_classes=91)`` makes a detector of a backbone,
+``vitrim.tasks.upernet(sparse, num_classes=150)`` a segmenter, and
 ``vitrim.tasks.from_pretrained(folder)`` opens one that was saved.
 """
 
@@ -13,13 +14,18 @@ from vitrim.tasks.detection import (
     retinanet,
 )
 from vitrim.tasks.registry import from_pretrained
+from vitrim.tasks.segmentation import Segmenter, upernet
+from vitrim.tasks.segmentation_config import SegmenterConfig
 
 __all__ = [
     "Detector",
     "DetectorConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "cascade_mask_rcnn",
     "faster_rcnn",
     "from_pretrained",
     "mask_rcnn",
     "retinanet",
+    "upernet",
 ]

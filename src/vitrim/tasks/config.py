@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from vitrim.config import closest, from_plain, normalise, require, to_plain
 from vitrim.errors import ConfigError
+from vitrim.tasks.segmentation_config import SegmentationConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,11 @@ class DetectionConfig(DetectorConfig):
         )
 
 
-CONFIGS: dict[str, type] = {"classification": ClassificationConfig, "detection": DetectionConfig}
+CONFIGS: dict[str, type] = {
+    "classification": ClassificationConfig,
+    "detection": DetectionConfig,
+    "segmentation": SegmentationConfig,
+}
 """Config class by name of the task."""
 
 

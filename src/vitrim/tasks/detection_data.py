@@ -23,14 +23,12 @@ from vitrim.errors import InputError
 from vitrim.tasks.base import ALONE, Share
 from vitrim.tasks.coco import CocoFolder
 from vitrim.tasks.config import DetectionConfig
-from vitrim.tasks.scenes import IMAGES, INSTANCES, is_scenes, open_scenes
+from vitrim.tasks.scenes import IMAGES, INSTANCES, SIDE, is_scenes, open_scenes
 from vitrim.train.loader import SampleLoader
 from vitrim.train.recipe import AugmentRecipe, Recipe
 from vitrim.train.samples import SkipUnreadable, Unreadable
 
 Target = dict[str, Any]
-SCENE_SIDE = 128
-"""Of the embedded scenes in pixels, where nobody says another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def open_coco(
     """
     folder = Path(source)
     if is_scenes(source):
-        folder = open_scenes(source, count, side or SCENE_SIDE)
+        folder = open_scenes(source, count, side or SIDE)
     if annotations is None and not (folder / INSTANCES).is_file():
         raise InputError(
             f"{source} has no {INSTANCES}; give a folder with {IMAGES}/ and {INSTANCES} in it, "

@@ -24,6 +24,10 @@ def task_class(name: str) -> type[Task]:
         from vitrim.tasks.detection_task import DetectionTask
 
         return DetectionTask
+    if name == "segmentation":
+        from vitrim.tasks.segmentation_task import SegmentationTask
+
+        return SegmentationTask
     raise ConfigError(f"there is no task {name!r}")
 
 
@@ -33,6 +37,10 @@ def _model_class(name: str) -> Any:
         from vitrim.tasks.detection import Detector
 
         return Detector
+    if name == "segmentation":
+        from vitrim.tasks.segmentation import Segmenter
+
+        return Segmenter
     raise CheckpointError(f"the checkpoint is of the task {name!r:.100}, which vitrim lacks")
 
 

@@ -24,6 +24,8 @@ from vitrim.train.digits import CLASS_NAMES, ClutteredDigits, Split, box_of
 IMAGES = "images"
 LABELS = "labels"
 INSTANCES = "instances.json"
+SIDE = 128
+"""Of a scene in pixels, where nobody says another."""
 LABEL_NAMES = ("background", *CLASS_NAMES)
 """By the values of the PNG labels; a digit's value is also its category in the json file."""
 
@@ -89,7 +91,7 @@ def write_scenes(
     folder: str | os.PathLike[str],
     count: int,
     seed: int = 0,
-    side: int = 128,
+    side: int = SIDE,
     *,
     split: Split = "train",
 ) -> Path:
@@ -164,7 +166,7 @@ def is_scenes(source: str) -> bool:
     return source.partition("/")[0] == "scenes" and not Path(source).exists()
 
 
-def open_scenes(source: str, count: int, side: int = 128, seed: int = 0) -> Path:
+def open_scenes(source: str, count: int, side: int = SIDE, seed: int = 0) -> Path:
     """The folder of the embedded scenes that ``source`` names: ``scenes/train``, ``scenes/val`` or
     ``scenes/test``. They are written once, into the user's cache (``XDG_CACHE_HOME``).
 

@@ -202,6 +202,8 @@ class Preparation:
     """Of an image, in pixels, before the random scale."""
     long_side: int
     """No longer than this, before the random scale."""
+    divisor: int = 1
+    """Sides of images in evaluation are multiples of it."""
     scale: tuple[float, ...] = (0.5, 2.0)
     """Smallest and largest random scale."""
     hflip: float = 0.5
@@ -231,7 +233,8 @@ class Preparation:
 
     def evaluation(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         """The whole image resized (3, h, w) normalised, and its labels (H, W) as they are."""
-        resized = image.resize(_scaled(image.size, self._factor(image.size)), _BILINEAR)
+        size = _scaled(image.size, self._factor(image.size), self.divisor)
+        resized = image.resize(size, _BILINEAR)
         return self.normalised(resized), torch.from_numpy(labels)
 
     def normalised(self, image: Image.Image) -> Tensor:
@@ -259,8 +262,9 @@ class Preparation:
 _BILINEAR = Image.Resampling.BILINEAR
 
 
-def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    width, height = (max(1, math.floor(side * factor + 0.5)) for side in size)
+def _scaled(size: tuple[int, int], factor: float, divisor: int = 1) -> tuple[int, int]:
+    """Sides times ``factor``, as near to it as multiples of ``divisor`` are."""
+    width, height = (max(1, math.floor(side * factor / divisor + 0.5)) * divisor for side in size)
     return width, height
 
 

@@ -25,6 +25,7 @@ FLOORS = {
     "families": 4,
     "methods": 5,
     "budget": 6,
+    "features": 6,
     "as_timm": 6,
     "model": 6,
     "checkpoint": 6,
@@ -40,7 +41,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 25685
+LINES = 29_069
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

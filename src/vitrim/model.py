@@ -18,6 +18,7 @@ from vitrim import budget, checkpoint
 from vitrim.as_timm import TimmModel, is_empty, one_for_none
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
+from vitrim.costs import Step, total_macs
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from vitrim.families import Family, described, family_of
 from vitrim.methods import method_of_config
@@ -151,10 +152,6 @@ class SparseModel(TimmModel):
             return method.infer(family, images)
 
         return self.through(run, images)
-
-    def _settled(self) -> Method:
-        """The method with the settings that it has now, whatever another thread turns meanwhile."""
-        return self.method if torch.compiler.is_compiling() else copy.copy(self.method)
 
     def trace(self, images: Tensor) -> Trace:
         """Logits, and what each stage kept, by the inference forward without gradients.
@@ -293,6 +290,20 @@ class SparseModel(TimmModel):
             for name, sample in self._newborn.items()
         )
 
+    def features_macs(self, image_size: tuple[int, int] | None = None) -> int | None:
+        """MACs of :meth:`features` of one image of (height, width): of the backbone without its
+        classifier; None where they depend on the image.
+        """
+        family, grid = self.family, self.family.grid(image_size)
+        counts = self.method.counts(family, grid)
+        if counts is None:
+            return None
+        return _without_head(self.method.steps(family.with_maps(grid), grid, counts))
+
+    def dense_features_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """The same of the backbone alone."""
+        return _without_head(self.family.dense_steps(self.family.grid(image_size)))
+
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
         grid = self.family.grid(image_size)
@@ -380,6 +391,10 @@ def _alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     slack = 64 * torch.finfo(dtype).eps
     scale = float(expected.float().nan_to_num().abs().max()) if expected.numel() else 0.0
     return torch.allclose(found.float(), expected.float(), slack, slack * scale, equal_nan=True)
+
+
+def _without_head(steps: Sequence[Step]) -> int:
+    return int(total_macs(step for step in steps if step.part != "head"))
 
 
 _OF_TORCH = set(vars(nn.Module()))

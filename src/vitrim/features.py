@@ -1,0 +1,117 @@
+"""The pyramid alone, for heads of dense prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models._features import FeatureInfo, feature_take_indices
+from torch import Tensor, nn
+
+from vitrim.errors import InputError
+from vitrim.families import family_of
+from vitrim.layers.losses import kept_token_mse
+from vitrim.methods.records import FeatureOutput
+from vitrim.tokens.calls import called
+from vitrim.tokens.plain import Sizes
+
+
+class FeaturesOnly(nn.Module):
+    """A sparse model, or a dense timm model of a served family, that gives its pyramid: what timm's
+    ``features_only`` models are to heads.
+
+    Called, it gives a list of maps (B, C, H, W), in training mode by the differentiable forward,
+    with the method's noise; :meth:`losses` has what training adds to the head's own losses. The
+    model inside stays whole: it can be traced and turned to a budget. Parameters that no map passes
+    (classifier, final norm) require no gradient from now on.
+
+    Args:
+        model: what :func:`vitrim.sparsify` made, or the timm model.
+        out_indices: of the maps among those of ``model.feature_info``; a number takes the last so
+            many, None the model's own.
+    """
+
+    generator: torch.Generator | None = None
+    """Source of the method's noise in training; None is torch's global one."""
+
+    def __init__(self, model: nn.Module, out_indices: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.is_sparse = hasattr(model, "method")
+        family = self.family
+        infos = deepcopy(family.backbone.feature_info)
+        asked = family.level_indices if out_indices is None else out_indices
+        asked = asked if isinstance(asked, int) else list(asked)
+        try:
+            self.out_indices, _ = feature_take_indices(len(infos), asked)
+        except AssertionError as error:
+            raise InputError(f"out_indices is {out_indices}: {error}") from error
+        self.feature_info = FeatureInfo(infos, tuple(self.out_indices))
+        self.output: FeatureOutput | None = None
+        """Of the last forward in training mode, until :meth:`losses` is asked."""
+        for name in family.head_parts:
+            part = getattr(family.backbone, name, None)
+            if part is not None:
+                part.requires_grad_(False)
+
+    @property
+    def family(self) -> Any:
+        """What runs the backbone piece by piece."""
+        return self.model.family if self.is_sparse else family_of(self.model)
+
+    def forward(self, images: Tensor, sizes: Sizes = None) -> list[Tensor]:
+        """The maps of ``images``; ``sizes`` see :meth:`vitrim.model.SparseModel.features`."""
+        self.output = None
+        if not self.is_sparse:
+            run = partial(self.family.features, indices=self.out_indices, sizes=sizes)
+            levels: list[Tensor] = called(self.model, run, images)
+            return levels
+        if not self.training or len(images) == 0:
+            levels = self.model.features(images, sizes, self.out_indices)
+            return levels
+        self.output = self.model.train_features(images, sizes, self.out_indices, self.generator)
+        return self.output.levels
+
+    def losses(
+        self, teacher: Sequence[Tensor] | None = None, pyramid_weight: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Loss terms of the last forward in training mode by name, not weighted, and ``"total"``,
+        their sum weighted as the method's config says.
+
+        Args:
+            teacher: the dense model's pyramid of the same images; then ``"pyramid"`` is the mean
+                over the levels of the squared error where positions took the full computation.
+            pyramid_weight: of that term in the total.
+
+        Raises:
+            InputError: there was no such forward since the last call, or the maps do not match.
+        """
+        output, self.output = self.output, None
+        if output is None:
+            raise InputError("no forward in training mode has been run since the last losses")
+        parts, total = dict(output.losses), output.levels[0].new_zeros(())
+        for name, part in parts.items():
+            total = total + getattr(self.model.config, f"{name}_weight") * part
+        if teacher is not None:
+            parts["pyramid"] = _pyramid_loss(output, teacher)
+            total = total + pyramid_weight * parts["pyramid"]
+        return parts | {"total": total}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without what the last forward left."""
+        return self.__dict__ | {"output": None, "generator": None}
+
+
+def _pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
+    shapes = [[tuple(level.shape) for level in levels] for levels in (output.levels, teacher)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"the teacher's maps are {shapes[1]}; expected {shapes[0]}")
+    terms = []
+    for student, wanted, keep in zip(output.levels, teacher, output.keeps, strict=True):
+        keep_BN = torch.ones_like(student[:, 0]) if keep is None else keep
+        found, taught = (x.flatten(2).transpose(1, 2) for x in (student, wanted.detach()))
+        terms.append(kept_token_mse(found, taught, keep_BN.flatten(1).to(found.dtype)))
+    return torch.stack(terms).mean()

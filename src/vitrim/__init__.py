@@ -16,6 +16,7 @@ from vitrim.errors import (
 
 if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
     try:
+        from vitrim import tasks
         from vitrim.budget import Calibration
         from vitrim.budgets.calibrate import calibrate
         from vitrim.convert import load_official
@@ -66,4 +67,5 @@ __all__ = [
     "from_pretrained",
     "load_official",
     "sparsify",
+    "tasks",
 ]

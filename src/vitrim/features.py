@@ -96,7 +96,7 @@ class FeaturesOnly(nn.Module):
         for name, part in parts.items():
             total = total + getattr(self.model.config, f"{name}_weight") * part
         if teacher is not None:
-            parts["pyramid"] = _pyramid_loss(output, teacher)
+            parts["pyramid"] = pyramid_loss(output, teacher)
             total = total + pyramid_weight * parts["pyramid"]
         return parts | {"total": total}
 
@@ -105,7 +105,13 @@ class FeaturesOnly(nn.Module):
         return self.__dict__ | {"output": None, "generator": None}
 
 
-def _pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
+def pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
+    """The mean over the levels of the squared distance from a dense teacher's maps, where positions
+    took the full computation.
+
+    Raises:
+        InputError: the maps do not match.
+    """
     shapes = [[tuple(level.shape) for level in levels] for levels in (output.levels, teacher)]
     if shapes[0] != shapes[1]:
         raise InputError(f"the teacher's maps are {shapes[1]}; expected {shapes[0]}")

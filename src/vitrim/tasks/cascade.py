@@ -57,7 +57,7 @@ class CascadeHeads(nn.Module):
         box_loss: str,
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        self.stages: Any = nn.ModuleList(stages)
         self.mask_roi_pool, self.mask_head = mask_roi_pool, mask_head
         self.mask_predictor = mask_predictor
         self.box_loss = box_loss

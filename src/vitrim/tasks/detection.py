@@ -33,14 +33,20 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from vitrim.config import require
 from vitrim.errors import InputError
 from vitrim.families.described import describe_data
+from vitrim.features import pyramid_loss
 from vitrim.tasks.cascade import CascadeHeads
 from vitrim.tasks.config import DetectorConfig
-from vitrim.tasks.model import LevelInfo, TaskModel, check_reductions, pyramid_distance
+from vitrim.tasks.model import LevelInfo, TaskModel, check_reductions
+from vitrim.tasks.simple_pyramid import SimplePyramid
 
 Target = dict[str, Tensor]
 Levels = dict[str, Tensor]
@@ -81,9 +87,7 @@ class Detector(TaskModel):
         )
         return transform.train(self.training)
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
-    ) -> list[Target] | dict[str, Tensor]:
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
         """What is in the images; in training mode the losses, whose sum is to be made small.
 
         Args:
@@ -137,8 +141,8 @@ class Detector(TaskModel):
         if teacher is not None:
             with torch.no_grad():
                 due = teacher.levels(batch.tensors, sizes)
-            terms["pyramid"] = pyramid_weight * pyramid_distance(output, due)
-        return terms | {"total": torch.stack([*terms.values()]).sum()}
+            terms["pyramid"] = pyramid_weight * pyramid_loss(output, due)
+        return {**terms, "total": torch.stack([*terms.values()]).sum()}
 
 
 def own_sizes(batch: ImageList) -> list[tuple[int, int]] | None:
@@ -180,18 +184,45 @@ def check_targets(
 
 
 def _head(config: DetectorConfig, info: Sequence[LevelInfo]) -> nn.Module:
-    check_reductions(info)
     return RetinaHead(config, info) if config.head == "retinanet" else RCNNHead(config, info)
 
 
-class Neck(FeaturePyramidNetwork):  # type: ignore[misc]
-    """A feature pyramid network on a list of maps."""
+class Neck(nn.Module):
+    """Maps of one width: a feature pyramid network on several maps, or the simple feature pyramid
+    on the one of a plain vision transformer.
+
+    Args:
+        info: the backbone's maps.
+        width: channels of the result.
+        extra: makes further maps of the last.
+        smallest: reduction of the first map that is used.
+    """
+
+    def __init__(
+        self, info: Sequence[LevelInfo], width: int, extra: ExtraFPNBlock, smallest: int = 1
+    ) -> None:
+        super().__init__()
+        self.out_channels = width
+        self.simple = SimplePyramid(info[0], width) if len(info) == 1 else None
+        whole = info if self.simple is None else self.simple.info
+        check_reductions(whole)
+        self.info = [level for level in whole if level.reduction >= smallest]
+        self.skipped = len(whole) - len(self.info)
+        self.extra = extra
+        self.fpn: nn.Module | None = None
+        if self.simple is None:
+            channels = [level.channels for level in self.info]
+            self.fpn = FeaturePyramidNetwork(channels, width)
 
     def forward(self, levels: Sequence[Tensor]) -> Levels:
         """The levels by name: ``"0"``, ``"1"`` ... and those that are made of the last."""
-        named = OrderedDict((str(place), level) for place, level in enumerate(levels))
-        found: Levels = super().forward(named)
-        return found
+        maps = list(levels if self.simple is None else self.simple(levels))[self.skipped :]
+        names, results = [str(place) for place in range(len(maps))], maps
+        if self.fpn is not None:
+            named = self.fpn(OrderedDict(zip(names, maps, strict=True)))
+            results = list(named.values())
+        results, names = self.extra(results, maps, names)
+        return OrderedDict(zip(names, results, strict=True))
 
 
 class RCNNHead(nn.Module):
@@ -199,9 +230,8 @@ class RCNNHead(nn.Module):
 
     def __init__(self, config: DetectorConfig, info: Sequence[LevelInfo]) -> None:
         super().__init__()
-        channels = [level.channels for level in info]
-        self.neck = Neck(channels, config.channels, extra_blocks=LastLevelMaxPool())
-        strides = [level.reduction for level in info]
+        self.neck = Neck(info, config.channels, LastLevelMaxPool())
+        strides = [level.reduction for level in self.neck.info]
         anchors = _anchors(config, [*strides, 2 * strides[-1]], (1.0,))
         counts = {"training": 2 * config.proposals, "testing": config.proposals}
         self.rpn = RegionProposalNetwork(
@@ -215,7 +245,7 @@ class RCNNHead(nn.Module):
             post_nms_top_n=counts,
             nms_thresh=0.7,
         )
-        names = [str(place) for place in range(len(info))]
+        names = [str(place) for place in range(len(strides))]
         if config.head == "cascade_mask_rcnn":
             stages = [_box_heads(config, names, *each) for each in CascadeHeads.STAGES]
             for stage in stages:
@@ -243,13 +273,11 @@ class RetinaHead(RetinaNet):  # type: ignore[misc]
     """Torchvision's RetinaNet behind its backbone, on the maps from a reduction of 8 on."""
 
     def __init__(self, config: DetectorConfig, info: Sequence[LevelInfo]) -> None:
-        used = [level for level in info if level.reduction >= _SMALLEST_OF_RETINANET]
-        width, strides = config.channels, [level.reduction for level in used]
+        width = config.channels
+        neck = Neck(info, width, LastLevelP6P7(width, width), _SMALLEST_OF_RETINANET)
+        strides = [level.reduction for level in neck.info]
         octave = [config.anchor_scale / 2 * 2 ** (third / 3) for third in range(3)]
         anchors = _anchors(config, [*strides, 2 * strides[-1], 4 * strides[-1]], octave)
-        extra = LastLevelP6P7(width, width)
-        neck = Neck([level.channels for level in used], width, extra_blocks=extra)
-        neck.out_channels = width
         super().__init__(
             neck,
             config.num_classes,
@@ -259,13 +287,12 @@ class RetinaHead(RetinaNet):  # type: ignore[misc]
             nms_thresh=config.nms_threshold,
             detections_per_img=config.detections,
         )
-        self.skipped = len(info) - len(used)
 
     def forward(
         self, images: ImageList, levels: Sequence[Tensor], targets: list[Target] | None
     ) -> tuple[list[Target], dict[str, Tensor]]:
         """What is found, in pixels of the padded images, and in training mode the losses."""
-        maps = list(self.backbone(levels[self.skipped :]).values())
+        maps = list(self.backbone(levels).values())
         answers, anchors = self.head(maps), self.anchor_generator(images, maps)
         if self.training:
             return [], self.compute_loss(targets, answers, anchors)

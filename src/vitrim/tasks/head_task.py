@@ -109,7 +109,7 @@ class HeadTask(Task):
         if self.model.sparse is not None:
             self.model.sparse.data_config = self.data_config
         if batch_norm and share.pin_memory and share.num_processes > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model.head)
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model.head)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _check_recipe(cls, recipe: Recipe) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vitrim.config import require
 from vitrim.families import Family, family_of
-from vitrim.layers.losses import kept_token_mse
 from vitrim.methods.records import FeatureOutput
 from vitrim.model import SparseModel
 from vitrim.tasks import saved
@@ -95,12 +94,10 @@ class TaskModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> FeatureOutput:
         """The same by the differentiable forward, with the method's noise and its losses."""
-        family = self.family
-        if self.sparse is None:
-            maps = family.features(images, sizes=sizes)
-            return FeatureOutput(maps, {}, [None] * len(maps))
-        indices, method = family.level_indices, self.sparse.method
-        return method.train_features(family, images, indices, sizes, generator)
+        if self.sparse is not None:
+            return self.sparse.train_features(images, sizes, generator=generator)
+        maps = self.family.features(images, sizes=sizes)
+        return FeatureOutput(maps, {}, [None] * len(maps))
 
     def method_terms(self, output: FeatureOutput) -> dict[str, Tensor]:
         """The method's losses by name, each times its weight."""
@@ -152,16 +149,3 @@ def check_reductions(info: Sequence[LevelInfo]) -> None:
         f"the backbone's maps have reductions of {reductions} pixels; detectors and segmenters "
         "take powers of two, so use a backbone with patches of 8 or 16",
     )
-
-
-def pyramid_distance(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared distance of a pyramid from a dense teacher's, mean over the levels, each at the
-    positions that are kept.
-    """
-    distances = []
-    for level, due, keep in zip(output.levels, teacher, output.keeps, strict=True):
-        found, wanted = level.flatten(2).transpose(1, 2), due.flatten(2).transpose(1, 2)
-        everywhere = found.new_ones(found.shape[:2])
-        keep_BN = everywhere if keep is None else keep.detach().flatten(1).to(found.dtype)
-        distances.append(kept_token_mse(found, wanted, keep_BN))
-    return torch.stack(distances).mean()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.errors import InputError
 from vitrim.families.described import describe_data
-from vitrim.tasks.model import TaskModel, pyramid_distance
+from vitrim.features import pyramid_loss
+from vitrim.tasks.model import TaskModel
 from vitrim.tasks.segmentation_config import SegmenterConfig
 from vitrim.tasks.segmentation_data import IGNORED
 from vitrim.tasks.upernet import UperNetHead
@@ -93,7 +94,7 @@ class Segmenter(TaskModel):
         if teacher is not None:
             with torch.no_grad():
                 due = teacher.levels(padded, own)
-            terms["pyramid"] = pyramid_weight * pyramid_distance(output, due)
+            terms["pyramid"] = pyramid_weight * pyramid_loss(output, due)
         return terms | {"total": torch.stack([*terms.values()]).sum()}
 
     def _padded(self, images: Tensor, sizes: Own) -> tuple[Tensor, Own]:

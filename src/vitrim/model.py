@@ -444,6 +444,10 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         ConfigError: the method's fields are not valid.
     """
     description, weights = checkpoint.read(folder)
+    if "task" in description:
+        raise CheckpointError(
+            f"{folder} holds a detector or segmenter; open it by vitrim.tasks.from_pretrained"
+        )
     model = _made(description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options)
     model.origin = description.get("origin")
     model.data_config = description["data"]

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
 from vitrim.cli.images import prepared_images
-from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption, ShareOption
+from vitrim.cli.options import (
+    AgainstOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RatioOption,
+    ShareOption,
+)
+from vitrim.cli.tasks import bench_task, open_task
+from vitrim.cli.tasks import candidates as task_candidates
 from vitrim.errors import ConfigError, InputError
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, evaluating, sparsify
@@ -49,17 +58,36 @@ def bench_command(
     compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 15,
     seconds: Annotated[float, typer.Option(min=0, help="Length of a turn.")] = 0.3,
+    against: AgainstOption = None,
     device: DeviceOption = None,
     json: JsonOption = None,
 ) -> None:
     """Speed of a sparse model against the dense timm model, in interleaved rounds.
 
-    Efficiency is the measured speed-up over the one that the MACs promise.
+    Efficiency is the measured speed-up over the one that the MACs promise. Of detectors and
+    segmenters the backbone alone is timed, and then the whole.
     """
     common.check_writable(json)
     batches = common.numbers(batch, int, "--batch")
     dtypes = [name.strip() for name in dtype.split(",")]
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
+    if (task := open_task(model)) is not None:
+        if method is not None or data is not None:
+            raise ConfigError("--method and --data are not for detectors and segmenters")
+        bench_task(
+            model,
+            task_candidates(task, ratios, budgets_of(macs), against),
+            image_size,
+            batches,
+            json,
+            dtypes=dtypes,
+            rounds=rounds,
+            min_seconds=seconds,
+            compile=compile,
+            threads=threads,
+            device=common.device_of(device),
+        )
+        return
     candidates = _candidates(model, method, ratios, budgets_of(macs), image_size)
     sparse = next((m for m in candidates.values() if isinstance(m, SparseModel)), None)
     shape = _image_shape(sparse or candidates["dense"])

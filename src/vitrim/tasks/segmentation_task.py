@@ -18,11 +18,11 @@ from vitrim.tasks.segmentation import Own, Segmenter
 from vitrim.tasks.segmentation_batches import (
     SegmentationLoader,
     SegmentationTrainLoader,
+    form_of,
     open_pairs,
     preparation_of,
 )
 from vitrim.tasks.segmentation_config import SegmentationConfig
-from vitrim.tasks.segmentation_data import LabelForm
 from vitrim.tasks.segmentation_metrics import PixelCounts, segmentation_metrics
 from vitrim.train.recipe import Recipe
 
@@ -56,8 +56,7 @@ class SegmentationTask(HeadTask):
         if not recipe.augment.none:
             augment = {"scale": config.scale, "hflip": recipe.augment.hflip}
             augment["color_jitter"] = recipe.augment.color_jitter
-        preparation = preparation_of(config, self.data_config, model.reduction, **augment)
-        form = LabelForm(config.num_classes, config.ignore_index, config.reduce_zero_label)
+        preparation, form = preparation_of(model, **augment), form_of(model)
         loader = SegmentationTrainLoader(recipe, config, preparation, form, share)
         if data.val is None:
             return loader, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -9,9 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrim import InputError
+import vitrim
+from tests.conftest import images, seeded, tiny_convnext, tiny_pit, tiny_swin, tiny_vit
+from tests.training import curve, quiet
+from vitrim import ConfigError, InputError
 from vitrim.runtime import UnreadableImageError
-from vitrim.tasks.scenes import open_scenes, write_scenes
+from vitrim.tasks import from_pretrained, upernet
+from vitrim.tasks.config import TaskRecipe
+from vitrim.tasks.detection_task import DetectionTask
+from vitrim.tasks.scenes import LABEL_NAMES, open_scenes, write_scenes
 from vitrim.tasks.segmentation_data import (
     IGNORED,
     LabelForm,
@@ -20,6 +27,9 @@ from vitrim.tasks.segmentation_data import (
     find_folders,
 )
 from vitrim.tasks.segmentation_metrics import bootstrap, pixel_counts, segmentation_metrics
+from vitrim.tasks.segmentation_task import SegmentationTask
+from vitrim.train.engine import train
+from vitrim.train.recipe import MethodRecipe, recipe_from_plain
 from vitrim.train.samples import SeededSamples, SkipUnreadable, Unreadable
 
 FORM = LabelForm(num_classes=4)
@@ -252,3 +262,190 @@ def test_measures_are_those_of_the_confusion_matrix():
     low, high = bootstrap(better, counts)
     assert 0 < low < 100 - found["miou"] < high
     assert bootstrap(counts, counts) == (0, 0)
+
+
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 1, 2, 2],
+    "num_classes": 10,
+    "drop_path_rate": 0.1,
+    "strict_img_size": False,
+}
+NARROW = {"channels": 16, "aux_channels": 8, "norm": "group", "dropout": 0.0}
+
+
+def segmenters():
+    """One of every kind of backbone, dense and sparse."""
+    spatial, tokens = vitrim.DynamicSpatialConfig(keep_ratio=0.7), vitrim.DynamicViTConfig
+    return {
+        "swin": tiny_swin(),
+        "spatial swin": vitrim.sparsify(tiny_swin(), spatial),
+        "spatial convnext": vitrim.sparsify(tiny_convnext(), spatial),
+        "pit": tiny_pit(),
+        "vit": tiny_vit(),
+        "sparse vit": vitrim.sparsify(tiny_vit(), tokens(stages=(1, 2))),
+    }
+
+
+@pytest.mark.parametrize("kind", segmenters().keys())
+def test_two_lines_make_a_segmenter_of_any_backbone(tmp_path, kind):
+    segmenter = upernet(segmenters()[kind], num_classes=5, **NARROW)
+    pixels, labels = images(), torch.randint(-1, 5, (2, 32, 32), generator=seeded(0))
+    segmenter.train()
+    assert segmenter(pixels).shape == (2, 5, 32, 32)
+    terms = segmenter.losses(pixels, labels, generator=seeded(1))
+    assert ("ratio" in terms) == (" " in kind)
+    parts = sum(value.detach() for name, value in terms.items() if name != "total")
+    assert float(terms["total"].detach()) == pytest.approx(float(parts), rel=1e-5)
+    again = segmenter.losses(pixels, labels, generator=seeded(1))
+    assert torch.equal(again["segmentation"], terms["segmentation"])
+    terms["total"].backward()
+    assert all(p.grad is not None for p in segmenter.head.parameters())
+    segmenter.eval()
+    segmenter.save_pretrained(tmp_path / "model")
+    read = from_pretrained(tmp_path / "model")
+    assert torch.equal(read(pixels), segmenter(pixels))
+    assert read.config == segmenter.config
+
+
+def test_a_segmenter_of_which_nothing_is_dropped_is_its_dense_one():
+    dense = upernet(tiny_swin(), num_classes=5, **NARROW).eval()
+    backbone = vitrim.sparsify(tiny_swin(), vitrim.DynamicSpatialConfig(keep_ratio=(1.0, 1.0, 1.0)))
+    sparse = upernet(backbone, num_classes=5, **NARROW).eval()
+    sparse.head.load_state_dict(dense.head.state_dict())
+    torch.testing.assert_close(sparse(images()), dense(images()))
+    # The backbone inside is a sparse model like every other.
+    assert len(sparse.backbone.trace(images()).stages) == 3
+    sparse.backbone.set_keep_ratio((0.9, 0.7, 0.5))
+    assert not torch.allclose(sparse(images()), dense(images()))
+    # What the paper's authors fine-tune is the distance to the dense pyramid: here none.
+    labels = torch.zeros(2, 32, 32, dtype=torch.long)
+    sparse.backbone.set_keep_ratio((1.0, 1.0, 1.0))
+    terms = sparse.train().losses(images(), labels, teacher=dense, pyramid_weight=0.5)
+    assert terms["pyramid"] >= 0
+
+
+def test_images_of_any_size_are_padded_out_of_sight():
+    model = vitrim.sparsify(
+        tiny_swin(strict_img_size=False), vitrim.DynamicSpatialConfig(keep_ratio=0.7)
+    )
+    segmenter = upernet(model, num_classes=5, **NARROW).eval()
+    odd = images(size=29)
+    assert segmenter(odd).shape == (2, 5, 29, 29)
+    padded = torch.nn.functional.pad(odd, (0, 3, 0, 3), value=7.0)
+    seen = segmenter(padded, [(29, 29)] * 2)[..., :29, :29]
+    torch.testing.assert_close(seen, segmenter(odd), rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_leaves_pixels_without_a_class_out():
+    segmenter = upernet(tiny_swin(), num_classes=5, **NARROW).eval()
+    pixels, labels = images(), torch.randint(0, 5, (2, 32, 32), generator=seeded(0))
+    scores = segmenter(pixels)
+    labels[:, :16] = IGNORED
+    terms = segmenter.losses(pixels, labels)
+    due = torch.nn.functional.cross_entropy(scores[:, :, 16:], labels[:, 16:])
+    torch.testing.assert_close(terms["segmentation"], due / 2)
+    labels[0, 20, 3] = 5
+    with pytest.raises(InputError, match="labels go up to 5; the segmenter knows 5 classes"):
+        segmenter.losses(pixels, labels)
+    with pytest.raises(InputError, match=r"labels have shape \(2, 16, 32\)"):
+        segmenter.losses(pixels, labels[:, 16:])
+    for change, match in (
+        ({"num_classes": 1}, "num_classes is 1"),
+        ({"classes": ("a", "b")}, "2 classes are named; num_classes is 5"),
+        ({"short_side": 9000, "long_side": 100}, "the longer one last"),
+        ({"chanels": 3}, "chanels"),
+    ):
+        with pytest.raises((ConfigError, TypeError), match=match):
+            upernet(tiny_swin(), **({"num_classes": 5} | change))
+
+
+def recipe(**changes):
+    data = {
+        "name": "tiny-segmenter",
+        "task": {"name": "segmentation", "num_classes": 11, "short_side": 32, "long_side": 64},
+        "model": {"name": "swin_tiny_patch4_window7_224", "kwargs": SWIN, "init": "fan_in"},
+        "method": {"name": "dynamic_spatial", "keep_ratio": [0.9, 0.7]},
+        "data": {"train": "scenes/train", "val": "scenes/val", "length": 8, "val_length": 4},
+        "optim": {"lr": 3e-3},
+        "run": {"epochs": 2, "log_every": 1, "tensorboard": False, "checkpoint_steps": 1},
+    }
+    data["method"]["stages"] = [0, 1]
+    data["task"] |= NARROW
+    data["data"] |= {"image_size": 48, "batch_size": 4, "workers": 0}
+    for place, value in changes.items():
+        table, key = place.split("__")
+        data.setdefault(table, {})[key] = value
+    return recipe_from_plain(data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scenes(tmp_path_factory):
+    """The embedded scenes are written into a cache of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(tmp_path):
+    config = recipe(task__pyramid_weight=0.1, task__dropout=0.1)
+    whole = train(config, tmp_path / "whole", on_progress=quiet)
+    assert set(whole.metrics) >= {"val_miou", "val_macc", "val_pixel_acc"}
+    assert whole.metrics["val_images"] == 4
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", on_progress=stop)
+    train(config, tmp_path / "parts", on_progress=quiet)
+    assert curve(tmp_path / "parts")[-1] == curve(tmp_path / "whole")[-1]
+    first = curve(tmp_path / "whole")[0]
+    assert {"segmentation", "auxiliary", "ratio", "pyramid"} <= first.keys()
+    read = from_pretrained(tmp_path / "whole" / "checkpoint")
+    assert read.classes == LABEL_NAMES
+    assert read.sparse.method.name == "dynamic_spatial"
+
+
+def test_a_dense_segmenter_is_made_sparse_by_a_recipe(tmp_path):
+    dense = recipe(run__epochs=1)
+    dense = dataclasses.replace(dense, method=MethodRecipe())
+    train(dense, tmp_path / "dense", on_progress=quiet)
+    folder = str(tmp_path / "dense" / "checkpoint")
+    read = from_pretrained(folder)
+    assert read.sparse is None
+    start = {"model__checkpoint": folder, "model__name": None, "model__init": "timm"}
+    task = SegmentationTask.create(recipe(**start))
+    assert task.model.sparse.method.name == "dynamic_spatial"
+    for own, other in zip(task.model.head.parameters(), read.head.parameters(), strict=True):
+        assert torch.equal(own, other)
+    for own, other in zip(
+        task.model.timm_model.parameters(), read.timm_model.parameters(), strict=True
+    ):
+        assert torch.equal(own, other)
+    detector = recipe(**start)
+    table = TaskRecipe(name="detection", config={"num_classes": 11})
+    with pytest.raises(ConfigError, match="holds a model for segmentation"):
+        DetectionTask.create(dataclasses.replace(detector, task=table))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"augment__mixup": 0.2}, "augment.mixup is not for segmentation"),
+        ({"task__num_classes": 5}, "the embedded scenes have 11"),
+        ({"task__norm": "batch", "data__batch_size": 1}, "set task.norm = 'group'"),
+        ({"data__labels": False}, "data.labels is false"),
+        ({"model__teacher": False, "task__pyramid_weight": 1.0}, "model.teacher = true"),
+        ({"task__scale": [2.0, 1.0]}, "the smaller first"),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path, change, match):
+    with pytest.raises(ConfigError, match=match):
+        train(recipe(**change), tmp_path / "run", on_progress=quiet)
+    assert not (tmp_path / "run").exists()

@@ -102,7 +102,8 @@ def eval_command(
 
     With --macs or --keep-ratio one checkpoint is tried at several settings, on the same images.
     A timm name, with or without --weights, measures that dense model alone. For a detector it is
-    average precision (COCO's) of boxes and masks, and the cost of its backbone.
+    average precision (COCO's) of boxes and masks, for a segmenter the mean IoU on a folder of images
+    and PNG labels, and the cost of its backbone.
     """
     from vitrim.train.data import check_label_space, eval_loader
 
@@ -113,7 +114,7 @@ def eval_command(
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     budgets = budgets_of(macs)
     if (task := open_task(model)) is not None:
-        chosen = TaskData(data, annotations, min(batch, _TASK_BATCH), workers, limit)
+        chosen = TaskData(data, annotations, min(batch, _TASK_BATCH), workers, limit, split)
         compared = candidates(task, ratios, budgets, against)
         eval_task(model, compared, chosen, common.device_of(device), json)
         return

@@ -36,6 +36,8 @@ class TaskData:
     batch: int = 8
     workers: int = 2
     limit: int | None = None
+    split: str | None = None
+    """Name of the split's folders, for segmenters."""
 
 
 def open_task(source: str) -> TaskModel | None:
@@ -120,22 +122,37 @@ def eval_task(
 
 def _evaluate(models: Mapping[str, Any], data: TaskData) -> dict[str, TaskEvaluation]:
     first = next(iter(models.values()))
-    if first.task != "detection":
-        raise InputError(f"vitrim eval does not know the task {first.task}")
+    source, count = "scenes/test" if data.source == "scenes" else data.source, data.limit or SCENES
+    if first.task == "segmentation":
+        if data.annotations is not None:
+            raise ConfigError("--annotations is given, which is for detectors; leave it out")
+        return _evaluate_segmenters(first, models, source, count, data)
     from vitrim.tasks.detection_data import DetectionLoader, open_coco
     from vitrim.tasks.detection_evaluation import evaluate_detectors
 
     folder = open_coco(
-        "scenes/test" if data.source == "scenes" else data.source,
+        source,
         None if data.annotations is None else str(data.annotations),
         classes=first.classes,
         masks=first.config.has_masks,
-        count=data.limit or SCENES,
+        count=count,
         side=first.data_config["input_size"][-1],
     )
     loader = DetectionLoader(folder, data.batch, data.workers, limit=data.limit)
     with common.progress("evaluating", loader.count) as advance:
         return evaluate_detectors(models, loader, progress=advance)
+
+
+def _evaluate_segmenters(
+    first: Any, models: Mapping[str, Any], source: str, count: int, data: TaskData
+) -> dict[str, TaskEvaluation]:
+    from vitrim.tasks.segmentation_batches import SegmentationLoader, held_out_pairs
+    from vitrim.tasks.segmentation_evaluation import evaluate_segmenters
+
+    pairs = held_out_pairs(first, source, split=data.split, count=count)
+    loader = SegmentationLoader(pairs, data.batch, data.workers, limit=data.limit)
+    with common.progress("evaluating", loader.count) as advance:
+        return evaluate_segmenters(models, loader, progress=advance)
 
 
 class _Whole(nn.Module):

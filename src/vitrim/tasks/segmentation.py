@@ -56,7 +56,7 @@ class Segmenter(TaskModel):
 
     def forward(self, images: Tensor, sizes: Own = None) -> Tensor:
         """Scores (B, classes, H, W) of normalised images (B, channels, H, W)."""
-        padded, own = self._padded(images, sizes)
+        padded, own = self.padded(images, sizes)
         maps = self.train_levels(padded, own).levels if self.training else self.levels(padded, own)
         return _enlarged(self.head(maps)[0], padded, images)
 
@@ -83,7 +83,7 @@ class Segmenter(TaskModel):
             pyramid_weight: of the distance from the teacher's pyramid.
         """
         self._check_labels(images, labels)
-        padded, own = self._padded(images, sizes)
+        padded, own = self.padded(images, sizes)
         output = self.train_levels(padded, own, generator)
         scores, aux = self.head(output.levels)
         terms = {"segmentation": _cross_entropy(_enlarged(scores, padded, images), labels)}
@@ -97,7 +97,7 @@ class Segmenter(TaskModel):
             terms["pyramid"] = pyramid_weight * pyramid_loss(output, due)
         return terms | {"total": torch.stack([*terms.values()]).sum()}
 
-    def _padded(self, images: Tensor, sizes: Own) -> tuple[Tensor, Own]:
+    def padded(self, images: Tensor, sizes: Own) -> tuple[Tensor, Own]:
         """Images whose sides are multiples of :attr:`reduction`, and their own sizes."""
         height, width = images.shape[-2:]
         missing = -height % self.reduction, -width % self.reduction

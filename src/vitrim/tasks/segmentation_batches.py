@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from vitrim.tasks.base import ALONE, Share
 from vitrim.tasks.scenes import IMAGES, LABELS, SIDE, is_scenes, open_scenes
+from vitrim.tasks.segmentation import Segmenter
 from vitrim.tasks.segmentation_config import SegmentationConfig
 from vitrim.tasks.segmentation_data import (
     LabelForm,
@@ -78,24 +79,37 @@ def open_pairs(
     return SegmentationFolder(*places, form, transform, max_skipped=max_skipped)
 
 
-def preparation_of(
-    config: Any, data_config: dict[str, Any], divisor: int, **augment: Any
-) -> Preparation:
-    """How images become tensors, for a segmenter's config and timm's data config.
-
-    Args:
-        config: a :class:`~vitrim.tasks.segmentation_config.SegmenterConfig`.
-        data_config: ``input_size``, the crop of training, ``mean`` and ``std``.
-        divisor: sides of images in evaluation are multiples of it.
-        augment: ``scale``, ``hflip`` and ``color_jitter`` of training.
+def held_out_pairs(
+    model: Segmenter, source: str, *, split: str | None = None, count: int = 1000
+) -> SegmentationFolder:
+    """The images of ``source`` to evaluate ``model`` on, prepared and labelled as it wants them;
+    other arguments and errors are those of :func:`open_pairs`.
     """
+    transform = preparation_of(model).evaluation
+    side = model.data_config["input_size"][-1]
+    return open_pairs(
+        source, form_of(model), transform, training=False, split=split, count=count, side=side
+    )
+
+
+def form_of(model: Segmenter) -> LabelForm:
+    """What the numbers of labels mean to a segmenter."""
+    config = model.config
+    return LabelForm(config.num_classes, config.ignore_index, config.reduce_zero_label)
+
+
+def preparation_of(model: Segmenter, **augment: Any) -> Preparation:
+    """How images become tensors for a segmenter; ``augment`` are ``scale``, ``hflip`` and
+    ``color_jitter`` of training.
+    """
+    data = model.data_config
     return Preparation(
-        mean=tuple(data_config["mean"]),
-        std=tuple(data_config["std"]),
-        crop=tuple(data_config["input_size"][1:]),
-        short_side=config.short_side,
-        long_side=config.long_side,
-        divisor=divisor,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        crop=tuple(data["input_size"][1:]),
+        short_side=model.config.short_side,
+        long_side=model.config.long_side,
+        divisor=model.reduction,
         **augment,
     )
 

@@ -29,6 +29,10 @@ class SegmenterConfig:
     """Pixels of an image's shorter side, in evaluation, and in training before the random scale."""
     long_side: int = 2048
     """Most pixels of its longer side."""
+    ignore_index: int = 255
+    """Number of pixels without a class in the PNG labels."""
+    reduce_zero_label: bool = False
+    """0 is no class either, and 1 is the first class, as in ADE20K."""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -43,6 +47,8 @@ class SegmenterConfig:
             f"short_side and long_side are {sides}; expected 16 to {_MOST_SIDE} pixels, the longer "
             "one last",
         )
+        index = self.ignore_index
+        require(0 <= index < 2**16, f"ignore_index is {index}; expected 0 to {2**16 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +60,6 @@ class SegmentationConfig(SegmenterConfig):
 
     scale: tuple[float, ...] = (0.5, 2.0)
     """Smallest and largest random scale of training images."""
-    ignore_index: int = 255
-    """Number of pixels without a class in the PNG labels."""
-    reduce_zero_label: bool = False
-    """0 is no class either, and 1 is the first class, as in ADE20K."""
     class_names: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers; empty: they have none."""
     max_skipped: float = 0.01
@@ -83,8 +85,6 @@ class SegmentationConfig(SegmenterConfig):
             0 <= self.max_skipped <= 1,
             f"max_skipped is {self.max_skipped}; expected a share from 0 to 1",
         )
-        index = self.ignore_index
-        require(0 <= index < 2**16, f"ignore_index is {index}; expected 0 to {2**16 - 1}")
 
     def segmenter(self) -> SegmenterConfig:
         """What of it is the segmenter's own."""

@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class PixelCounts:
+    """The pixels of a model's answers, image by image."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._counts: list[Tensor] = []
+        self.broken = 0
+        """Images with scores that are no numbers; they are not counted."""
+
+    @property
+    def counts(self) -> Tensor:
+        """(images, 3, classes), see :func:`pixel_counts`."""
+        none = torch.zeros(0, 3, self.num_classes, dtype=torch.int64)
+        return torch.stack(self._counts) if self._counts else none
+
+    def note(self, scores: Tensor, labels: Sequence[Tensor]) -> None:
+        """Count the pixels of scores (B, classes, h, w), enlarged to the labels' sizes."""
+        for score, label in zip(scores.float(), labels, strict=True):
+            if not bool(score.isfinite().all()):
+                self.broken += 1
+                continue
+            size = (label.shape[0], label.shape[1])
+            large = F.interpolate(score.unsqueeze(0), size, mode="bilinear", align_corners=False)
+            predicted = large.argmax(1).squeeze(0)
+            counts = pixel_counts(predicted, label.to(predicted.device), self.num_classes)
+            self._counts.append(counts.cpu())
+
+    def metrics(self) -> dict[str, float]:
+        """Of all images, see :func:`segmentation_metrics`."""
+        return segmentation_metrics(self.counts.sum(0))
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

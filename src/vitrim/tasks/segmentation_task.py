@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrim.config import require
@@ -19,12 +18,12 @@ from vitrim.tasks.segmentation import Own, Segmenter
 from vitrim.tasks.segmentation_batches import (
     SegmentationLoader,
     SegmentationTrainLoader,
+    form_of,
     open_pairs,
     preparation_of,
 )
 from vitrim.tasks.segmentation_config import SegmentationConfig
-from vitrim.tasks.segmentation_data import LabelForm
-from vitrim.tasks.segmentation_metrics import pixel_counts, segmentation_metrics
+from vitrim.tasks.segmentation_metrics import PixelCounts, segmentation_metrics
 from vitrim.train.recipe import Recipe
 
 
@@ -57,8 +56,7 @@ class SegmentationTask(HeadTask):
         if not recipe.augment.none:
             augment = {"scale": config.scale, "hflip": recipe.augment.hflip}
             augment["color_jitter"] = recipe.augment.color_jitter
-        preparation = preparation_of(config, self.data_config, model.reduction, **augment)
-        form = LabelForm(config.num_classes, config.ignore_index, config.reduce_zero_label)
+        preparation, form = preparation_of(model, **augment), form_of(model)
         loader = SegmentationTrainLoader(recipe, config, preparation, form, share)
         if data.val is None:
             return loader, None
@@ -94,36 +92,25 @@ class SegmentationTask(HeadTask):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, validation: SegmentationLoader, accelerator: Any) -> Score:
         """Mean IoU, which decides, mean accuracy of the classes, and accuracy of the pixels."""
-        classes = self.config.num_classes
-        # Counts of every class, images, and images with scores that are no numbers.
-        sums = torch.zeros(3 * classes + 2, dtype=torch.int64, device=accelerator.device)
+        pixels = PixelCounts(self.config.num_classes)
         with eval_mode(model):
             for images, labels in validation:
                 with accelerator.autocast():
-                    scores = model(images.to(accelerator.device)).float()
-                sums[-1] += (~scores.isfinite().flatten(1).all(1)).sum()
-                for score, truth in zip(scores, labels, strict=True):
-                    found = classes_of(score, truth), truth.to(score.device)
-                    sums[:-2] += pixel_counts(*found, classes).flatten()
-                sums[-2] += len(images)
-        *totals, count, broken = accelerator.reduce(sums, "sum").tolist()
+                    scores = model(images.to(accelerator.device))
+                pixels.note(scores, labels)
+        own = torch.tensor([len(pixels.counts), pixels.broken])
+        sums = torch.cat([own, pixels.counts.sum(0).flatten()]).to(accelerator.device)
+        count, broken, *totals = accelerator.reduce(sums, "sum").tolist()
         if broken:
             raise TrainingError(
-                f"the scores of {broken} of {count} validation images hold NaN or infinity; the "
-                "last saved state and result are kept"
+                f"the scores of {broken} of {count + broken} validation images hold NaN or "
+                "infinity; the last saved state and result are kept"
             )
         if not count:
             raise InputError("no validation image can be read; check data.val")
-        metrics = segmentation_metrics(torch.tensor(totals).view(3, classes))
+        metrics = segmentation_metrics(torch.tensor(totals).view(3, -1))
         named = {f"val_{name}": value for name, value in metrics.items()}
         return Score(metrics["miou"], named, count)
-
-
-def classes_of(scores: Tensor, labels: Tensor) -> Tensor:
-    """Class numbers (H, W) at the size of ``labels`` (H, W) from the scores (classes, h, w)."""
-    size = (labels.shape[0], labels.shape[1])
-    large = F.interpolate(scores.unsqueeze(0), size, mode="bilinear", align_corners=False)
-    return large.argmax(1).squeeze(0)
 
 
 def _class_names(recipe: Recipe, config: SegmentationConfig) -> tuple[str, ...]:

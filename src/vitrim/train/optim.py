@@ -68,7 +68,7 @@ class Schedule:
     steps_per_epoch: int
     """Optimiser steps in an epoch."""
     epochs: int
-    """Epochs that the cosine spans."""
+    """Epochs that a cosine or a line spans."""
     global_batch: int
     """Images per optimiser step, which scale the rate where the recipe asks for it."""
 
@@ -85,9 +85,13 @@ class Schedule:
         warmup = round(recipe.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
             return peak * step / warmup
+        if recipe.schedule == "steps":
+            passed = sum(step >= epoch * self.steps_per_epoch for epoch in recipe.step_epochs)
+            return peak * 0.1**passed
         total = max(self.steps_per_epoch * self.epochs - warmup, 1)
         share = min((step - warmup) / total, 1.0)
-        return recipe.min_lr + (peak - recipe.min_lr) * (1 + math.cos(math.pi * share)) / 2
+        height = 1 - share if recipe.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+        return recipe.min_lr + (peak - recipe.min_lr) * height
 
     def backbone_lr(self, step: int) -> float:
         """Rate of the backbone under a method at ``step``."""

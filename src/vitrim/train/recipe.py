@@ -230,8 +230,13 @@ class OptimRecipe:
     """AdamW's moment decays."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0, step by step."""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
+    """How the rate falls after the warm-up: along half a cosine, along a line, or to a tenth at the
+    start of each of ``step_epochs``."""
+    step_epochs: tuple[int, ...] = ()
+    """Epochs, counted from 0, for the schedule ``steps``."""
     min_lr: float = 0.0
-    """Where the cosine ends, before ``backbone_lr_scale``."""
+    """Where a cosine or line ends, before ``backbone_lr_scale``."""
     clip_grad: float | None = None
     """Largest gradient norm; None does not clip."""
     ema_decay: float | None = None
@@ -247,6 +252,11 @@ class OptimRecipe:
             _require_at_least("optim", self, 1, "lr_batch")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(good, f"optim.betas is {self.betas}; expected two numbers in [0, 1)")
+        require(
+            (self.schedule == "steps") == bool(self.step_epochs),
+            f"optim.schedule is {self.schedule!r} and optim.step_epochs are {self.step_epochs}; "
+            "steps need epochs, and epochs need schedule = 'steps'",
+        )
         clip, decay = self.clip_grad, self.ema_decay
         require(clip is None or clip > 0, f"optim.clip_grad is {clip}; expected more than 0")
         require(decay is None or 0 <= decay < 1, f"optim.ema_decay is {decay}; expected [0, 1)")

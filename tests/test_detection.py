@@ -32,6 +32,7 @@ SWIN = {
     "num_heads": [1, 1, 2, 2],
     "num_classes": 3,
     "strict_img_size": False,
+    "drop_path_rate": 0.0,
 }
 SMALL = {
     "num_classes": 4,

@@ -107,9 +107,29 @@ class TimmModel(nn.Module):
             return [level[:0] for level in self.features(one_for_none(images), sizes, indices)]
         family = self.family
         indices = family.level_indices if indices is None else indices
-        run = partial(self._settled().features, family, indices=indices, sizes=sizes)
-        levels: list[Tensor] = self.through(run, images)
-        return levels
+        return self._maps(partial(self._settled().features, family), images, indices, sizes).levels
+
+    def embedded_features(
+        self, images: Tensor, indices: Sequence[int] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The pyramid, see :meth:`features`, and what the classifier reads (B, C): one forward."""
+        family = self.family
+        indices = family.level_indices if indices is None else indices
+        output = self._maps(partial(self._settled().features, family), images, indices, None)
+        return output.levels, family.pool(output.state)
+
+    def _maps(
+        self, make: Callable[..., FeatureOutput], images: Tensor, indices: Any, sizes: Sizes
+    ) -> FeatureOutput:
+        """What a method makes of images, as a call of backbone and method that gives the maps."""
+        outputs: list[FeatureOutput] = []
+
+        def run(images: Tensor) -> list[Tensor]:
+            outputs.append(make(images, indices, sizes))
+            return outputs[0].levels
+
+        levels = self.through(run, images)
+        return replace(outputs[0], levels=levels)
 
     def train_features(
         self,
@@ -121,15 +141,10 @@ class TimmModel(nn.Module):
         """The pyramid by the differentiable forward, with the method's noise from ``generator``;
         and what its training needs besides. See :meth:`features`.
         """
-        family, outputs = self.family, list[FeatureOutput]()
+        family = self.family
         indices = family.level_indices if indices is None else indices
-
-        def run(images: Tensor) -> list[Tensor]:
-            outputs.append(self.method.train_features(family, images, indices, sizes, generator))
-            return outputs[0].levels
-
-        levels = self.through(run, images)
-        return replace(outputs[0], levels=levels)
+        make = partial(self.method.train_features, family, generator=generator)
+        return self._maps(make, images, indices, sizes)
 
     def features_only(self, out_indices: int | Sequence[int] | None = None) -> FeaturesOnly:
         """A module that gives the pyramid alone, as timm's ``features_only`` models do; see

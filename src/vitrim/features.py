@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class FeaturesOnly(nn.Module):
     def __init__(self, model: nn.Module, out_indices: int | Sequence[int] | None = None) -> None:
         super().__init__()
         self.model: Any = model
+        self.training = model.training
         self.is_sparse = hasattr(model, "method")
         family = self.family
         infos = deepcopy(family.backbone.feature_info)
@@ -66,14 +68,27 @@ class FeaturesOnly(nn.Module):
         """The maps of ``images``; ``sizes`` see :meth:`vitrim.model.SparseModel.features`."""
         self.output = None
         if not self.is_sparse:
-            run = partial(self.family.features, indices=self.out_indices, sizes=sizes)
-            levels: list[Tensor] = called(self.model, run, images)
-            return levels
+            return self._dense(images, sizes)[0]
         if not self.training or len(images) == 0:
-            levels = self.model.features(images, sizes, self.out_indices)
+            levels: list[Tensor] = self.model.features(images, sizes, self.out_indices)
             return levels
         self.output = self.model.train_features(images, sizes, self.out_indices, self.generator)
         return self.output.levels
+
+    def embedded(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The maps, by the inference forward, and what the model's classifier reads (B, C)."""
+        if not self.is_sparse:
+            levels, state = self._dense(images, None)
+            return levels, self.family.pool(state)
+        embedded: tuple[list[Tensor], Tensor] = self.model.embedded_features(
+            images, self.out_indices
+        )
+        return embedded
+
+    def _dense(self, images: Tensor, sizes: Sizes) -> tuple[list[Tensor], Any]:
+        run = partial(self.family.pyramid, indices=self.out_indices, sizes=sizes)
+        pyramid: tuple[list[Tensor], Any] = called(self.model, run, images)
+        return pyramid
 
     def losses(
         self, teacher: Sequence[Tensor] | None = None, pyramid_weight: float = 1.0
@@ -121,3 +136,67 @@ def pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
         found, taught = (x.flatten(2).transpose(1, 2) for x in (student, wanted.detach()))
         terms.append(kept_token_mse(found, taught, keep_BN.flatten(1).to(found.dtype)))
     return torch.stack(terms).mean()
+
+
+class SimplePyramid(nn.Module):
+    """Four maps for heads from the one map of a plain vision transformer, at 4, 2, 1 and 1/2 times
+    its side: strides 4, 8, 16 and 32 for patches of 16.
+
+    Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet), ECCV
+    2022 (arXiv 2203.16527), section 3: by two transposed convolutions, one, none, or a max-pool;
+    each then has a 1 x 1 and a 3 x 3 convolution with a norm.
+
+    Args:
+        features: gives one map.
+        channels: of each map that this gives.
+    """
+
+    def __init__(self, features: FeaturesOnly, channels: int = 256) -> None:
+        super().__init__()
+        given = features.feature_info
+        if len(given.out_indices) != 1:
+            raise InputError(
+                f"the backbone gives {len(given.out_indices)} maps; a simple pyramid is made of "
+                "one (out_indices=1)"
+            )
+        self.features = features
+        (width,), (reduction,) = given.channels(), given.reduction()
+        half = width // 2
+        four_times = nn.Sequential(_twice(width), LayerNorm2d(half), nn.GELU(), _twice(half))
+        self.resize = nn.ModuleList([four_times, _twice(width), nn.Identity(), nn.MaxPool2d(2)])
+        self.project = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(entering, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for entering in (half // 2, half, width, width)
+        )
+        strides = (reduction / 4, reduction / 2, reduction, reduction * 2)
+        infos = [
+            {"num_chs": channels, "reduction": _whole(stride), "module": f"project.{number}"}
+            for number, stride in enumerate(strides)
+        ]
+        self.feature_info = FeatureInfo(infos, tuple(range(len(infos))))
+
+    def forward(self, images: Tensor, sizes: Sizes = None) -> list[Tensor]:
+        """Maps (B, channels, H, W), from the largest to the smallest."""
+        (x,) = self.features(images, sizes)
+        levels = zip(self.resize, self.project, strict=True)
+        return [project(resize(x)) for resize, project in levels]
+
+    def losses(
+        self, teacher: Sequence[Tensor] | None = None, pyramid_weight: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Those of :attr:`features`, whose one map a teacher's is compared with."""
+        return self.features.losses(teacher, pyramid_weight)
+
+
+def _whole(reduction: float) -> float:
+    return int(reduction) if reduction == int(reduction) else reduction
+
+
+def _twice(width: int) -> nn.ConvTranspose2d:
+    """Doubles the side of a map, and halves its channels."""
+    return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)

@@ -180,20 +180,30 @@ def show_command(
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
     device: DeviceOption = None,
 ) -> None:
-    """Draw which patches each stage keeps: PNG files and one page.html."""
+    """Draw which patches each stage keeps: PNG files and one page.html. Of detectors and segmenters
+    what they find is drawn too.
+    """
     from vitrim.cli.show import draw, read_images
+    from vitrim.cli.task_show import draw_task, read_task_images
 
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; give a folder")
-    sparse = common.require_sparse(common.load_model(model), model)
     if keep_ratio is not None and macs is not None:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
+    task = open_task(model)
+    if task is not None and task.sparse is None and (keep_ratio is not None or macs is not None):
+        raise ConfigError(f"{model} has a dense backbone; leave --keep-ratio and --macs out")
+    shown: Any = task
+    if task is None:
+        shown = common.require_sparse(common.load_model(model), model)
+    sparse: Any = shown if task is None else task.sparse
     if keep_ratio is not None:
         sparse.set_keep_ratio(keep_ratio)
     if macs is not None:
         sparse.set_budget(macs)
-    found = read_images(sparse, sources, limit)
+    reads, draws = (read_images, draw) if task is None else (read_task_images, draw_task)
+    found = reads(shown, sources, limit)
     with common.progress("drawing", len(found.images)) as advance:
-        draw(sparse.to(common.device_of(device)), found, output, advance)
+        draws(shown.to(common.device_of(device)), found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
     common.out().print(f"{len(found.images)} images drawn: {output / 'page.html'}", soft_wrap=True)

@@ -125,10 +125,19 @@ class Family(ABC):
         return losses.kept_token_mse(student_BNC, teacher_BNC, keep_BN)
 
     @abstractmethod
-    def features(
+    def pool(self, state: Any, /) -> Tensor:
+        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps of :meth:`pyramid`."""
+        return self.pyramid(images)[0]
+
+    @abstractmethod
+    def pyramid(
         self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
-    ) -> list[Tensor]:
-        """Maps (B, C, H, W) of the dense backbone, as timm's feature extraction gives them.
+    ) -> tuple[list[Tensor], Any]:
+        """Maps (B, C, H, W) of the dense backbone, as timm's feature extraction gives them, and what
+        left its last block.
 
         Args:
             images: (B, channels, H, W).
@@ -229,14 +238,14 @@ class Pyramid(Family):
     def as_map(self, stage: int, state: Any, /) -> Tensor:
         """(B, C, rows, columns): what a stage leaves, all positions present and in order."""
 
-    def features(
+    def pyramid(
         self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Any]:
         state, levels = self.stem(images, sizes), []
         for stage in range(len(self.depths)):
             state = self.run_stage(stage, state)
             levels.append(self.as_map(stage, state).contiguous())
-        return levels if indices is None else [levels[index] for index in indices]
+        return levels if indices is None else [levels[index] for index in indices], state
 
     @property
     def level_indices(self) -> tuple[int, ...]:

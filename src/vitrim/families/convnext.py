@@ -169,6 +169,10 @@ class ConvNeXt(MapPyramid):
         features: Tensor = self.backbone.norm_pre(_nchw(fmap.x_BHWC))
         return features
 
+    def pool(self, fmap: FeatureMap) -> Tensor:
+        features: Tensor = self.backbone.forward_head(self.normed(fmap), pre_logits=True)
+        return features
+
     def patch_features(self, fmap: FeatureMap) -> Tensor:
         """(B, N, C): each position after the final norm, wherever the model keeps that norm."""
         model, x = self.backbone, _nchw(fmap.x_BHWC)

@@ -60,6 +60,8 @@ class WithMaps(Changed):
         self.canvas = Canvas(grid)
         self.shown = dict.fromkeys(indices, (Tensor(), Tensor()))
         """By block: the map (B, C, H, W), and which of its places were computed (B, H, W)."""
+        self.last: Any = None
+        """The tokens after the last block that was run."""
 
     @property
     def maps(self) -> list[Tensor]:
@@ -84,6 +86,7 @@ class WithMaps(Changed):
         return self._show(index, after), scores
 
     def _show(self, index: int, tokens: Any) -> Any:
+        self.last = tokens
         if index in self.shown:
             self.canvas.paint(tokens)
             self.shown[index] = self.canvas.map_BCHW, self.canvas.keep_BHW

@@ -146,7 +146,6 @@ class PiT(Pyramid):
         return features
 
     def pool(self, tokens: AnyTokens) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
         features: Tensor = self.backbone.forward_head(self.normed(tokens), pre_logits=True)
         return features
 

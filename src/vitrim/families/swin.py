@@ -201,7 +201,6 @@ class Swin(MapPyramid):
         return features
 
     def pool(self, fmap: FeatureMap) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads."""
         features: Tensor = self.backbone.forward_head(self.normed(fmap), pre_logits=True)
         return features
 

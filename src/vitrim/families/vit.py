@@ -276,9 +276,8 @@ class ViT(Family):
         features: Tensor = model.head_drop(model.fc_norm(pooled))
         return features
 
-    def pool(self, tokens: Tokens) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
-        assert tokens.keep_BN is None
+    def pool(self, tokens: AnyTokens) -> Tensor:
+        tokens = tokens.padded() if isinstance(tokens, PackedTokens) else tokens
         model = self.backbone
         x = model.norm(tokens.x)
         if not blocks.is_changed(tokens) or model.global_pool == "token":
@@ -316,15 +315,15 @@ class ViT(Family):
     def level_indices(self) -> tuple[int, ...]:
         return (self.depth - 1,)
 
-    def features(
+    def pyramid(
         self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Any]:
         """The patch tokens after some blocks, before the final norm, as maps."""
         refuse_sizes(sizes, self.name)
         grid = self.grid((images.shape[-2], images.shape[-1]))
         shown = self.with_maps(grid, self.level_indices if indices is None else indices)
-        shown.dense(images)
-        return shown.maps
+        last = shown.dense(images)
+        return shown.maps, last
 
     def with_maps(self, grid: Grid, indices: Sequence[int] = ()) -> WithMaps:
         return WithMaps(self, grid, indices)

@@ -26,8 +26,7 @@ class Canvas:
     decision has a gradient.
     """
 
-    of_all = False
-    """Stages at which nothing is dropped need not be told."""
+    reads_scores = False
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid

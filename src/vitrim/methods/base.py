@@ -116,7 +116,7 @@ class Method(nn.Module, ABC):
 
     def features(
         self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes = None
-    ) -> list[Tensor]:
+    ) -> FeatureOutput:
         """Maps (B, C, H, W), computed as :meth:`infer` does.
 
         Args:
@@ -131,7 +131,7 @@ class Method(nn.Module, ABC):
         """
         shown = self._shown(family, images, indices, sizes)
         self.infer(shown, images, shown.canvas)
-        return shown.maps
+        return FeatureOutput(shown.maps, shown.last)
 
     def train_features(
         self,
@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
         train_forward: Any = self.train_forward
         output = train_forward(shown, images, generator, recorder=shown.canvas)
         keeps: list[Tensor | None] = [keep_BHW for _, keep_BHW in shown.shown.values()]
-        return FeatureOutput(shown.maps, self.own_losses(output), keeps)
+        return FeatureOutput(shown.maps, shown.last, keeps, self.own_losses(output))
 
     def _shown(self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes) -> WithMaps:
         """A plain vision transformer on which the method's forward makes maps: its recorder is told

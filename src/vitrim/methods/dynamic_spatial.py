@@ -222,9 +222,9 @@ class DynamicSpatial(RatioMethod):
 
     def features(
         self, family: Swin | ConvNeXt, images: Tensor, indices: Sequence[int], sizes: Sizes = None
-    ) -> list[Tensor]:
+    ) -> FeatureOutput:
         levels = self._levels(family, images, sizes=sizes)
-        return [levels[index].x_BCHW for index in indices]
+        return FeatureOutput([levels[index].x_BCHW for index in indices], levels[-1])
 
     def _levels(
         self,
@@ -331,8 +331,8 @@ class DynamicSpatial(RatioMethod):
         keeps, level = [fmap.real_BHW for fmap in levels], self.config.level
         ratio = self._ratio_loss(keeps_BN, levels[level].real_BN)
         keeps[level] = keeps_BN[-1].view(levels[level].x_BHWC.shape[:3])
-        maps = [levels[index].x_BCHW for index in indices]
-        return FeatureOutput(maps, {"ratio": ratio}, [keeps[index] for index in indices])
+        maps, asked = [levels[index].x_BCHW for index in indices], [keeps[i] for i in indices]
+        return FeatureOutput(maps, levels[-1], asked, {"ratio": ratio})
 
     def _train_levels(
         self,

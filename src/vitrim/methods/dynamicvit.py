@@ -152,7 +152,7 @@ class DynamicViT(RatioMethod):
         else:
             assert isinstance(tokens, Tokens)
             count = self._fixed_counts(num_patches)[stage]
-            if count == tokens.num_patches and not (recorder and recorder.of_all):
+            if count == tokens.num_patches and not (recorder and recorder.reads_scores):
                 return tokens
             log_keep = self.predictors[stage](tokens)[..., 0]
             score, kept = log_keep.exp(), tokens

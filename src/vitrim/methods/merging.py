@@ -231,7 +231,7 @@ class Merging(RatioMethod):
         *others, last = stretches(self.stages, family.depth)
         actions = self.config.actions(len(self.stages))
         for blocks, count, action in zip(others, counts, actions, strict=True):
-            if count == tokens.num_patches and not (recorder and recorder.of_all):
+            if count == tokens.num_patches and not (recorder and recorder.reads_scores):
                 tokens = family.run_blocks(blocks, tokens)
             else:
                 tokens = family.run_blocks(blocks[:-1], tokens)
@@ -258,8 +258,10 @@ class Merging(RatioMethod):
             moves: list[Moves] = []
             after = self.fewer(before, records[0], count, action, moves if recorder else None)
             if recorder:
-                importance_BN = records[0].patch_attention().mean(1)
-                recorder.add(block + 1, before, importance_BN, after, *moves)
+                scores = before.index_BN  # which a canvas does not read
+                if recorder.reads_scores:
+                    scores = records[0].patch_attention().mean(1)
+                recorder.add(block + 1, before, scores, after, *moves)
             return after
 
         after, _ = family.split_block(block, tokens, read, between)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class Told(Protocol):
     """What is told of each stage at which patch tokens are dropped or merged."""
 
     @property
-    def of_all(self) -> bool:
-        """Whether it is told of stages that can drop nothing too, and so has them scored."""
+    def reads_scores(self) -> bool:
+        """Whether it reads the scores, and so is told of stages that can drop nothing too."""
 
     def add(
         self,
@@ -73,7 +73,7 @@ class Told(Protocol):
 class Recorder:
     """Collects a :class:`StageTrace` per stage while a method runs inference."""
 
-    of_all: ClassVar[bool] = True
+    reads_scores: ClassVar[bool] = True
     grid: Grid
     """Of the original patches."""
     stages: list[StageTrace] = field(default_factory=list)
@@ -172,15 +172,18 @@ class TrainingOutput:
 
 @dataclass(frozen=True)
 class FeatureOutput:
-    """A differentiable pyramid, and what its training needs besides."""
+    """A pyramid, and what else is known of it."""
 
     levels: list[Tensor]
     """(B, C, H, W) each."""
-    losses: dict[str, Tensor]
-    """The method's own loss terms by name, not weighted: of its decisions, such as ``ratio``."""
-    keeps: list[Tensor | None]
-    """Per level (B, H, W): 1 for a position that took the full computation to the level's end; 0
-    too for padding. None: all did."""
+    state: Any
+    """What left the last block: the tokens, or the map, which a head reads."""
+    keeps: list[Tensor | None] = field(default_factory=list)
+    """In training, per level (B, H, W): 1 for a position that took the full computation to the
+    level's end, 0 for the others and padding. None: all did."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """In training, the method's own loss terms by name, not weighted: of its decisions, such as
+    ``ratio``."""
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ class SaiT(Method):
     def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         counts = self._counts(stem.num_patches)
-        if counts == (stem.num_patches,) and not (recorder and recorder.of_all):
+        if counts == (stem.num_patches,) and not (recorder and recorder.reads_scores):
             return family.answer(0, stem, self.whole_last_block(family) is None)
 
         def choose(tokens: Tokens, score_BN: Tensor) -> Chosen:

@@ -84,8 +84,8 @@ class SemanticMethod(Method):
 
     def features(
         self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes = None
-    ) -> list[Tensor]:
-        return self.train_features(family, images, indices, sizes).levels
+    ) -> FeatureOutput:
+        return self.train_features(family, images, indices, sizes)
 
     def train_features(
         self,

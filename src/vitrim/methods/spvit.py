@@ -146,7 +146,7 @@ class SPViT(SelectorMethod):
         for stage, blocks in enumerate(others):
             before = tokens = family.run_blocks(blocks, tokens)
             skips = self._drops_nothing(stage, num_patches)
-            if skips and not (recorder and recorder.of_all):
+            if skips and not (recorder and recorder.reads_scores):
                 continue
             scores = self._score(family, stage, before)
             if not skips:

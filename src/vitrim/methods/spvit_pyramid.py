@@ -183,9 +183,10 @@ class SPViTPyramid(SelectorMethod):
 
     def features(
         self, family: PiT | Swin, images: Tensor, indices: Sequence[int], sizes: Sizes = None
-    ) -> list[Tensor]:
-        levels = self._infer_levels(family, images, sizes=sizes)
-        return [family.as_map(index, levels[index]) for index in indices]
+    ) -> FeatureOutput:
+        states = self._infer_levels(family, images, sizes=sizes)
+        levels = [family.as_map(index, states[index]) for index in indices]
+        return FeatureOutput(levels, states[-1])
 
     def _infer_levels(
         self,
@@ -258,8 +259,8 @@ class SPViTPyramid(SelectorMethod):
         ratio = self._ratio_loss(kept, [reals[level] for level in self._places])
         for level, (number, _) in self._places.items():
             keeps[level] = kept[number].view(len(images), *maps[level].shape[2:])
-        chosen = [maps[index] for index in indices]
-        return FeatureOutput(chosen, {"ratio": ratio}, [keeps[index] for index in indices])
+        levels, asked = [maps[index] for index in indices], [keeps[index] for index in indices]
+        return FeatureOutput(levels, states[-1], asked, {"ratio": ratio})
 
     def _train_levels(
         self,

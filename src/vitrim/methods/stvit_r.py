@@ -270,9 +270,9 @@ class STViTR(WindowMethod):
 
     def features(
         self, family: Swin, images: Tensor, indices: Sequence[int], sizes: Sizes = None
-    ) -> list[Tensor]:
+    ) -> FeatureOutput:
         """The map after each stage, (B, C, H, W), normalised where ``level_norms`` were learned."""
-        return self.train_features(family, images, indices, sizes).levels
+        return self.train_features(family, images, indices, sizes)
 
     def train_features(
         self,
@@ -283,12 +283,12 @@ class STViTR(WindowMethod):
         generator: torch.Generator | None = None,
     ) -> FeatureOutput:
         """The same as :meth:`features`: there is no noise, and nothing is decided."""
-        maps = self._levels(family, images, sizes=sizes)
+        states = maps = self._levels(family, images, sizes=sizes)
         if len(self.level_norms):
             pairs = zip(self.level_norms, maps, strict=True)
             maps = [fmap.with_x(norm(fmap.x_BHWC)) for norm, fmap in pairs]
         levels = [maps[index].x_BCHW.contiguous() for index in indices]
-        return FeatureOutput(levels, {}, [maps[index].real_BHW for index in indices])
+        return FeatureOutput(levels, states[-1], [maps[index].real_BHW for index in indices])
 
     def _levels(
         self,

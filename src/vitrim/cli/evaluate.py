@@ -102,8 +102,8 @@ def eval_command(
 
     With --macs or --keep-ratio one checkpoint is tried at several settings, on the same images.
     A timm name, with or without --weights, measures that dense model alone. For a detector it is
-    average precision (COCO's) of boxes and masks, for a segmenter the mean IoU on a folder of images
-    and PNG labels, and the cost of its backbone.
+    average precision (COCO's) of boxes and masks, for a segmenter the mean IoU on a folder of
+    images and PNG labels, and the cost of its backbone.
     """
     from vitrim.train.data import check_label_space, eval_loader
 

@@ -85,7 +85,7 @@ class TaskModel(nn.Module):
         """
         if self.sparse is not None:
             return self.sparse.features(images, sizes)
-        return self.family.features(images, sizes=sizes)
+        return self.family.pyramid(images, sizes=sizes)[0]
 
     def train_levels(
         self,
@@ -96,7 +96,7 @@ class TaskModel(nn.Module):
         """The same by the differentiable forward, with the method's noise and its losses."""
         if self.sparse is not None:
             return self.sparse.train_features(images, sizes, generator=generator)
-        maps = self.family.features(images, sizes=sizes)
+        maps = self.family.pyramid(images, sizes=sizes)[0]
         return FeatureOutput(maps, {}, [None] * len(maps))
 
     def method_terms(self, output: FeatureOutput) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def _drawn(model: Segmenter, image: Tensor, scores: Tensor) -> Image.Image:
     canvas = (functional.resize(image, size, antialias=True).clamp(0, 1) * 255).byte()
     found = F.interpolate(scores, size, mode="bilinear", align_corners=False)[0].argmax(0)
     colours = token_colours(model.config.num_classes)
-    shown = [label for label in found.unique().tolist() if class_name(model, label) != BACKGROUND]
+    there = torch.bincount(found.flatten()).nonzero().flatten().tolist()
+    shown = [label for label in there if class_name(model, label) != BACKGROUND]
     if shown:
         masks = torch.stack([found == label for label in shown])
         chosen = [colours[label] for label in shown]

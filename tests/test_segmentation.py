@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 import vitrim
 from tests.conftest import images, seeded, tiny_convnext, tiny_pit, tiny_swin, tiny_vit
 from tests.training import curve, quiet
-from vitrim import ConfigError, InputError
+from vitrim import ConfigError, InputError, TrainingError
+from vitrim.cli import main
 from vitrim.runtime import UnreadableImageError
 from vitrim.tasks import from_pretrained, upernet
 from vitrim.tasks.config import TaskRecipe
@@ -449,3 +451,69 @@ def test_recipes_that_are_refused(tmp_path, change, match):
     with pytest.raises(ConfigError, match=match):
         train(recipe(**change), tmp_path / "run", on_progress=quiet)
     assert not (tmp_path / "run").exists()
+
+
+def write_checkpoint(folder):
+    backbone = vitrim.sparsify(
+        tiny_swin(strict_img_size=False), vitrim.DynamicSpatialConfig(keep_ratio=0.7)
+    )
+    segmenter = upernet(
+        backbone, 11, short_side=32, long_side=64, classes=LABEL_NAMES, **NARROW
+    ).eval()
+    segmenter.data_config |= {"input_size": [3, 48, 48]}
+    segmenter.save_pretrained(folder)
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, error stream."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_commands(capsys, tmp_path):
+    model, quiet = tmp_path / "model", ("--device", "cpu")
+    write_checkpoint(model)
+    report = tmp_path / "eval.json"
+    options = ("--limit", 5, "--workers", 0, "--keep-ratio", "0.9,0.7", "--json", report, *quiet)
+    code, out, err = run(capsys, "eval", model, "--data", "scenes", *options)
+    assert code == 0, err
+    assert all(word in out for word in ("mIoU", "dense", "dynamic_spatial 0.9", "before block"))
+    rows = json.loads(report.read_text())["results"]
+    assert [row["name"] for row in rows] == ["dense", "dynamic_spatial 0.9", "dynamic_spatial 0.7"]
+    macs = [row["macs"]["mean"] for row in rows]
+    assert macs[0] == rows[2]["dense_macs"]["mean"] > macs[1] > macs[2]
+    for row in rows[1:]:
+        value, low, high = row["difference"]
+        assert low <= value <= high
+    # A pair of folders, in which something is wrong.
+    images, labels = write_pairs(tmp_path / "pairs", *[grey()] * 3)
+    (images / "a.jpg").write_bytes(b"no image")
+    Image.fromarray(grey(VALUES * 4)).save(labels / "b.png")
+    code, out, err = run(capsys, "eval", model, "--data", tmp_path / "pairs", "--workers", 0)
+    assert code == 0, err
+    assert "On 1 images" in out
+    assert all(name in err for name in ("2 unreadable", "a.jpg", "b.png"))
+    code, _, err = run(capsys, "eval", model, "--data", tmp_path, "--workers", 0)
+    assert code == 2
+    assert "no folders of images and labels" in err
+    code, out, err = run(capsys, "show", model, images / "c.jpg", "-o", tmp_path / "shown", *quiet)
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == [
+        "001_c.png",
+        "page.html",
+    ]
+    page = (tmp_path / "shown" / "page.html").read_text()
+    assert "background" in page or "%" in page
+
+
+def test_labels_out_of_range_stop_a_run_once_there_are_too_many(tmp_path):
+    write_pairs(tmp_path / "pairs", *[grey(np.full((48, 48), 7 * (n > 3))) for n in range(8)])
+    config = recipe(
+        data__train=str(tmp_path / "pairs"), data__val=None, task__num_classes=4, run__epochs=1
+    )
+    with pytest.raises(TrainingError, match=r"cannot be read: more than the share 0.01"):
+        train(config, tmp_path / "run", on_progress=quiet)
+    lenient = dataclasses.replace(config.data, max_unreadable=0.5)
+    train(dataclasses.replace(config, data=lenient), tmp_path / "lenient", on_progress=quiet)

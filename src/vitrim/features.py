@@ -138,13 +138,42 @@ def pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-class SimplePyramid(nn.Module):
-    """Four maps for heads from the one map of a plain vision transformer, at 4, 2, 1 and 1/2 times
-    its side: strides 4, 8, 16 and 32 for patches of 16.
+class MapsOfOne(nn.Module):
+    """Four maps for heads from one, at 4, 2, 1 and 1/2 times its side.
 
     Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet), ECCV
     2022 (arXiv 2203.16527), section 3: by two transposed convolutions, one, none, or a max-pool;
     each then has a 1 x 1 and a 3 x 3 convolution with a norm.
+
+    Args:
+        width: channels of the one map.
+        channels: of each map that this gives.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        half = width // 2
+        four_times = nn.Sequential(_twice(width), LayerNorm2d(half), nn.GELU(), _twice(half))
+        self.resize = nn.ModuleList([four_times, _twice(width), nn.Identity(), nn.MaxPool2d(2)])
+        self.project = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(entering, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            for entering in (half // 2, half, width, width)
+        )
+
+    def forward(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Maps (B, channels, H, W), from the largest to the smallest."""
+        levels = zip(self.resize, self.project, strict=True)
+        return [project(resize(x_BCHW)) for resize, project in levels]
+
+
+class SimplePyramid(nn.Module):
+    """Four maps for heads from the one map of a plain vision transformer, by :class:`MapsOfOne`:
+    strides 4, 8, 16 and 32 for patches of 16.
 
     Args:
         features: gives one map.
@@ -161,21 +190,10 @@ class SimplePyramid(nn.Module):
             )
         self.features = features
         (width,), (reduction,) = given.channels(), given.reduction()
-        half = width // 2
-        four_times = nn.Sequential(_twice(width), LayerNorm2d(half), nn.GELU(), _twice(half))
-        self.resize = nn.ModuleList([four_times, _twice(width), nn.Identity(), nn.MaxPool2d(2)])
-        self.project = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(entering, channels, 1, bias=False),
-                LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                LayerNorm2d(channels),
-            )
-            for entering in (half // 2, half, width, width)
-        )
+        self.maps = MapsOfOne(width, channels)
         strides = (reduction / 4, reduction / 2, reduction, reduction * 2)
         infos = [
-            {"num_chs": channels, "reduction": _whole(stride), "module": f"project.{number}"}
+            {"num_chs": channels, "reduction": _whole(stride), "module": f"maps.project.{number}"}
             for number, stride in enumerate(strides)
         ]
         self.feature_info = FeatureInfo(infos, tuple(range(len(infos))))
@@ -183,8 +201,8 @@ class SimplePyramid(nn.Module):
     def forward(self, images: Tensor, sizes: Sizes = None) -> list[Tensor]:
         """Maps (B, channels, H, W), from the largest to the smallest."""
         (x,) = self.features(images, sizes)
-        levels = zip(self.resize, self.project, strict=True)
-        return [project(resize(x)) for resize, project in levels]
+        maps: list[Tensor] = self.maps(x)
+        return maps
 
     def losses(
         self, teacher: Sequence[Tensor] | None = None, pyramid_weight: float = 1.0

@@ -10,7 +10,6 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from vitrim.cli.show import Found, png, read_all, strip_name, write_page
-from vitrim.errors import InputError
 from vitrim.tasks.scenes import IMAGES, SIDE, is_scenes, open_scenes
 from vitrim.tools.visualize import Panel
 
@@ -56,4 +55,6 @@ def _panels(model: Any, image: torch.Tensor) -> list[Panel]:
         from vitrim.tasks.detection_show import detection_panels
 
         return detection_panels(model, image)
-    raise InputError(f"vitrim show does not know the task {model.task}")
+    from vitrim.tasks.segmentation_show import segmentation_panels
+
+    return segmentation_panels(model, image)

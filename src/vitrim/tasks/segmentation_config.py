@@ -37,7 +37,7 @@ class SegmenterConfig:
 
     def __post_init__(self) -> None:
         normalise(self)
-        for name, least in (("num_classes", 2), ("channels", 1), ("aux_channels", 0)):
+        for name, least in (("num_classes", 2), ("channels", 2), ("aux_channels", 0)):
             value = getattr(self, name)
             require(least <= value <= 2**16, f"{name} is {value}; expected {least} to {2**16}")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected a share below 1")

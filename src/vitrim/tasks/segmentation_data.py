@@ -233,9 +233,12 @@ class Preparation:
 
     def evaluation(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         """The whole image resized (3, h, w) normalised, and its labels (H, W) as they are."""
+        return self.whole(image), torch.from_numpy(labels)
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """The whole image resized (3, h, w) normalised, as evaluation takes it."""
         size = _scaled(image.size, self._factor(image.size), self.divisor)
-        resized = image.resize(size, _BILINEAR)
-        return self.normalised(resized), torch.from_numpy(labels)
+        return self.normalised(image.resize(size, _BILINEAR))
 
     def normalised(self, image: Image.Image) -> Tensor:
         """(3, H, W) of an RGB image."""

@@ -7,7 +7,6 @@ stride 16 that training uses (Zhao et al. 2017). Nothing else imports that packa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,10 +79,18 @@ def _classes(width: int, config: SegmenterConfig) -> nn.Sequential:
 
 
 def _norm_groups(module: nn.Module) -> None:
-    """Put norms over groups of at most 32 channels in the place of those over the batch."""
+    """Put norms over groups of channels in the place of those over the batch."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             channels = child.num_features
-            setattr(module, name, nn.GroupNorm(math.gcd(32, channels), channels))
+            setattr(module, name, nn.GroupNorm(_num_groups(channels), channels))
         else:
             _norm_groups(child)
+
+
+def _num_groups(channels: int) -> int:
+    """At most 32, of 8 channels or more: a pooled map has one position, and a norm over one number
+    leaves nothing of it.
+    """
+    most = min(32, max(1, channels // 8))
+    return next(count for count in range(most, 0, -1) if channels % count == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from itertools import pairwise
 
@@ -513,3 +514,53 @@ def test_the_formula_is_what_torch_counts(make, config, size):
     dense = counter.get_total_flops() / 2
     assert sparse.dense_features_macs(size) == pytest.approx(dense, rel=1e-3)
     assert sparse.features_macs(size) <= dense
+
+
+# --- elsewhere than in torch ---
+
+DATA = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+EXPORTED = {
+    "dynamicvit": (tiny_vit, DynamicViTConfig(stages=(1, 2), keep_ratio=0.6), None),
+    "merging, dropping": (
+        tiny_vit,
+        MergingConfig(stages=(1, 2, 3), action=("merge", "drop", "merge")),
+        None,
+    ),
+    "asvit": (tiny_lvvit, ASViTConfig(thresholds=0.06, merge_dropped=True), None),
+    "spvit of three": (
+        partial(tiny_vit, class_token=False, global_pool="avg"),
+        SPViTConfig(stages=(1, 2)),
+        3,
+    ),
+    "dynamic_spatial": (tiny_convnext, DynamicSpatialConfig(stages=(1, 3)), None),
+    "spvit_pyramid": (tiny_pit, SPViTPyramidConfig(inference="top_k"), None),
+    "stvit_r": (tiny_swin, STViTRConfig.dense_prediction(window_tokens=4, layer_scale=0.5), None),
+    "dense": (tiny_swin, None, None),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("to", ["pt2", "onnx", "openvino"])
+def test_a_bundle_gives_the_pyramid_and_the_embedding(case, to, tmp_path):
+    for package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
+        pytest.importorskip(package)
+    from vitrim.export.bundle import check, export, run_all
+
+    make, config, batch = EXPORTED[case]
+    model = make() if config is None else sparse_model(make(), config)
+    features = FeaturesOnly(model)
+    folder = export(features, tmp_path / "bundle", to, data_config=DATA, batch=batch)
+    found = check(features, folder, X)
+    assert found.difference < 1e-4
+    assert found.agreement is None
+    with torch.no_grad():
+        levels, embedding = features.embedded(X)
+        if case != "spvit of three":  # whose features do not tell how many tokens an image keeps
+            expected = model.forward_head(model.forward_features(X), pre_logits=True)
+            torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-5)
+    outputs = run_all(folder, X)
+    shapes = [tuple(part.shape) for part in [*levels, embedding]]
+    assert [output.shape for output in outputs] == shapes
+    description = json.loads((folder / "bundle.json").read_text())
+    assert description["outputs"][-1] == "embedding"
+    assert description["model"]["macs"] == features.macs()

@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
+from vitrim.costs import without_head
 from vitrim.errors import InputError
 from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_mse
@@ -84,6 +85,18 @@ class FeaturesOnly(nn.Module):
             images, self.out_indices
         )
         return embedded
+
+    def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
+        """MACs of the maps of one image of (height, width); None where they depend on the image."""
+        if not self.is_sparse:
+            return self.dense_macs(image_size)
+        macs: int | None = self.model.features_macs(image_size)
+        return macs
+
+    def dense_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """The same of the backbone alone."""
+        family = self.family
+        return without_head(family.dense_steps(family.grid(image_size)))
 
     def _dense(self, images: Tensor, sizes: Sizes) -> tuple[list[Tensor], Any]:
         run = partial(self.family.pyramid, indices=self.out_indices, sizes=sizes)

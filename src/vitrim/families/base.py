@@ -136,8 +136,8 @@ class Family(ABC):
     def pyramid(
         self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
     ) -> tuple[list[Tensor], Any]:
-        """Maps (B, C, H, W) of the dense backbone, as timm's feature extraction gives them, and what
-        left its last block.
+        """Maps (B, C, H, W) of the dense backbone, as timm's feature extraction gives them, and
+        what left its last block.
 
         Args:
             images: (B, channels, H, W).

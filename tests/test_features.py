@@ -14,6 +14,7 @@ from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import nn
 
 from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.test_cli import run
 from tests.test_methods import BACKBONES, CASES, FAMILIES, FIRST, KEEPS_ALL
 from vitrim import (
     ASViTConfig,
@@ -34,6 +35,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.costs.macs import counting
+from vitrim.errors import CheckpointError
 from vitrim.methods import method_of_config
 from vitrim.methods.records import Recorder
 
@@ -539,8 +541,16 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("case", EXPORTED)
-@pytest.mark.parametrize("to", ["pt2", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("case", "to"),
+    [
+        ("merging, dropping", "onnx"),
+        ("dynamic_spatial", "onnx"),
+        ("dynamicvit", "openvino"),
+        ("spvit_pyramid", "pt2"),
+        ("dense", "pt2"),
+    ],
+)
 def test_a_bundle_gives_the_pyramid_and_the_embedding(case, to, tmp_path):
     for package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
         pytest.importorskip(package)
@@ -564,3 +574,52 @@ def test_a_bundle_gives_the_pyramid_and_the_embedding(case, to, tmp_path):
     description = json.loads((folder / "bundle.json").read_text())
     assert description["outputs"][-1] == "embedding"
     assert description["model"]["macs"] == features.macs()
+
+
+def test_a_bundle_says_what_it_gives(tmp_path):
+    from vitrim.export.bundle import export
+    from vitrim.runtime import Bundle
+
+    data = partial(export, data_config=DATA)
+    features = sparse_model(tiny_convnext(), DynamicSpatialConfig(stages=(1, 3))).features_only(2)
+    bundle = Bundle(data(features, tmp_path / "features", "onnx"))
+    x = X.numpy()
+    found = bundle.features(x)
+    assert list(found) == ["level2", "level3", "embedding"]
+    assert [found[name].shape for name in found] == [(3, 32, 8, 8), (3, 64, 4, 4), (3, 64)]
+    with pytest.raises(InputError, match="gives features"):
+        bundle(x)
+    description = json.loads((bundle.folder / "bundle.json").read_text())
+    description["outputs"] = ["level0"]
+    (bundle.folder / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="expected level0"):
+        Bundle(bundle.folder).features(x)
+    description["outputs"] = None
+    (bundle.folder / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="--features"):
+        Bundle(bundle.folder).features(x)
+    with pytest.raises(ConfigError, match="executorch"):
+        data(features, tmp_path / "no", "executorch")
+
+
+def test_the_commands(tmp_path, capsys):
+    """Export with a check, and the speed at a size of its own."""
+    sparse = sparse_model(tiny_convnext(), DynamicSpatialConfig(stages=(1, 3)))
+    sparse.save_pretrained(tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", "pt2", "-o", tmp_path / "bundle", "--features"]
+    code, out, err = run(capsys, *words, "--check", "--data", "digits", "--images", 8)
+    assert code == 0, err
+    assert "level3, embedding" in out
+    report = tmp_path / "bench.json"
+    words = ["bench", tmp_path / "model", "--features", "--image-size", "64,32", "--json", report]
+    quick = ["--batch", 1, "--dtype", "fp32", "--rounds", 1, "--seconds", 0]
+    code, out, err = run(capsys, *words, *quick)
+    assert code == 0, err
+    dense, row = json.loads(report.read_text())["rows"]
+    assert dense["macs"] == sparse.dense_features_macs((64, 32))
+    assert row["macs"] == sparse.features_macs((64, 32))
+    assert dense["image_shape"] == [3, 64, 32]
+    words[4] = "64,32,16"
+    code, out, err = run(capsys, *words, *quick)
+    assert code == 2
+    assert "expected a side, or height,width" in err

@@ -298,11 +298,11 @@ class SparseModel(TimmModel):
         counts = self.method.counts(family, grid)
         if counts is None:
             return None
-        return without_head(self.method.steps(family.with_maps(grid), grid, counts))
+        return int(without_head(self.method.steps(family.with_maps(grid), grid, counts)))
 
     def dense_features_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """The same of the backbone alone."""
-        return without_head(self.family.dense_steps(self.family.grid(image_size)))
+        return int(without_head(self.family.dense_steps(self.family.grid(image_size))))
 
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""

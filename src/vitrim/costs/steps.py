@@ -47,9 +47,9 @@ def total_macs(steps: Iterable[Step]) -> Any:
     return total
 
 
-def without_head(steps: Iterable[Step]) -> int:
+def without_head(steps: Iterable[Step]) -> Any:
     """MACs of all steps but the head: of a backbone that gives its maps."""
-    return int(total_macs(step for step in steps if step.part != "head"))
+    return total_macs(step for step in steps if step.part != "head")
 
 
 def stem(family: Any, num_patches: int) -> Step:

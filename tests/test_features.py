@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import nn
 
 from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.test_cli import run
 from tests.test_methods import BACKBONES, CASES, FAMILIES, FIRST, KEEPS_ALL
 from vitrim import (
     ASViTConfig,
@@ -33,6 +35,7 @@ from vitrim import (
     sparsify,
 )
 from vitrim.costs.macs import counting
+from vitrim.errors import CheckpointError
 from vitrim.methods import method_of_config
 from vitrim.methods.records import Recorder
 
@@ -513,3 +516,110 @@ def test_the_formula_is_what_torch_counts(make, config, size):
     dense = counter.get_total_flops() / 2
     assert sparse.dense_features_macs(size) == pytest.approx(dense, rel=1e-3)
     assert sparse.features_macs(size) <= dense
+
+
+# --- elsewhere than in torch ---
+
+DATA = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+EXPORTED = {
+    "dynamicvit": (tiny_vit, DynamicViTConfig(stages=(1, 2), keep_ratio=0.6), None),
+    "merging, dropping": (
+        tiny_vit,
+        MergingConfig(stages=(1, 2, 3), action=("merge", "drop", "merge")),
+        None,
+    ),
+    "asvit": (tiny_lvvit, ASViTConfig(thresholds=0.06, merge_dropped=True), None),
+    "spvit of three": (
+        partial(tiny_vit, class_token=False, global_pool="avg"),
+        SPViTConfig(stages=(1, 2)),
+        3,
+    ),
+    "dynamic_spatial": (tiny_convnext, DynamicSpatialConfig(stages=(1, 3)), None),
+    "spvit_pyramid": (tiny_pit, SPViTPyramidConfig(inference="top_k"), None),
+    "stvit_r": (tiny_swin, STViTRConfig.dense_prediction(window_tokens=4, layer_scale=0.5), None),
+    "dense": (tiny_swin, None, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "to"),
+    [
+        ("merging, dropping", "onnx"),
+        ("dynamic_spatial", "onnx"),
+        ("dynamicvit", "openvino"),
+        ("spvit_pyramid", "pt2"),
+        ("dense", "pt2"),
+    ],
+)
+def test_a_bundle_gives_the_pyramid_and_the_embedding(case, to, tmp_path):
+    for package in ("onnx", "onnxruntime", "onnxscript", "openvino"):
+        pytest.importorskip(package)
+    from vitrim.export.bundle import check, export, run_all
+
+    make, config, batch = EXPORTED[case]
+    model = make() if config is None else sparse_model(make(), config)
+    features = FeaturesOnly(model)
+    folder = export(features, tmp_path / "bundle", to, data_config=DATA, batch=batch)
+    found = check(features, folder, X)
+    assert found.difference < 1e-4
+    assert found.agreement is None
+    with torch.no_grad():
+        levels, embedding = features.embedded(X)
+        if case != "spvit of three":  # whose features do not tell how many tokens an image keeps
+            expected = model.forward_head(model.forward_features(X), pre_logits=True)
+            torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-5)
+    outputs = run_all(folder, X)
+    shapes = [tuple(part.shape) for part in [*levels, embedding]]
+    assert [output.shape for output in outputs] == shapes
+    description = json.loads((folder / "bundle.json").read_text())
+    assert description["outputs"][-1] == "embedding"
+    assert description["model"]["macs"] == features.macs()
+
+
+def test_a_bundle_says_what_it_gives(tmp_path):
+    from vitrim.export.bundle import export
+    from vitrim.runtime import Bundle
+
+    data = partial(export, data_config=DATA)
+    features = sparse_model(tiny_convnext(), DynamicSpatialConfig(stages=(1, 3))).features_only(2)
+    bundle = Bundle(data(features, tmp_path / "features", "onnx"))
+    x = X.numpy()
+    found = bundle.features(x)
+    assert list(found) == ["level2", "level3", "embedding"]
+    assert [found[name].shape for name in found] == [(3, 32, 8, 8), (3, 64, 4, 4), (3, 64)]
+    with pytest.raises(InputError, match="gives features"):
+        bundle(x)
+    description = json.loads((bundle.folder / "bundle.json").read_text())
+    description["outputs"] = ["level0"]
+    (bundle.folder / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="expected level0"):
+        Bundle(bundle.folder).features(x)
+    description["outputs"] = None
+    (bundle.folder / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="--features"):
+        Bundle(bundle.folder).features(x)
+    with pytest.raises(ConfigError, match="executorch"):
+        data(features, tmp_path / "no", "executorch")
+
+
+def test_the_commands(tmp_path, capsys):
+    """Export with a check, and the speed at a size of its own."""
+    sparse = sparse_model(tiny_convnext(), DynamicSpatialConfig(stages=(1, 3)))
+    sparse.save_pretrained(tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", "pt2", "-o", tmp_path / "bundle", "--features"]
+    code, out, err = run(capsys, *words, "--check", "--data", "digits", "--images", 8)
+    assert code == 0, err
+    assert "level3, embedding" in out
+    report = tmp_path / "bench.json"
+    words = ["bench", tmp_path / "model", "--features", "--image-size", "64,32", "--json", report]
+    quick = ["--batch", 1, "--dtype", "fp32", "--rounds", 1, "--seconds", 0]
+    code, out, err = run(capsys, *words, *quick)
+    assert code == 0, err
+    dense, row = json.loads(report.read_text())["rows"]
+    assert dense["macs"] == sparse.dense_features_macs((64, 32))
+    assert row["macs"] == sparse.features_macs((64, 32))
+    assert dense["image_shape"] == [3, 64, 32]
+    words[4] = "64,32,16"
+    code, out, err = run(capsys, *words, *quick)
+    assert code == 2
+    assert "expected a side, or height,width" in err

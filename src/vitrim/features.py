@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d
 from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
+from vitrim.costs import without_head
 from vitrim.errors import InputError
 from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_mse
@@ -85,6 +86,28 @@ class FeaturesOnly(nn.Module):
         )
         return embedded
 
+    def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
+        """MACs of the maps of one image of (height, width); None where they depend on the image."""
+        if not self.is_sparse:
+            return self.dense_macs(image_size)
+        macs: int | None = self.model.features_macs(image_size)
+        return macs
+
+    def traced_macs(self, images: Tensor) -> float:
+        """Mean MACs of the maps of ``images``, by what a trace says that each of them keeps."""
+        macs = self.macs((images.shape[-2], images.shape[-1]))
+        if macs is not None:
+            return float(macs)
+        trace, family = self.model.trace(images), self.family
+        counts = [stage.counts.double() for stage in trace.stages]
+        steps = self.model.method.steps(family.with_maps(trace.grid), trace.grid, counts)
+        return float(torch.as_tensor(without_head(steps)).double().mean())
+
+    def dense_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """The same of the backbone alone."""
+        family = self.family
+        return int(without_head(family.dense_steps(family.grid(image_size))))
+
     def _dense(self, images: Tensor, sizes: Sizes) -> tuple[list[Tensor], Any]:
         run = partial(self.family.pyramid, indices=self.out_indices, sizes=sizes)
         pyramid: tuple[list[Tensor], Any] = called(self.model, run, images)
@@ -118,6 +141,22 @@ class FeaturesOnly(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without what the last forward left."""
         return self.__dict__ | {"output": None, "generator": None}
+
+
+class TimmPyramid(nn.Module):
+    """The same maps by timm's own forward, to compare the speed with."""
+
+    def __init__(self, features: FeaturesOnly) -> None:
+        super().__init__()
+        self.backbone, self.out_indices = features.family.backbone, features.out_indices
+        self.training = self.backbone.training
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps of ``images``."""
+        levels: list[Tensor] = self.backbone.forward_intermediates(
+            images, indices=self.out_indices, intermediates_only=True
+        )
+        return levels
 
 
 def pyramid_loss(output: FeatureOutput, teacher: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from vitrim import budget, checkpoint
 from vitrim.as_timm import TimmModel, is_empty, one_for_none
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
-from vitrim.costs import Step, total_macs
+from vitrim.costs import without_head
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from vitrim.families import Family, described, family_of
 from vitrim.methods import method_of_config
@@ -298,11 +298,11 @@ class SparseModel(TimmModel):
         counts = self.method.counts(family, grid)
         if counts is None:
             return None
-        return _without_head(self.method.steps(family.with_maps(grid), grid, counts))
+        return int(without_head(self.method.steps(family.with_maps(grid), grid, counts)))
 
     def dense_features_macs(self, image_size: tuple[int, int] | None = None) -> int:
         """The same of the backbone alone."""
-        return _without_head(self.family.dense_steps(self.family.grid(image_size)))
+        return int(without_head(self.family.dense_steps(self.family.grid(image_size))))
 
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
@@ -391,10 +391,6 @@ def _alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     slack = 64 * torch.finfo(dtype).eps
     scale = float(expected.float().nan_to_num().abs().max()) if expected.numel() else 0.0
     return torch.allclose(found.float(), expected.float(), slack, slack * scale, equal_nan=True)
-
-
-def _without_head(steps: Sequence[Step]) -> int:
-    return int(total_macs(step for step in steps if step.part != "head"))
 
 
 _OF_TORCH = set(vars(nn.Module()))

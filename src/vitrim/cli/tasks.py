@@ -15,7 +15,7 @@ from vitrim import checkpoint
 from vitrim.cli import common, tables
 from vitrim.config import read_json, to_plain
 from vitrim.errors import CheckpointError, ConfigError, InputError
-from vitrim.features import FeaturesOnly
+from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.tasks.evaluation import DENSE, TaskEvaluation, at_settings, dense_twin
 from vitrim.tasks.model import TaskModel
 from vitrim.tasks.registry import from_pretrained
@@ -169,17 +169,17 @@ class _Whole(nn.Module):
 def bench_task(
     source: str,
     models: Mapping[str, TaskModel],
-    side: int | None,
+    size: tuple[int, int] | None,
     batches: Sequence[int],
     json: Path | None,
     **options: Any,
 ) -> None:
     """Print, and write, the time of the backbones alone, and that of the whole models."""
     first = next(iter(models.values()))
-    side = side or _usual_side(first)
-    shape = (first.family.in_channels, side, side)
+    side = _usual_side(first)
+    shape = (first.family.in_channels, *(size or (side, side)))
     kinds: dict[str, dict[str, nn.Module]] = {
-        "backbone": {name: FeaturesOnly(deepcopy(m.backbone)) for name, m in models.items()},
+        "backbone": {name: _backbone_of(m) for name, m in models.items()},
         "whole": {name: _Whole(m) for name, m in models.items()},
     }
     rows = {}
@@ -194,6 +194,12 @@ def bench_task(
         common.out().print(tables.benchmark_table(rows[kind]))
     plain = {kind: [row.to_dict() for row in found] for kind, found in rows.items()}
     common.write_json(json, {"model": source, "rows": plain})
+
+
+def _backbone_of(model: TaskModel) -> nn.Module:
+    """The pyramid alone, of a dense model by timm's own forward."""
+    pyramid = FeaturesOnly(deepcopy(model.backbone))
+    return pyramid if model.sparse is not None else TimmPyramid(pyramid)
 
 
 def _usual_side(model: TaskModel) -> int:

@@ -92,6 +92,11 @@ class Method(nn.Module, ABC):
         """
         return (cls.config_class(),)
 
+    @classmethod
+    def feature_config(cls) -> Any:
+        """The config for dense prediction, where nobody says more."""
+        return cls.config_class()
+
     def own_kinds(self) -> tuple[Any, ...]:
         """The same, of the ways in which this model chooses."""
         return (self.config,)

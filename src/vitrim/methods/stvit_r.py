@@ -216,6 +216,10 @@ class STViTR(WindowMethod):
             nn.LayerNorm(family.stage_dim(stage), eps=1e-5) for stage in stages
         )
 
+    @classmethod
+    def feature_config(cls) -> STViTRConfig:
+        return STViTRConfig.dense_prediction()
+
     def unused(self, family: Swin) -> list[nn.Parameter]:
         """The position biases of the blocks that run on semantic tokens."""
         used_again = (family.block(STAGE, int(index)) for index in self.blocks)

@@ -45,7 +45,7 @@ from vitrim.families.described import describe_data
 from vitrim.features import pyramid_loss
 from vitrim.tasks.cascade import CascadeHeads
 from vitrim.tasks.config import DetectorConfig
-from vitrim.tasks.model import LevelInfo, TaskModel, check_reductions
+from vitrim.tasks.model import LevelInfo, TaskModel, check_maps, check_reductions
 from vitrim.tasks.simple_pyramid import SimplePyramid
 
 Target = dict[str, Tensor]
@@ -86,6 +86,10 @@ class Detector(TaskModel):
             fixed_size=config.fixed_size[::-1] or None,  # torchvision wants the width first
         )
         return transform.train(self.training)
+
+    def read_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
+        neck: Any = self.head.neck
+        return levels if neck.simple is not None else levels[neck.skipped :]
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
         """What is in the images; in training mode the losses, whose sum is to be made small.
@@ -272,6 +276,12 @@ class RCNNHead(nn.Module):
 class RetinaHead(RetinaNet):  # type: ignore[misc]
     """Torchvision's RetinaNet behind its backbone, on the maps from a reduction of 8 on."""
 
+    @property
+    def neck(self) -> Neck:
+        """What makes the maps."""
+        found: Neck = self.backbone
+        return found
+
     def __init__(self, config: DetectorConfig, info: Sequence[LevelInfo]) -> None:
         width = config.channels
         neck = Neck(info, width, LastLevelP6P7(width, width), _SMALLEST_OF_RETINANET)
@@ -360,8 +370,13 @@ def detector(backbone: nn.Module, num_classes: int, head: str, **settings: Any) 
         num_classes: the background (0) among them.
         head: ``mask_rcnn``, ``faster_rcnn``, ``cascade_mask_rcnn`` or ``retinanet``.
         settings: fields of the config, and ``classes``, the names from label 1 on.
+
+    Raises:
+        UnsupportedBackboneError: the backbone is of no family that is served.
+        ConfigError: it, or the method on it, gives no maps; a setting is not valid.
     """
     classes = settings.pop("classes", ())
+    check_maps(backbone)
     config = DetectorConfig(head=head, num_classes=num_classes, **settings)  # type: ignore[arg-type]
     return Detector(backbone, config, classes)
 

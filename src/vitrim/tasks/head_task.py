@@ -172,7 +172,7 @@ def still_unused(model: TaskModel) -> None:
     parameters = [p for p in model.backbone.parameters() if p.requires_grad]
     with torch.random.fork_rng(devices=[]):
         output = model.train_levels(images)
-    parts = [level.sum() for level in output.levels] + [*output.losses.values()]
+    parts = [level.sum() for level in model.read_levels(output.levels)] + [*output.losses.values()]
     reached = torch.autograd.grad(torch.stack(parts).sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, reached, strict=True):
         parameter.requires_grad_(gradient is not None)

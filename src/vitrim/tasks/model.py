@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.families import Family, family_of
 from vitrim.methods.records import FeatureOutput
-from vitrim.model import SparseModel
+from vitrim.model import SparseModel, eval_mode
 from vitrim.tasks import saved
 from vitrim.tokens.plain import Grid
 
@@ -99,6 +99,10 @@ class TaskModel(nn.Module):
         maps = self.family.pyramid(images, sizes=sizes)[0]
         return FeatureOutput(maps, {}, [None] * len(maps))
 
+    def read_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of the maps that the head looks at."""
+        return levels
+
     def method_terms(self, output: FeatureOutput) -> dict[str, Tensor]:
         """The method's losses by name, each times its weight."""
         if self.sparse is None:
@@ -137,6 +141,14 @@ def level_info(backbone: nn.Module) -> list[LevelInfo]:
         LevelInfo(int(described[i]["num_chs"]), int(described[i]["reduction"]))
         for i in family.level_indices
     ]
+
+
+def check_maps(backbone: nn.Module) -> None:
+    """Raise :class:`ConfigError` unless the method on a backbone gives maps; a dense one does."""
+    if isinstance(backbone, SparseModel):
+        family, parameter = backbone.family, next(backbone.parameters())
+        with eval_mode(backbone), torch.no_grad():
+            backbone.features(parameter.new_zeros(1, family.in_channels, *family.image_size))
 
 
 def check_reductions(info: Sequence[LevelInfo]) -> None:

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -329,6 +330,15 @@ def test_a_segmenter_of_which_nothing_is_dropped_is_its_dense_one():
     sparse.backbone.set_keep_ratio((1.0, 1.0, 1.0))
     terms = sparse.train().losses(images(), labels, teacher=dense, pyramid_weight=0.5)
     assert terms["pyramid"] >= 0
+
+
+def test_backbones_without_a_map_are_refused():
+    with pytest.raises(ConfigError, match="stvit"):
+        upernet(vitrim.sparsify(tiny_vit(), vitrim.STViTConfig()), num_classes=5)
+    with pytest.raises(ConfigError, match=r"reductions of \[7\] pixels"):
+        upernet(tiny_vit(patch_size=7, img_size=28), num_classes=5)
+    with pytest.raises(vitrim.UnsupportedBackboneError, match="ResNet"):
+        upernet(timm.create_model("resnet10t"), num_classes=5)
 
 
 def test_images_of_any_size_are_padded_out_of_sight():

@@ -356,16 +356,21 @@ def _shape(segmentation: Any, image: CocoImage) -> list[Any]:
 
 
 def _check_polygon(polygon: Any, image: CocoImage) -> None:
+    # A set of millions of polygons is opened: whatever is in C here saves minutes.
     even = isinstance(polygon, list) and len(polygon) % 2 == 0
-    if not even or not all(map(_is_number, polygon)):
+    if not even or not set(map(type, polygon)) <= {int, float}:
         raise _UnfitError("whose polygons are no lists of x, y, x, y ...")
-    points = np.array(polygon, np.float64).reshape(-1, 2)
-    size = np.array([image.width, image.height])
+    across, down = polygon[::2], polygon[1::2]
+    width, height = image.width, image.height
     # The outline is drawn point by point: what is far away would take all memory.
-    if (abs(points - size / 2) > 1.5 * size).any():
+    if not (
+        -width <= min(across) <= max(across) <= 2 * width
+        and -height <= min(down) <= max(down) <= 2 * height
+    ):
         raise _UnfitError("whose polygons lie far outside of the image")
-    outline = abs(np.diff(points, axis=0, append=points[:1])).max(1).sum()
-    if outline > image.height * image.width + 4 * size.sum():
+    points = np.array(polygon, np.float64).reshape(-1, 2)
+    outline = abs(np.diff(points, axis=0)).max(1).sum()
+    if not outline <= height * width + 4 * (height + width):
         raise _UnfitError("whose polygons have outlines longer than the image has pixels")
 
 

@@ -20,7 +20,7 @@ from vitrim.config import require
 from vitrim.errors import InputError
 from vitrim.families.described import describe_data
 from vitrim.features import pyramid_loss
-from vitrim.tasks.model import TaskModel
+from vitrim.tasks.model import TaskModel, check_maps
 from vitrim.tasks.segmentation_config import SegmenterConfig
 from vitrim.tasks.segmentation_data import IGNORED
 from vitrim.tasks.upernet import UperNetHead
@@ -126,8 +126,14 @@ def upernet(backbone: nn.Module, num_classes: int, **settings: Any) -> Segmenter
         backbone: a timm model, or a sparse one that :func:`vitrim.sparsify` made of it.
         num_classes: of pixels.
         settings: fields of the config, and ``classes``, their names.
+
+    Raises:
+        UnsupportedBackboneError: the backbone is of no family that is served.
+        ConfigError: it, or the method on it, gives no maps; a setting is not valid.
+        MissingExtraError: segmentation_models_pytorch is not installed.
     """
     classes = settings.pop("classes", ())
+    check_maps(backbone)
     return Segmenter(backbone, SegmenterConfig(num_classes=num_classes, **settings), classes)
 
 

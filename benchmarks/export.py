@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
-from vitrim.checkpoint import describe_data, write_atomic
+from vitrim.checkpoint import write_atomic
 from vitrim.export.bundle import export, images_decide
+from vitrim.families.described import describe_data
 from vitrim.runtime import Bundle
 from vitrim.tools.benchmark import Quartiles, limited_threads, macs_per_image, take_turns
 from vitrim.tools.hardware import hardware

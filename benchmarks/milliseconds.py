@@ -38,9 +38,9 @@ from vitrim.latency.probes import kinds_of
 from vitrim.latency.table import LatencyTable, predict
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.hardware import hardware
+from vitrim.train.backbone import create_dense
 from vitrim.train.engine import train
 from vitrim.train.recipe import BudgetRecipe, load_recipe
-from vitrim.train.task import create_dense
 
 RESULTS = Path(__file__).parents[1] / "results"
 REAL = "deit_tiny_patch16_224"

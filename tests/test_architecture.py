@@ -25,6 +25,7 @@ FLOORS = {
     "families": 4,
     "methods": 5,
     "budget": 6,
+    "features": 6,
     "as_timm": 6,
     "model": 6,
     "checkpoint": 6,
@@ -34,12 +35,13 @@ FLOORS = {
     "tools": 8,
     "latency": 9,
     "budgets": 10,
+    "tasks": 11,
     "train": 11,
     "demo": 12,
     "cli": 13,
     "__main__": 13,
 }
-LINES = 24_600
+LINES = 30_414
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -30,13 +30,13 @@ from vitrim import (
     DynamicSpatialConfig,
     DynamicViTConfig,
     calibrate,
-    checkpoint,
     from_pretrained,
     load_official,
     sparsify,
 )
 from vitrim.checkpoint import write_atomic
 from vitrim.convert import read_file
+from vitrim.families import described
 
 X = images(2)
 JAGGED = torch.nested.as_nested_tensor([torch.zeros(5)], layout=torch.jagged)
@@ -327,7 +327,7 @@ def test_a_dictionary_with_names_of_its_own_is_read_as_one(official, tmp_path):
 def test_what_does_not_fit_takes_no_memory(official, monkeypatch):
     """A backbone of a billion parameters is refused before it has any."""
     state, made = official_state(official), []
-    create = checkpoint.create_backbone
+    create = described.create_backbone
 
     def watched(description):
         made.append(create(description))

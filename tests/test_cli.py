@@ -21,9 +21,9 @@ from tests.conftest import forge, golden, golden_weights, tiny_vit
 from tests.tables import table_of
 from vitrim import DynamicViTConfig, SaiTConfig
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.checkpoint import describe_data
 from vitrim.cli import main
 from vitrim.config import to_plain
+from vitrim.families.described import describe_data
 from vitrim.tools.hardware import cpu_name
 from vitrim.train.data import eval_loader
 

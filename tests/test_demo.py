@@ -104,9 +104,9 @@ def test_budgets_are_calibrated(finished):
 def test_the_dense_model_is_the_one_before_training(finished):
     """Its row is that of the untouched dense weights, not of the trained backbone run densely."""
     from vitrim.tools.evaluate import evaluate_dense
+    from vitrim.train.backbone import create_dense
     from vitrim.train.data import eval_loader
     from vitrim.train.recipe import recipe_from_plain
-    from vitrim.train.task import create_dense
 
     folder, _, _ = finished
     results = results_of(folder)

@@ -31,10 +31,10 @@ from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_divergence
 from vitrim.models import LVVisionTransformer
 from vitrim.models.lvvit import exchange, random_box
+from vitrim.tasks.classification import DenseTask, SparseTask, create_task
 from vitrim.tokens.packed import PackedTokens, select
 from vitrim.tokens.plain import Tokens
 from vitrim.train.recipe import load_recipe
-from vitrim.train.task import DenseTask, SparseTask, create_task
 
 VARIANTS = {
     "like-s": {},

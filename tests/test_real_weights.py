@@ -7,7 +7,8 @@ import timm
 import torch
 
 from vitrim import DynamicViTConfig, from_pretrained, sparsify
-from vitrim.checkpoint import describe_data, load_strict, read_weights
+from vitrim.checkpoint import load_strict, read_weights
+from vitrim.families.described import describe_data
 from vitrim.tools.evaluate import evaluate
 from vitrim.train.data import eval_loader
 

@@ -49,10 +49,10 @@ from vitrim.layers.stages import fixed_counts
 from vitrim.methods import method_of_config
 from vitrim.methods.base import RatioMethod
 from vitrim.methods.records import Decision, SelectionOutput
+from vitrim.tasks.classification import create_task
 from vitrim.train.engine import train
 from vitrim.train.latency import LatencyBudget, start_config
 from vitrim.train.recipe import BudgetRecipe, MethodRecipe, _scheduled, load_recipe
-from vitrim.train.task import create_task
 
 STEPS = Schedule(stages=(1, 3), counts=(40, 20), patches=64)
 MIXED = Schedule(stages=(1, 3), counts=(40, 12), patches=64, actions=("merge", "drop"))

@@ -13,11 +13,11 @@ import torch
 import vitrim
 from tests.training import TINY, curve, quiet, run_script, tiny_recipe, write_images
 from vitrim import InputError, TrainingError, VitrimError
+from vitrim.train.backbone import create_dense
 from vitrim.train.devices import accelerator_of, native
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
 from vitrim.train.state import load_state, save_state
-from vitrim.train.task import create_dense
 
 LEARNS = {"run__epochs": 10, "optim__lr": 3e-3, "data__batch_size": 8}
 
@@ -191,7 +191,7 @@ def test_the_average_is_what_is_saved(folder, tmp_path):
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     folder, tmp_path, monkeypatch
 ):
-    from vitrim.train.task import SparseTask
+    from vitrim.tasks.classification import SparseTask
 
     honest, calls = SparseTask.forward, []
 
@@ -528,7 +528,7 @@ def test_a_scaler_skips_what_overflows_but_not_for_ever(folder, tmp_path, monkey
 
 
 def test_the_clock_is_no_loss_term(folder, tmp_path, monkeypatch):
-    from vitrim.train.task import SparseTask
+    from vitrim.tasks.classification import SparseTask
 
     honest = SparseTask.forward
     monkeypatch.setattr(

@@ -23,17 +23,17 @@ from tests.training import TINY, tiny_recipe, write_images
 from vitrim import CheckpointError, ConfigError, DynamicViTConfig, InputError, sparsify
 from vitrim.checkpoint import write_atomic
 from vitrim.errors import TrainingError
+from vitrim.tasks.classification import SparseTask, create_task, data_config_of, top1
+from vitrim.tasks.labelled import Mixer, TrainLoader, training_transform
 from vitrim.train import state as trainer_state
+from vitrim.train.backbone import create_dense
 from vitrim.train.devices import accelerator_of
 from vitrim.train.digits import ClutteredDigits
 from vitrim.train.folder import held
-from vitrim.train.loader import Mixer, TrainLoader, training_transform
 from vitrim.train.logs import JsonLines, RichBar, read_log
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer, parameter_groups
 from vitrim.train.recipe import AugmentRecipe, ModelRecipe, OptimRecipe
-from vitrim.train.result import top1
 from vitrim.train.samples import EpochBatches, SeededSamples, mix_seed, seeded
-from vitrim.train.task import SparseTask, create_dense, create_task, data_config_of
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -637,3 +637,16 @@ def test_streams_are_seeded_and_can_be_entered_anywhere(monkeypatch, workers):
     assert [labels.tolist() for _, labels in rest] == [y.tolist() for _, y in whole[2:]]
     assert all(torch.equal(one[0], two[0]) for one, two in zip(rest, whole[2:], strict=True))
     assert not torch.equal(next(loader.epoch(2))[0], whole[0][0])
+
+
+def test_rates_along_a_line_and_in_steps():
+    common = {"steps_per_epoch": 10, "epochs": 5, "global_batch": 1}
+    line = Schedule(OptimRecipe(lr=1.0, warmup_epochs=1, schedule="linear"), **common)
+    assert [line.lr(step) for step in (5, 10, 30, 50)] == pytest.approx([0.5, 1, 0.5, 0])
+    recipe = OptimRecipe(lr=1.0, warmup_epochs=1, schedule="steps", step_epochs=(3, 4))
+    steps = Schedule(recipe, **common)
+    rates = [steps.lr(step) for step in (5, 10, 29, 30, 40, 50)]
+    assert rates == pytest.approx([0.5, 1, 1, 0.1, 0.01, 0.01])
+    for wrong in ({"schedule": "steps"}, {"step_epochs": (3,)}):
+        with pytest.raises(ConfigError, match="steps need epochs"):
+            OptimRecipe(**wrong)

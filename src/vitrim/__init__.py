@@ -16,9 +16,11 @@ from vitrim.errors import (
 
 if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported bundles
     try:
+        from vitrim import tasks
         from vitrim.budget import Calibration
         from vitrim.budgets.calibrate import calibrate
         from vitrim.convert import load_official
+        from vitrim.features import FeaturesOnly, SimplePyramid
         from vitrim.methods.asvit import ASViTConfig
         from vitrim.methods.dense import DenseConfig
         from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
@@ -47,6 +49,7 @@ __all__ = [
     "DenseConfig",
     "DynamicSpatialConfig",
     "DynamicViTConfig",
+    "FeaturesOnly",
     "InputError",
     "MergingConfig",
     "MissingExtraError",
@@ -56,6 +59,7 @@ __all__ = [
     "STViTRConfig",
     "STViTSwinConfig",
     "SaiTConfig",
+    "SimplePyramid",
     "SparseModel",
     "Trace",
     "TrainingError",
@@ -66,4 +70,5 @@ __all__ = [
     "from_pretrained",
     "load_official",
     "sparsify",
+    "tasks",
 ]

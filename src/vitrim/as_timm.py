@@ -7,18 +7,25 @@ sparse model as they take the backbone. Names of parameters have ``backbone.`` b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from timm.models._features import feature_take_indices
+import torch
+from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
 from vitrim.families import Family
 from vitrim.families.inside import WithoutHead
+from vitrim.features import FeaturesOnly
+from vitrim.methods.base import Method
+from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
 from vitrim.tokens.graphs import exporting
+from vitrim.tokens.plain import Sizes
 
 Result = TypeVar("Result")
 
@@ -26,7 +33,7 @@ PREFIX = "backbone."
 _THE_BACKBONES = frozenset(
     (
         *("pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size"),
-        *("feature_info", "in_chans", "get_classifier", "reset_classifier"),
+        *("in_chans", "get_classifier", "reset_classifier"),
         *("set_grad_checkpointing", "set_input_size"),
     )
 )
@@ -44,6 +51,13 @@ class TimmModel(nn.Module):
         """What runs the backbone piece by piece."""
         raise NotImplementedError
 
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels, reductions and names of the maps that the backbone can give, in timm's form.
+        Those of ``out_indices`` are what :meth:`features` gives if it is not told which.
+        """
+        return FeatureInfo(deepcopy(self.backbone.feature_info), self.family.level_indices)
+
     def __getattr__(self, name: str) -> Any:
         if name in _THE_BACKBONES:
             return getattr(self.backbone, name)
@@ -60,17 +74,88 @@ class TimmModel(nn.Module):
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {PREFIX + name for name in names}
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The feature pyramid of ``images`` (B, channels, H, W) for heads of dense prediction: the
-        map (B, C, H, W) after each of the backbone's stages, by the inference forward.
+    def features(
+        self,
+        images: Tensor,
+        sizes: Sizes = None,
+        indices: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """The feature pyramid for heads of dense prediction, by the inference forward: maps
+        (B, C, H, W) after the backbone's stages, or the one before the final norm of a plain vision
+        transformer. With nothing dropped they are those of timm's feature extraction.
+
+        A place whose token was dropped shows the features that it had when it was dropped, and one
+        whose token was merged those of the token that it is in.
+
+        Args:
+            images: (B, channels, H, W).
+            sizes: own (height, width) of each image in the upper left corner, where images were
+                padded to one size, a multiple of the last reduction. Padding is never kept, seen by
+                nobody, and 0 in the maps; shares are of each image's own positions, and its numbers
+                do not depend on how far it was padded. Windows that hang over the border are padded
+                before they are shifted and see none of it, where timm pads after and has it seen;
+                whole windows give the numbers of a call without sizes.
+            indices: of the maps among those of :attr:`feature_info`; of plain vision transformers
+                they are the blocks.
 
         Raises:
-            ConfigError: the method does not keep the backbone's map.
+            ConfigError: the method gives no maps, or does not serve ``sizes``.
+            InputError: the images, or their sizes, do not suit the backbone.
         """
         if is_empty(images):
-            return [level[:0] for level in self.features(one_for_none(images))]
-        levels: list[Tensor] = self.through(partial(self.method.features, self.family), images)
-        return levels
+            sizes = None if sizes is None else [(images.shape[2], images.shape[3])]
+            return [level[:0] for level in self.features(one_for_none(images), sizes, indices)]
+        family = self.family
+        indices = family.level_indices if indices is None else indices
+        return self._maps(partial(self._settled().features, family), images, indices, sizes).levels
+
+    def embedded_features(
+        self, images: Tensor, indices: Sequence[int] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The pyramid, see :meth:`features`, and what the classifier reads (B, C): one forward."""
+        family = self.family
+        indices = family.level_indices if indices is None else indices
+        output = self._maps(partial(self._settled().features, family), images, indices, None)
+        return output.levels, family.pool(output.state)
+
+    def _maps(
+        self, make: Callable[..., FeatureOutput], images: Tensor, indices: Any, sizes: Sizes
+    ) -> FeatureOutput:
+        """What a method makes of images, as a call of backbone and method that gives the maps."""
+        outputs: list[FeatureOutput] = []
+
+        def run(images: Tensor) -> list[Tensor]:
+            outputs.append(make(images, indices, sizes))
+            return outputs[0].levels
+
+        levels = self.through(run, images)
+        return replace(outputs[0], levels=levels)
+
+    def train_features(
+        self,
+        images: Tensor,
+        sizes: Sizes = None,
+        indices: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        """The pyramid by the differentiable forward, with the method's noise from ``generator``;
+        and what its training needs besides. See :meth:`features`.
+        """
+        family = self.family
+        indices = family.level_indices if indices is None else indices
+        make = partial(self.method.train_features, family, generator=generator)
+        return self._maps(make, images, indices, sizes)
+
+    def features_only(self, out_indices: int | Sequence[int] | None = None) -> FeaturesOnly:
+        """A module that gives the pyramid alone, as timm's ``features_only`` models do; see
+        :class:`FeaturesOnly`.
+        """
+        return FeaturesOnly(self, out_indices)
+
+    def _settled(self) -> Method:
+        """The method with the settings that it has now, whatever another thread turns meanwhile."""
+        method: Method = self.method
+        return method if torch.compiler.is_compiling() else copy(method)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """What timm's ``forward_features`` gives, after the final norm, of the tokens that are
@@ -102,27 +187,26 @@ class TimmModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps (B, C, H, W) after chosen stages, in timm's manner, for methods that keep a map.
+        """The maps (B, C, H, W) after chosen stages or blocks, in timm's manner.
 
         Args:
             images: (B, channels, H, W).
-            indices: of stages; a number takes the last so many, None all.
+            indices: of :attr:`feature_info`; a number takes the last so many, None all.
             norm: not served: a map is as its stage left it.
             stop_early: has no effect; all stages are run.
             output_fmt: ``"NCHW"``; no other is served.
             intermediates_only: leave out what :meth:`forward_features` gives.
 
         Raises:
-            ConfigError: the method keeps no map, or an option is not served.
+            ConfigError: the method gives no map, or an option is not served.
         """
         if norm or output_fmt != "NCHW":
             raise ConfigError(
                 f"norm={norm} and output_fmt={output_fmt!r} are not served; use norm=False and "
                 "output_fmt='NCHW'"
             )
-        maps = self.features(images)
-        chosen, _ = feature_take_indices(len(maps), indices)
-        taken = [maps[index] for index in chosen]
+        chosen, _ = feature_take_indices(len(self.feature_info), indices)
+        taken = self.features(images, indices=chosen)
         return taken if intermediates_only else (self.forward_features(images), taken)
 
 

@@ -18,8 +18,9 @@ from vitrim import budget, checkpoint
 from vitrim.as_timm import TimmModel, is_empty, one_for_none
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
+from vitrim.costs import without_head
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
-from vitrim.families import Family, family_of
+from vitrim.families import Family, described, family_of
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
@@ -128,7 +129,7 @@ class SparseModel(TimmModel):
         self._calibrated = checkpoint.fingerprint(self.state_dict()) if found else None
 
     @property
-    def _is_calibrated(self) -> bool:
+    def is_calibrated(self) -> bool:
         """Whether the record of a calibration is of the weights that the model has now."""
         return self._calibrated == checkpoint.fingerprint(self.state_dict())
 
@@ -151,10 +152,6 @@ class SparseModel(TimmModel):
             return method.infer(family, images)
 
         return self.through(run, images)
-
-    def _settled(self) -> Method:
-        """The method with the settings that it has now, whatever another thread turns meanwhile."""
-        return self.method if torch.compiler.is_compiling() else copy.copy(self.method)
 
     def trace(self, images: Tensor) -> Trace:
         """Logits, and what each stage kept, by the inference forward without gradients.
@@ -246,7 +243,7 @@ class SparseModel(TimmModel):
         budget.check_budget(macs)
         trial, grid = copy.copy(self.method), self.family.grid()
         if self.macs() is None:
-            if self.calibration and not self._is_calibrated:
+            if self.calibration and not self.is_calibrated:
                 raise ConfigError(
                     "the weights have changed since vitrim.calibrate met its budgets; calibrate "
                     "again"
@@ -293,6 +290,20 @@ class SparseModel(TimmModel):
             for name, sample in self._newborn.items()
         )
 
+    def features_macs(self, image_size: tuple[int, int] | None = None) -> int | None:
+        """MACs of :meth:`features` of one image of (height, width): of the backbone without its
+        classifier; None where they depend on the image.
+        """
+        family, grid = self.family, self.family.grid(image_size)
+        counts = self.method.counts(family, grid)
+        if counts is None:
+            return None
+        return int(without_head(self.method.steps(family.with_maps(grid), grid, counts)))
+
+    def dense_features_macs(self, image_size: tuple[int, int] | None = None) -> int:
+        """The same of the backbone alone."""
+        return int(without_head(self.family.dense_steps(self.family.grid(image_size))))
+
     def macs(self, image_size: tuple[int, int] | None = None) -> int | None:
         """MACs of one image of (height, width); None where they depend on the image."""
         grid = self.family.grid(image_size)
@@ -331,7 +342,7 @@ class SparseModel(TimmModel):
         still = copy.copy(self)  # whatever another thread turns meanwhile
         still._modules = self._modules | {"method": self._settled()}
         weights = checkpoint.plain_weights(still.state_dict())
-        records = self.calibration if self.calibration and self._is_calibrated else ()
+        records = self.calibration if self.calibration and self.is_calibrated else ()
         known = {
             "method": {"name": still.method.name, "config": to_plain(still.config)},
             "calibration": [to_plain(record) for record in records],
@@ -429,6 +440,10 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
         ConfigError: the method's fields are not valid.
     """
     description, weights = checkpoint.read(folder)
+    if "task" in description:
+        raise CheckpointError(
+            f"{folder} holds a detector or segmenter; open it by vitrim.tasks.from_pretrained"
+        )
     model = _made(description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options)
     model.origin = description.get("origin")
     model.data_config = description["data"]
@@ -448,12 +463,12 @@ def _made(
     if len(types) > 1:
         raise CheckpointError(f"{source} has weights of {' and '.join(sorted(types))}; one is due")
     with torch.device("meta"):
-        backbone = checkpoint.create_backbone(description["backbone"], len(weights))
+        backbone = described.create_backbone(description["backbone"], len(weights))
         model = SparseModel(backbone, config)
         checkpoint.check_fit(model.state_dict(), weights, source)
-        checkpoint.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
+        described.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
     model.load_state_dict(weights, assign=True)
-    checkpoint.fill_buffers(model.backbone, description["backbone"])
+    described.fill_buffers(model.backbone, description["backbone"])
     return model
 
 

@@ -40,7 +40,7 @@ MOST_ELONGATED = 50
 """The longer side of an image over its shorter one; more would fill the memory when resized."""
 
 Array = NDArray[np.float32]
-Network = Callable[[Array], Array]
+Network = Callable[[Array], list[Array]]
 Started = tuple[Network, tuple[int | None, ...]]
 """A network, and the shape (B, channels, H, W) of its images; None is any number."""
 
@@ -87,6 +87,12 @@ class Bundle:
         batch: int | None = self.description["batch"]
         return batch
 
+    @property
+    def feature_names(self) -> Sequence[str] | None:
+        """Of what a bundle of features gives; None: it gives logits."""
+        names: Sequence[str] | None = self.description.get("outputs")
+        return names
+
     def __call__(self, images_BCHW: Array, names: Sequence[str] | None = None) -> Array:
         """Logits (B, classes) of prepared images, in calls of as many as the network takes.
 
@@ -95,9 +101,30 @@ class Bundle:
             names: what an error calls the images; None gives their numbers.
 
         Raises:
-            InputError: the images are of another shape, or the answers are not finite.
+            InputError: the images are of another shape, the answers are not finite, or the bundle
+                gives features.
             CheckpointError: the network fails, or gives something else than logits.
         """
+        if self.feature_names is not None:
+            raise InputError(
+                f"{self.folder} gives features ({', '.join(self.feature_names)}) and no logits; "
+                "call its features, or export the model without --features"
+            )
+        return self.outputs(images_BCHW, names)[0]
+
+    def features(self, images_BCHW: Array, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Maps (B, C, H, W), and what the classifier would read (B, C), by their names.
+
+        Raises:
+            InputError: as :meth:`__call__`, or the bundle gives logits.
+            CheckpointError: the network fails, or gives something else than features.
+        """
+        if self.feature_names is None:
+            raise InputError(f"{self.folder} gives logits; export the model with --features")
+        return dict(zip(self.feature_names, self.outputs(images_BCHW, names), strict=True))
+
+    def outputs(self, images_BCHW: Array, names: Sequence[str] | None = None) -> list[Array]:
+        """All that the network gives, see :meth:`__call__`."""
         images, shape = np.asarray(images_BCHW, np.float32), self.description["preprocessing"]
         if images.ndim != 4 or not len(images) or [*images.shape[1:]] != [*shape["input_size"]]:
             raise InputError(
@@ -107,22 +134,36 @@ class Bundle:
         size = self.batch or len(images)
         extra = np.repeat(images[-1:], -len(images) % size, axis=0)
         parts = np.split(np.concatenate([images, extra]), (len(images) + len(extra)) // size)
-        logits = np.concatenate([self._run(part) for part in parts])[: len(images)]
-        check_finite(logits, names)
-        return logits
+        answers = zip(*[self._run(part) for part in parts], strict=True)
+        outputs = [np.concatenate(answer)[: len(images)] for answer in answers]
+        for output in outputs:
+            check_finite(output.reshape(len(output), -1), names)
+        return outputs
 
-    def _run(self, images: Array) -> Array:
+    def _run(self, images: Array) -> list[Array]:
         try:
-            logits = self._network(images)
+            answers = self._network(images)
         except Exception as error:  # its errors are of its own C++ classes
             raise CheckpointError(f"the network of {self.folder} fails: {error}") from error
+        if self.feature_names is not None:
+            shapes = [answer.shape for answer in answers]
+            wanted = [4 if name.startswith("level") else 2 for name in self.feature_names]
+            if [len(shape) for shape in shapes] != wanted or any(
+                shape[0] != len(images) for shape in shapes
+            ):
+                raise CheckpointError(
+                    f"the network of {self.folder} gives arrays of shapes {shapes} for "
+                    f"{len(images)} images; expected {', '.join(self.feature_names)} of each"
+                )
+            return answers
+        logits = answers[0]
         classes = len(self.labels) if self.labels else logits.shape[-1] if logits.ndim else 0
         if logits.shape != (len(images), classes) or not np.issubdtype(logits.dtype, np.floating):
             raise CheckpointError(
                 f"the network of {self.folder} gives {logits.dtype} of shape {logits.shape} for "
                 f"{len(images)} images; expected numbers for {classes} classes each"
             )
-        return logits
+        return [logits]
 
     def prepare(self, images: Sequence[Image.Image]) -> Array:
         """(B, channels, H, W): images resized, cropped in the middle and normalised."""
@@ -177,11 +218,13 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
     """Raise ``error`` unless every field that is used has a value that can be."""
     file, runtime, batch = (description[name] for name in ("file", "runtime", "batch"))
     labels, preprocessing = description["labels"], description["preprocessing"]
+    outputs = description.get("outputs")
     check_preprocessing(preprocessing, error, f"the preprocessing of {where}")
     most = MOST_VALUES // math.prod(preprocessing["input_size"])
     suffix = {"onnxruntime": ".onnx", "openvino": ".xml"}.get(str(runtime), "")
     plain = isinstance(file, str) and Path(file).name == file and file != ".."
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    named = isinstance(outputs, list) and all(isinstance(name, str) for name in outputs)
     square = preprocessing["input_size"][1] == preprocessing["input_size"][2]
     central = preprocessing.get("crop_mode", "center") == "center"
     given = {"interpolation", "crop_pct"} <= preprocessing.keys()
@@ -194,6 +237,7 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
             f"null, or a whole number from 1 to {most}",
         ),
         "labels": (labels is None or texts, "null, or a list of texts"),
+        "outputs": (outputs is None or (named and len(outputs) > 0), "null, or a list of names"),
         "preprocessing": (
             square and central and given,
             "interpolation and crop_pct, and a crop from the centre to a square",
@@ -305,8 +349,8 @@ def _onnxruntime(path: Path, threads: int | None, description: dict[str, Any]) -
     except Exception as error:  # its errors are of its own C++ classes
         raise CheckpointError(f"onnxruntime cannot load {path}: {error}") from error
 
-    def run(images_BCHW: Array) -> Array:
-        return np.asarray(session.run(None, {images.name: images_BCHW})[0])
+    def run(images_BCHW: Array) -> list[Array]:
+        return [np.asarray(output) for output in session.run(None, {images.name: images_BCHW})]
 
     return run, tuple(size if isinstance(size, int) else None for size in images.shape)
 
@@ -324,8 +368,8 @@ def _openvino(path: Path, threads: int | None, description: dict[str, Any]) -> S
     except Exception as error:  # its errors are of its own C++ classes
         raise CheckpointError(f"openvino cannot load {path}: {error}") from error
 
-    def run(images_BCHW: Array) -> Array:
-        return np.asarray(model([images_BCHW])[0])
+    def run(images_BCHW: Array) -> list[Array]:
+        return [np.array(output) for output in model([images_BCHW]).values()]
 
     return run, tuple(size.get_length() if size.is_static else None for size in sizes)
 

@@ -40,7 +40,11 @@ from vitrim.convert import load_official, read_file
 from vitrim.families import family_of
 from vitrim.latency.measure import profile
 from vitrim.latency.table import LatencyTable, predict
-from vitrim.runtime import Bundle, open_image, prepare
+from vitrim.runtime import Bundle, UnreadableImageError, open_image, prepare
+from vitrim.tasks.coco import CocoFolder
+from vitrim.tasks.coco_metrics import coco_metrics
+from vitrim.tasks.scenes import write_scenes
+from vitrim.tasks.segmentation_data import LabelForm, SegmentationFolder
 from vitrim.train.data import check_label_space, eval_loader, open_dataset
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
@@ -518,6 +522,30 @@ def read_class_map(folder: Path) -> None:
     check_label_space(dataset, 3)
 
 
+# scenes
+
+
+def make_scenes(folder: Path) -> None:
+    write_scenes(folder / "scenes", 3, side=64)
+
+
+def read_coco(folder: Path) -> None:
+    scenes = folder / "scenes"
+    data = CocoFolder(scenes / "images", scenes / "instances.json", max_skipped=1)
+    for index in range(len(data)):
+        with suppress(UnreadableImageError):
+            data[index]
+    coco_metrics(data, [])
+
+
+def read_label(folder: Path) -> None:
+    form = LabelForm(num_classes=11)
+    data = SegmentationFolder(folder / "scenes" / "images", folder / "scenes" / "labels", form)
+    for index in range(len(data)):
+        with suppress(UnreadableImageError):
+            data[index]
+
+
 # bundles
 
 
@@ -567,5 +595,7 @@ READERS: dict[str, Reader] = {
     "recipe.json": Reader(80, "run/recipe.json", make_run, read_run, JSON),
     "log.jsonl": Reader(80, "run/log.jsonl", make_run, read_run, spoil_log),
     "image": Reader(250, "data/cat/1.png", make_image, read_image, spoil_image),
+    "COCO json": Reader(300, "scenes/instances.json", make_scenes, read_coco, JSON),
+    "label PNG": Reader(150, "scenes/labels/000001.png", make_scenes, read_label, spoil_image),
     "tar": Reader(120, "data.tar", make_tar, read_tar, spoil_tar),
 }

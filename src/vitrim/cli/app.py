@@ -23,6 +23,7 @@ from vitrim.cli.export import export_command, predict_command
 from vitrim.cli.measure import bench_command, show_command
 from vitrim.cli.profile import profile_command
 from vitrim.cli.schedule import schedule_command
+from vitrim.cli.tasks import open_task, task_facts
 from vitrim.config import to_plain
 from vitrim.errors import InputError, UnsupportedBackboneError, printable
 from vitrim.families import FAMILIES, family_of
@@ -168,6 +169,10 @@ def info_command(
     model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
 ) -> None:
     """What a checkpoint holds: backbone, method, cost, origin and metrics."""
+    if (task := open_task(model)) is not None:
+        common.out().print(model, style="bold", soft_wrap=True)
+        common.out().print(tables.fact_table(task_facts(model, task)))
+        return
     sparse = common.require_sparse(common.load_model(model), model)
     config, image_shape = checkpoint.read_config(model), common.data_config_of(sparse)["input_size"]
     size = (image_shape[1], image_shape[2])

@@ -20,7 +20,8 @@ from torch import nn
 
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError, printable
-from vitrim.families import FAMILIES
+from vitrim.families import FAMILIES, ConvNeXt
+from vitrim.families.described import describe_data
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
@@ -79,7 +80,7 @@ def load_model(
     weights: Path | None = None,
     *,
     pretrained: bool = True,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """A checkpoint folder or a timm name as a model in evaluation mode.
 
@@ -87,7 +88,8 @@ def load_model(
         source: what the user typed.
         weights: safetensors file with a timm model's weights.
         pretrained: whether a timm name without ``weights`` gets timm's own weights, or random ones.
-        image_size: side in pixels that a timm model is made for; None takes its own.
+        image_size: side, or height and width, in pixels that a timm model is made for; None takes
+            its own.
     """
     path = Path(source)
     if path.is_dir():
@@ -103,7 +105,10 @@ def load_model(
 
 
 def _load_dense(
-    name: str, weights: Path | None, pretrained: bool, image_size: int | None
+    name: str,
+    weights: Path | None,
+    pretrained: bool,
+    image_size: int | tuple[int, int] | None,
 ) -> nn.Module:
     """The timm model called ``name``, or the dense model of the embedded set (``digits_vit``)."""
     from vitrim.train.shipped import DIGITS_NAME, digits_backbone
@@ -124,7 +129,10 @@ def _load_dense(
                 f"timm cannot fetch the pretrained weights of {name!r} "
                 f"({type(error).__name__}: {reason}); give a file with --weights"
             ) from error
-    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    takes_any = name in timm.list_models(module=ConvNeXt.modules[0])
+    size: dict[str, Any] = {}
+    if image_size is not None and not takes_any:
+        size = {"img_size": image_size}
     try:
         model: nn.Module = timm.create_model(name, **size)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
@@ -166,7 +174,7 @@ def data_config_of(model: nn.Module, source: str = "") -> dict[str, Any]:
     from vitrim.train.data import digits_data_config, is_digits
 
     stored = getattr(model, "data_config", None)
-    config = stored or checkpoint.describe_data(backbone_of(model))
+    config = stored or describe_data(backbone_of(model))
     missing = [key for key in ("input_size", "mean", "std") if key not in config]
     if missing:
         raise CheckpointError(f"the checkpoint's data config is damaged: no {', '.join(missing)}")

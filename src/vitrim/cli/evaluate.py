@@ -17,6 +17,7 @@ from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of, meet
 from vitrim.cli.images import calibration_loader
 from vitrim.cli.options import (
+    AgainstOption,
     BatchOption,
     DeviceOption,
     JsonOption,
@@ -26,6 +27,7 @@ from vitrim.cli.options import (
     WeightsOption,
     WorkersOption,
 )
+from vitrim.cli.tasks import TaskData, candidates, eval_task, open_task
 from vitrim.config import closest
 from vitrim.errors import ConfigError
 from vitrim.model import SparseModel
@@ -39,6 +41,9 @@ from vitrim.tools.evaluate import (
     evaluate_settings,
 )
 from vitrim.tools.hardware import hardware
+
+_TASK_BATCH = 8
+"""Most images per batch for detectors and segmenters, whose images are large."""
 
 
 def eval_command(
@@ -81,13 +86,24 @@ def eval_command(
         ),
     ] = None,
     workers: WorkersOption = 2,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For detectors: the json file (COCO) of the images in --data, which otherwise "
+            "is a folder with images/ and instances.json in it, or scenes, the embedded set.",
+        ),
+    ] = None,
+    against: AgainstOption = None,
     device: DeviceOption = None,
     json: JsonOption = None,
 ) -> None:
     """Accuracy of a sparse model beside its dense one, and what it costs.
 
     With --macs or --keep-ratio one checkpoint is tried at several settings, on the same images.
-    A timm name, with or without --weights, measures that dense model alone.
+    A timm name, with or without --weights, measures that dense model alone. For a detector it is
+    average precision (COCO's) of boxes and masks, for a segmenter the mean IoU on a folder of
+    images and PNG labels, and the cost of its backbone.
     """
     from vitrim.train.data import check_label_space, eval_loader
 
@@ -97,6 +113,11 @@ def eval_command(
         check_plot(plot)
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     budgets = budgets_of(macs)
+    if (task := open_task(model)) is not None:
+        chosen = TaskData(data, annotations, min(batch, _TASK_BATCH), workers, limit, split)
+        compared = candidates(task, ratios, budgets, against)
+        eval_task(model, compared, chosen, common.device_of(device), json)
+        return
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}{closest(dtype, DTYPES)}; use {' or '.join(DTYPES)}")
     precision, where = DTYPES[dtype], common.device_of(device)
@@ -248,7 +269,8 @@ def _reference(
             "model before that, give its --weights"
         )
         return True
-    from vitrim.checkpoint import create_backbone, describe_backbone, load_strict, read_weights
+    from vitrim.checkpoint import load_strict, read_weights
+    from vitrim.families.described import create_backbone, describe_backbone
 
     dense = create_backbone(describe_backbone(subject.backbone))
     load_strict(dense, read_weights(weights), str(weights))

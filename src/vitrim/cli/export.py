@@ -14,6 +14,7 @@ from vitrim.cli.images import prepared_images
 from vitrim.cli.options import DenseWeightsOption, JsonOption, ShareOption
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.export import bundle as exporting
+from vitrim.features import FeaturesOnly
 from vitrim.model import SparseModel
 
 
@@ -36,6 +37,13 @@ def export_command(
     ] = "dynamic",
     weights: DenseWeightsOption = None,
     macs: ShareOption = None,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features",
+            help="The feature pyramid in place of logits and, of a classifier, what it reads.",
+        ),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Run the result beside the model, on --data.")
     ] = False,
@@ -63,10 +71,13 @@ def export_command(
         _warn(network, seen)
     config, names = common.data_config_of(network, data or ""), common.class_names_of(network)
     common.note(f"exporting to {to} ...")
+    written = FeaturesOnly(network) if features else network
     exporting.export(
-        network, output, to, data_config=config, dtype=dtype, batch=size, labels=names, images=seen
+        written, output, to, data_config=config, dtype=dtype, batch=size, labels=names, images=seen
     )
     facts = {"written": str(output), "format": f"{to}, {dtype}", "images per call": batch}
+    if isinstance(written, FeaturesOnly):
+        facts["features"] = ", ".join(exporting.feature_names(written))
     if size is None and exporting.images_decide(network):
         facts["images per call"] = "1 (the counts depend on the image)"
     elif size is None and to == "executorch":
@@ -79,9 +90,10 @@ def export_command(
         "check": None,
     }
     if check and seen is not None:
-        found = exporting.check(network, output, seen)
-        facts["largest difference of a logit"] = f"{found.difference:.2g}"
-        facts["same answer"] = f"{found.agreement:.1%} of {found.images} images"
+        found = exporting.check(written, output, seen)
+        facts[f"largest difference of a {_what(found)}"] = f"{found.difference:.2g}"
+        if found.agreement is not None:
+            facts["same answer"] = f"{found.agreement:.1%} of {found.images} images"
         content["check"] = vars(found)
     common.out().print(tables.fact_table(facts))
     common.write_json(json, content)
@@ -104,13 +116,18 @@ def predict_command(
 
 
 def _refuse_other_answers(found: exporting.Check, output: Path) -> None:
-    if not found.difference <= exporting.TOLERANCE or found.agreement < 1:
+    agreement = 1.0 if found.agreement is None else found.agreement
+    if not found.difference <= exporting.TOLERANCE or agreement < 1:
         raise DifferentAnswerError(
-            f"{output} differs from the model by {found.difference:.2g} in a logit and answers "
-            f"{1 - found.agreement:.1%} of the images otherwise; {exporting.TOLERANCE:g} and none "
-            "are due. Two scores that are equal to the last digits can be ranked either way; "
+            f"{output} differs from the model by {found.difference:.2g} in a {_what(found)} and "
+            f"answers {1 - agreement:.1%} of the images otherwise; {exporting.TOLERANCE:g} and "
+            "none are due. Two scores that are equal to the last digits can be ranked either way; "
             "otherwise this is a fault of the runtime or of vitrim"
         )
+
+
+def _what(found: exporting.Check) -> str:
+    return "logit" if found.agreement is not None else "feature, of the largest of its map"
 
 
 def _batch(word: str) -> int | None:

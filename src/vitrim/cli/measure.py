@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
 from vitrim.cli.images import prepared_images
-from vitrim.cli.options import DeviceOption, JsonOption, ModelArgument, RatioOption, ShareOption
+from vitrim.cli.options import (
+    AgainstOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RatioOption,
+    ShareOption,
+)
+from vitrim.cli.tasks import bench_task, open_task
+from vitrim.cli.tasks import candidates as task_candidates
 from vitrim.errors import ConfigError, InputError
+from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, evaluating, sparsify
 from vitrim.runtime import check_finite as check_logits
@@ -43,33 +53,63 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Images per call.")] = "1,16",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels; for a timm name.")
+        str | None,
+        typer.Option(help="Side in pixels, or height,width; for a timm name, or with --features."),
     ] = None,
+    features: Annotated[
+        bool,
+        typer.Option("--features", help="The feature pyramid, against timm's own, not the logits."),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 15,
     seconds: Annotated[float, typer.Option(min=0, help="Length of a turn.")] = 0.3,
+    against: AgainstOption = None,
     device: DeviceOption = None,
     json: JsonOption = None,
 ) -> None:
     """Speed of a sparse model against the dense timm model, in interleaved rounds.
 
-    Efficiency is the measured speed-up over the one that the MACs promise.
+    Efficiency is the measured speed-up over the one that the MACs promise. Of detectors and
+    segmenters the backbone alone is timed, and then the whole.
     """
     common.check_writable(json)
     batches = common.numbers(batch, int, "--batch")
     dtypes = [name.strip() for name in dtype.split(",")]
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
-    candidates = _candidates(model, method, ratios, budgets_of(macs), image_size)
+    if (task := open_task(model)) is not None:
+        if method is not None or data is not None:
+            raise ConfigError("--method and --data are not for detectors and segmenters")
+        bench_task(
+            model,
+            task_candidates(task, ratios, budgets_of(macs), against),
+            _size(image_size),
+            batches,
+            json,
+            dtypes=dtypes,
+            rounds=rounds,
+            min_seconds=seconds,
+            compile=compile,
+            threads=threads,
+            device=common.device_of(device),
+        )
+        return
+    size = _size(image_size)
+    candidates = _candidates(model, method, ratios, budgets_of(macs), size, features)
     sparse = next((m for m in candidates.values() if isinstance(m, SparseModel)), None)
-    shape = _image_shape(sparse or candidates["dense"])
+    shape = _image_shape(sparse or candidates["dense"], size)
     images = None
+    if data is not None and size is not None and size[0] != size[1]:
+        raise ConfigError("images of --data are prepared as squares; leave --image-size out")
     if data is not None:
         batch_size = max(batches)
         count = _MOST_BATCHES * batch_size
         images = prepared_images(sparse or candidates["dense"], data, count, batch_size)
     if images is None and sparse is not None and sparse.macs() is None:
         common.note("counts depend on the image, and noise is none: give images by --data")
+    if features:
+        pyramids = {name: FeaturesOnly(each) for name, each in candidates.items()}
+        candidates = pyramids | {"dense": TimmPyramid(pyramids["dense"])}
     for candidate in candidates.values():
         _check_answers(candidate, shape, images)
     rows = benchmark(
@@ -94,24 +134,27 @@ def _candidates(
     method: str | None,
     ratios: Sequence[float],
     budgets: Sequence[float],
-    image_size: int | None,
+    image_size: tuple[int, int] | None,
+    features: bool,
 ) -> dict[str, nn.Module]:
     """The dense model, and the sparse one at each ratio or budget, all with the same backbone."""
     if ratios and budgets:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
-    config_class: Any = None
+    make_config: Any = None
     if method is not None:
-        config_class = method_by_name(method).config_class
+        known = method_by_name(method)
+        make_config = known.feature_config if features else known.config_class
         if Path(source).exists():
             raise ConfigError(f"{source} is a checkpoint, which has a method; leave --method out")
-    model = common.load_model(source, pretrained=False, image_size=image_size)
+    given = None if features and Path(source).exists() else image_size
+    model = common.load_model(source, pretrained=False, image_size=given)
     if not isinstance(model, SparseModel):
-        if config_class is None:
+        if make_config is None:
             if ratios or budgets:
                 option = "--keep-ratio" if ratios else "--macs"
                 raise ConfigError(f"{option} is given for a dense model; name a --method as well")
             return {"dense": model}
-        model = sparsify(model, config_class())
+        model = sparsify(model, make_config())
     found: dict[str, nn.Module] = {"dense": model.backbone}
     for ratio in ratios:
         changed = deepcopy(model)
@@ -131,13 +174,27 @@ def _check_answers(model: nn.Module, shape: Sequence[int], images: Tensor | None
     with evaluating(model):
         if isinstance(model, SparseModel):
             check_answers(model.trace(image))
+        elif isinstance(model, FeaturesOnly | TimmPyramid):
+            for level in model(image):
+                check_logits(level.flatten(1).float().numpy())
         else:
             check_logits(model(image).float().numpy())
 
 
-def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+def _image_shape(model: nn.Module, size: tuple[int, int] | None) -> tuple[int, int, int]:
     channels, height, width = common.data_config_of(model)["input_size"]
+    height, width = size or (height, width)
     return channels, height, width
+
+
+def _size(words: str | None) -> tuple[int, int] | None:
+    """Height and width of ``side`` or ``height,width``."""
+    if words is None:
+        return None
+    sides = common.numbers(words, int, "--image-size")
+    if len(sides) > 2 or min(sides) < 1:
+        raise ConfigError(f"--image-size is {words!r}; expected a side, or height,width, in pixels")
+    return sides[0], sides[-1]
 
 
 def show_command(
@@ -152,20 +209,30 @@ def show_command(
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
     device: DeviceOption = None,
 ) -> None:
-    """Draw which patches each stage keeps: PNG files and one page.html."""
+    """Draw which patches each stage keeps: PNG files and one page.html. Of detectors and segmenters
+    what they find is drawn too.
+    """
     from vitrim.cli.show import draw, read_images
+    from vitrim.cli.task_show import draw_task, read_task_images
 
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; give a folder")
-    sparse = common.require_sparse(common.load_model(model), model)
     if keep_ratio is not None and macs is not None:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
+    task = open_task(model)
+    if task is not None and task.sparse is None and (keep_ratio is not None or macs is not None):
+        raise ConfigError(f"{model} has a dense backbone; leave --keep-ratio and --macs out")
+    shown: Any = task
+    if task is None:
+        shown = common.require_sparse(common.load_model(model), model)
+    sparse: Any = shown if task is None else task.sparse
     if keep_ratio is not None:
         sparse.set_keep_ratio(keep_ratio)
     if macs is not None:
         sparse.set_budget(macs)
-    found = read_images(sparse, sources, limit)
+    reads, draws = (read_images, draw) if task is None else (read_task_images, draw_task)
+    found = reads(shown, sources, limit)
     with common.progress("drawing", len(found.images)) as advance:
-        draw(sparse.to(common.device_of(device)), found, output, advance)
+        draws(shown.to(common.device_of(device)), found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
     common.out().print(f"{len(found.images)} images drawn: {output / 'page.html'}", soft_wrap=True)

@@ -41,6 +41,14 @@ ChangesOption = Annotated[
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a timm reader.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="For detectors and segmenters: the checkpoint of the dense model to compare with; "
+        "the sparse one's own backbone, run dense, if not given.",
+    ),
+]
 ShareOption = Annotated[
     float | None,
     typer.Option("--macs", metavar="SHARE", help="Mean cost, as a share of the dense MACs."),

@@ -55,9 +55,18 @@ def read_images(model: SparseModel, sources: Sequence[str], limit: int) -> Found
 
     config = common.data_config_of(model, sources[0])
     found = Found(config, common.class_names_of(model))
-    transform = eval_transform(config)
+    read_all(sources, eval_transform(config), limit, found)
+    return found
+
+
+def read_all(sources: Sequence[str], transform: Any, limit: int, found: Found) -> None:
+    """Read at most ``limit`` images of each source, changed by ``transform``, into ``found``.
+
+    Raises:
+        InputError: a source is absent or empty, or nothing can be read.
+    """
     for source in sources:
-        dataset, names = _open(source, transform, config["input_size"][-1])
+        dataset, names = _open(source, transform, found.data_config["input_size"][-1])
         total = len(dataset)
         count = min(limit, total)
         for index in (place * total // count for place in range(count)):
@@ -67,7 +76,6 @@ def read_images(model: SparseModel, sources: Sequence[str], limit: int) -> Found
             f"not one image could be read: all {len(found.unreadable)} files are damaged or no "
             f"images, such as {found.unreadable[0]}"
         )
-    return found
 
 
 def _open(source: str, transform: Any, image_size: int) -> tuple[Any, Callable[[int], str]]:
@@ -111,8 +119,7 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
         check_answers(trace)
         picture = visualize.denormalize(shown.pixels, mean, std)
         row = visualize.panels(picture, trace, 0, class_names=found.class_names, truth=shown.truth)
-        stem = re.sub(r"[^\w.-]+", "_", Path(shown.name).stem)[:_LONGEST]
-        files[f"{number:03d}_{stem}.png"] = _png(row)
+        files[strip_name(number, shown.name)] = png(row)
         strips.append((Path(shown.name).name, row))
         counts.append([int(stage.counts[0]) for stage in trace.stages])
         advance(number)
@@ -123,10 +130,27 @@ def draw(model: SparseModel, found: Found, folder: Path, advance: Callable[[int]
         means = "dropped patches are faded"
     if len(strips) > 1 and model.macs() is None:
         histograms = visualize.histograms(counts, trace)
-        files["counts.png"] = _png(histograms)
+        files["counts.png"] = png(histograms)
         strips = _by_difficulty(strips, counts, histograms)
     note = f"{model.method.name} on {model.backbone.__class__.__name__}: {means}."
-    page = report.gallery("What the model looks at", note, strips)
+    write_page(folder, files, "What the model looks at", note, strips)
+
+
+def strip_name(number: int, name: str) -> str:
+    """The file of an image's strip."""
+    stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:_LONGEST]
+    return f"{number:03d}_{stem}.png"
+
+
+def write_page(
+    folder: Path,
+    files: dict[str, bytes],
+    title: str,
+    note: str,
+    strips: Sequence[tuple[str, Sequence[visualize.Panel]]],
+) -> None:
+    """Write pictures by name, and ``page.html`` with all strips, into a folder made if absent."""
+    page = report.gallery(title, note, strips)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, content)
@@ -150,7 +174,8 @@ def _by_difficulty(
     ]
 
 
-def _png(row: Sequence[visualize.Panel]) -> bytes:
+def png(row: Sequence[visualize.Panel]) -> bytes:
+    """A strip as a file."""
     buffer = io.BytesIO()
     visualize.lay_out(row).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

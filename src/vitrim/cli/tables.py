@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from vitrim.budget import Calibration, Spread
+from vitrim.tasks.evaluation import TaskEvaluation
 from vitrim.tools.benchmark import Quartiles, Row
 from vitrim.tools.evaluate import DenseEvaluation, Evaluation
 
@@ -74,7 +75,34 @@ def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Tab
     return table
 
 
-def stage_table(results: Mapping[str, Evaluation]) -> Table:
+def task_table(results: Mapping[str, TaskEvaluation]) -> Table:
+    """Scores of detectors or segmenters and cost of their backbones; one row per model."""
+    first = next(iter(results.values()))
+    names = [name for name, value in first.scores.items() if value is not None]
+    compared = any(found.difference for found in results.values())
+    table = plain_table(
+        f"On {first.images:,} images, in percent; GMACs of the backbone",
+        "model",
+        *(name.replace(" ", "\n") for name in names),
+        *(["difference,\npoints (95%)"] if compared else []),
+        "GMACs",
+        "of\ndense",
+    )
+    for name, found in results.items():
+        scores = (found.scores[score] for score in names)
+        gap = found.difference
+        shown = "" if gap is None else f"{gap[0]:+.2f}\n{gap[1]:+.2f}..{gap[2]:+.2f}"
+        table.add_row(
+            name,
+            *("" if score is None else f"{score:.1f}" for score in scores),
+            *([shown] if compared else []),
+            _spread(found.macs, giga),
+            f"{100 * found.macs.mean / found.dense_macs.mean:.0f}%",
+        )
+    return table
+
+
+def stage_table(results: Mapping[str, Evaluation | TaskEvaluation]) -> Table:
     """Patches kept at each stage."""
     first = next(iter(results.values()))
     table = plain_table(

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from vitrim.checkpoint import create_backbone, load_strict, read_weights
+from vitrim.checkpoint import load_strict, read_weights
 from vitrim.config import closest, from_plain, to_plain
 from vitrim.convert.spatial import is_spatial, load_spatial
 from vitrim.convert.stvit import load_stvit_r
@@ -33,6 +33,7 @@ from vitrim.convert.weights import (
     weights_of,
 )
 from vitrim.errors import CheckpointError, ConfigError
+from vitrim.families.described import create_backbone
 from vitrim.methods.asvit import ASViTConfig
 from vitrim.methods.dynamicvit import DynamicViTConfig
 from vitrim.methods.spvit import SPViTConfig

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from vitrim.checkpoint import create_backbone, load_strict
+from vitrim.checkpoint import load_strict
 from vitrim.config import from_plain
 from vitrim.convert.weights import StateDict, classes_of, depths_of, shape_of
 from vitrim.errors import CheckpointError
+from vitrim.families.described import create_backbone
 from vitrim.methods.dynamic_spatial import DynamicSpatialConfig
 from vitrim.model import SparseModel
 

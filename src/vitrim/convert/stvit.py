@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from vitrim.checkpoint import create_backbone, load_strict
+from vitrim.checkpoint import load_strict
 from vitrim.config import from_plain
 from vitrim.convert.spatial import merging_name
 from vitrim.convert.weights import StateDict, classes_of, depths_of, shape_of
 from vitrim.errors import CheckpointError
+from vitrim.families.described import create_backbone
 from vitrim.methods.stvit_r import GLOBAL, LOCAL, UNIT, STViTRConfig
 from vitrim.model import SparseModel
 

@@ -19,4 +19,5 @@ from vitrim.costs.steps import (
     sparse_levels,
     stem,
     total_macs,
+    without_head,
 )

@@ -47,6 +47,11 @@ def total_macs(steps: Iterable[Step]) -> Any:
     return total
 
 
+def without_head(steps: Iterable[Step]) -> Any:
+    """MACs of all steps but the head: of a backbone that gives its maps."""
+    return total_macs(step for step in steps if step.part != "head")
+
+
 def stem(family: Any, num_patches: int) -> Step:
     """Patch embedding, prefix tokens and positions."""
     return Step("stem", num_patches + family.num_prefix, family.stem_macs(num_patches))

@@ -83,9 +83,9 @@ def run_demo(
         MissingExtraError: the ``demo`` extra is not installed.
         TrainingError: the folder is in use, or cannot be written to.
     """
+    from vitrim.train.backbone import create_dense
     from vitrim.train.folder import held, writing
     from vitrim.train.recipe import load_recipe
-    from vitrim.train.task import create_dense
 
     with held(output):  # before the work, which takes minutes
         started = time.monotonic()

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from vitrim.config import closest, to_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.export import formats
-from vitrim.families import family_of
+from vitrim.families import Family, family_of
+from vitrim.features import FeaturesOnly
 from vitrim.model import SparseModel, evaluating
 from vitrim.runtime import (
     BUNDLE_FILE,
@@ -72,9 +73,10 @@ class Check:
 
     images: int
     difference: float
-    """Largest absolute difference of a logit."""
-    agreement: float
-    """Share of the images with the same likeliest class."""
+    """Largest absolute difference of a logit; of features, which have larger values, in shares of
+    the largest value of the same output, or of 1."""
+    agreement: float | None
+    """Share of the images with the same likeliest class; None for features, which name none."""
 
 
 class _Exported(nn.Module):
@@ -87,6 +89,29 @@ class _Exported(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images.to(self.dtype))
         return logits.float()
+
+
+class _ExportedFeatures(_Exported):
+    """The same of a pyramid and, for a classifier, what it would read."""
+
+    model: FeaturesOnly
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        levels, embedding = self.model.embedded(images.to(self.dtype))
+        outputs = [*levels, embedding] if _classifies(self.model.family) else levels
+        return tuple(output.float() for output in outputs)
+
+
+def _classifies(family: Family) -> bool:
+    return bool(family.backbone.num_classes)
+
+
+def feature_names(features: FeaturesOnly) -> list[str]:
+    """What a bundle of features gives, in its order: the levels by their numbers in
+    ``feature_info`` and, of a classifier, the pooled ``embedding`` that it would read.
+    """
+    names = [f"level{index}" for index in features.out_indices]
+    return [*names, "embedding"] if _classifies(features.family) else names
 
 
 def export(
@@ -103,7 +128,8 @@ def export(
     """Write ``model`` as a bundle; the folder appears whole or not at all.
 
     Args:
-        model: a sparse model, or a dense timm model of a served family; on the CPU.
+        model: a sparse model, or a dense timm model of a served family; or ``FeaturesOnly`` of one,
+            of which the bundle gives :func:`feature_names` in place of logits. On the CPU.
         folder: of the bundle; it must not exist yet.
         to: ``pt2`` (torch.export), ``onnx``, ``openvino`` or ``executorch``.
         data_config: how images are prepared (timm's data config).
@@ -120,6 +146,9 @@ def export(
     """
     check_format(to, dtype)
     batch = _batch(model, to, batch)
+    outputs = feature_names(model) if isinstance(model, FeaturesOnly) else None
+    if outputs is not None and to == "executorch":
+        raise ConfigError("executorch is written with logits; features with pt2, onnx or openvino")
     if dtype == "int8" and (images is None or len(images) < MIN_CALIBRATION):
         found = 0 if images is None else len(images)
         raise InputError(
@@ -135,20 +164,20 @@ def export(
         "dtype": dtype,
         "batch": batch,
         "preprocessing": _preprocessing(data_config),
-        "labels": None if labels is None else list(labels),
+        "labels": None if labels is None or outputs else list(labels),
+        "outputs": outputs,
         "model": _description(model),
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     check_description(description, ConfigError, "the bundle")
     shape = tuple(description["preprocessing"]["input_size"])
-    family = model.family if isinstance(model, SparseModel) else family_of(model)
-    family.check_images(torch.zeros(1, *shape))
+    _family(model).check_images(torch.zeros(1, *shape))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         work = Path(name) / "bundle"
         work.mkdir()
         program = _program(model, shape, dtype, batch)
-        _write(program, to, work / FILES[to], dtype, images, batch)
+        _write(program, to, work / FILES[to], dtype, images, batch, outputs)
         (work / BUNDLE_FILE).write_text(json.dumps(description, indent=1) + "\n")
         shutil.move(work, folder)
     return folder
@@ -166,7 +195,17 @@ def check_format(to: str, dtype: str) -> None:
 
 def images_decide(model: nn.Module) -> bool:
     """Whether the counts of ``model`` depend on the image."""
+    model = _whole(model)
     return isinstance(model, SparseModel) and model.macs() is None
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The model that features are of, or itself."""
+    return model.model if isinstance(model, FeaturesOnly) else model
+
+
+def _family(model: nn.Module) -> Family:
+    return model.family if isinstance(model, SparseModel | FeaturesOnly) else family_of(model)
 
 
 def _batch(model: nn.Module, to: str, batch: int | None) -> int | None:
@@ -181,20 +220,23 @@ def _batch(model: nn.Module, to: str, batch: int | None) -> int | None:
 
 
 def _method_name(model: nn.Module) -> str | None:
+    model = _whole(model)
     return model.method.name if isinstance(model, SparseModel) else None
 
 
 def _description(model: nn.Module) -> dict[str, Any]:
     """What the bundle says of the model in it."""
-    if isinstance(model, SparseModel):
-        backbone, config, macs = model.backbone, to_plain(model.config), model.macs()
-        dense_macs = model.dense_macs()
-    else:
-        family = family_of(model)
-        backbone, config = model, None
-        macs = dense_macs = family.dense_macs(family.grid())
+    family, whole, config = _family(model), _whole(model), None
+    macs: int | None
+    macs = dense_macs = family.dense_macs(family.grid())
+    if isinstance(model, FeaturesOnly):
+        macs, dense_macs = model.macs(), model.dense_macs()
+    elif isinstance(model, SparseModel):
+        macs = model.macs()
+    if isinstance(whole, SparseModel):
+        config = to_plain(whole.config)
     return {
-        "backbone": type(backbone).__name__,
+        "backbone": type(family.backbone).__name__,
         "method": _method_name(model),
         "config": config,
         "macs": macs,
@@ -228,7 +270,8 @@ def _program(
     sizes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
     with evaluating(model), torch.inference_mode(False), torch.no_grad():
         try:
-            return torch.export.export(_Exported(model, kind), (example,), dynamic_shapes=sizes)
+            wrap = _ExportedFeatures if isinstance(model, FeaturesOnly) else _Exported
+            return torch.export.export(wrap(model, kind), (example,), dynamic_shapes=sizes)
         except Exception as error:  # the tracer's errors have no class in common
             if not images_decide(model):
                 raise
@@ -247,19 +290,19 @@ def _write(
     dtype: str,
     images: Tensor | None,
     batch: int | None,
+    outputs: Sequence[str] | None,
 ) -> None:
     if dtype == "int8":
         assert images is not None
-        formats.write_int8(program, path, images, batch)
+        formats.write_int8(program, path, images, batch, outputs)
     elif to == "onnx":
-        formats.write_onnx(program, path)
+        formats.write_onnx(program, path, outputs)
+    elif to == "openvino":
+        formats.write_openvino(program, path, dtype, outputs)
+    elif to == "pt2":
+        formats.write_pt2(program, path)
     else:
-        write = {
-            "pt2": formats.write_pt2,
-            "openvino": formats.write_openvino,
-            "executorch": formats.write_executorch,
-        }[to]
-        write(program, path, dtype)
+        formats.write_executorch(program, path)
 
 
 def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
@@ -270,6 +313,8 @@ def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
         CheckpointError: the bundle is damaged.
     """
     with evaluating(model):
+        if isinstance(model, FeaturesOnly):
+            return _check_features(model, folder, images)
         wanted = model(images).float().numpy()
     check_finite(wanted)
     found = run(folder, images)
@@ -280,12 +325,28 @@ def check(model: nn.Module, folder: Path, images: Tensor) -> Check:
     )
 
 
+def _check_features(model: FeaturesOnly, folder: Path, images: Tensor) -> Check:
+    parts = _ExportedFeatures(model, next(model.parameters()).dtype)(images)
+    wanted, found = [part.numpy() for part in parts], run_all(folder, images)
+    for part in wanted:
+        check_finite(part.reshape(len(part), -1))
+    pairs = zip(found, wanted, strict=True)
+    worst = max(float(np.abs(a - b).max()) / max(1.0, float(np.abs(b).max())) for a, b in pairs)
+    return Check(len(images), worst, None)
+
+
 def run(folder: Path, images: Tensor) -> np.ndarray:
     """Logits (B, classes) by a bundle of any runtime."""
+    (logits,) = run_all(folder, images)
+    return logits
+
+
+def run_all(folder: Path, images: Tensor) -> list[np.ndarray]:
+    """Everything that a bundle of any runtime gives."""
     bundle = read_description(folder)
     network = folder / bundle["file"]
     if bundle["runtime"] in ("onnxruntime", "openvino"):
-        return Bundle(folder)(images.numpy())
+        return Bundle(folder).outputs(images.numpy())
     if bundle["runtime"] == "torch":
         with formats.quiet():  # torch 2.11 remarks on a buffer of its own
             program: Any = torch.export.load(network).module()
@@ -296,9 +357,15 @@ def run(folder: Path, images: Tensor) -> np.ndarray:
     extra = images[-1:].expand(-len(images) % size, -1, -1, -1)
     calls = torch.split(torch.cat([images, extra]), size)
     with torch.no_grad():
-        logits = torch.cat([program(call) for call in calls])[: len(images)].numpy()
-    check_finite(logits)
-    return np.asarray(logits)
+        answers = [_several(program(call)) for call in calls]
+    outputs = [torch.cat(parts)[: len(images)].numpy() for parts in zip(*answers, strict=True)]
+    for output in outputs:
+        check_finite(output.reshape(len(output), -1))
+    return outputs
+
+
+def _several(answer: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (answer,) if isinstance(answer, Tensor) else answer
 
 
 def keeps_everything(sparse: SparseModel, images: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -24,15 +24,15 @@ from vitrim.runtime import import_quietly
 Program = torch.export.ExportedProgram
 
 
-def write_pt2(program: Program, path: Path, dtype: str) -> None:
+def write_pt2(program: Program, path: Path) -> None:
     """A file that torch itself loads."""
     content = BytesIO()  # on a full disk torch would end the process
     torch.export.save(program, content)
     path.write_bytes(content.getvalue())
 
 
-def write_onnx(program: Program, path: Path) -> None:
-    """An ONNX file, and its weights beside it if they are many.
+def write_onnx(program: Program, path: Path, outputs: Sequence[str] | None = None) -> None:
+    """An ONNX file, and its weights beside it if they are many; ``outputs`` names what it gives.
 
     Raises:
         ConfigError: ONNX lacks an operation; it is named.
@@ -49,6 +49,7 @@ def write_onnx(program: Program, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 optimize=True,
+                output_names=outputs,
                 custom_translation_table={
                     torch.ops.aten.scaled_dot_product_attention.default: _attention,
                     torch.ops.aten.linear.default: _linear,
@@ -129,11 +130,13 @@ def _count_axes_from_the_front(model: Any) -> None:
         node.replace_input_with(1, value)
 
 
-def write_openvino(program: Program, path: Path, dtype: str) -> None:
+def write_openvino(
+    program: Program, path: Path, dtype: str, outputs: Sequence[str] | None = None
+) -> None:
     """OpenVINO's pair of files, by way of ONNX."""
     openvino = import_quietly("openvino", "export to OpenVINO")
     onnx_path = path.with_name("network.onnx")
-    write_onnx(program, onnx_path)
+    write_onnx(program, onnx_path, outputs)
     try:
         network = openvino.convert_model(onnx_path)
     except Exception as error:  # its errors are of its own C++ classes
@@ -146,7 +149,7 @@ def write_openvino(program: Program, path: Path, dtype: str) -> None:
         leftover.unlink()
 
 
-def write_executorch(program: Program, path: Path, dtype: str) -> None:
+def write_executorch(program: Program, path: Path) -> None:
     """A file for ExecuTorch: XNNPACK's kernels where it has them, the portable ones elsewhere."""
     try:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -186,9 +189,15 @@ def load_executorch(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def write_int8(program: Program, path: Path, images: Tensor, batch: int | None) -> None:
+def write_int8(
+    program: Program,
+    path: Path,
+    images: Tensor,
+    batch: int | None,
+    outputs: Sequence[str] | None = None,
+) -> None:
     """ONNX with integer weights and activations, scales from ``images``."""
-    write_onnx(program, path)
+    write_onnx(program, path, outputs)
     quantize(path, images, batch)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from vitrim import costs
 from vitrim.costs import Step, total_macs
-from vitrim.errors import InputError
+from vitrim.errors import ConfigError, InputError
 from vitrim.families.inside import Instead, OnlyLevels, WithoutBlocks
 from vitrim.layers import losses
 from vitrim.tokens.calls import called, kind
-from vitrim.tokens.feature_map import FeatureMap
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.feature_map import FeatureMap, real_places
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 
 class Family(ABC):
@@ -125,6 +125,42 @@ class Family(ABC):
         return losses.kept_token_mse(student_BNC, teacher_BNC, keep_BN)
 
     @abstractmethod
+    def pool(self, state: Any, /) -> Tensor:
+        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps of :meth:`pyramid`."""
+        return self.pyramid(images)[0]
+
+    @abstractmethod
+    def pyramid(
+        self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
+    ) -> tuple[list[Tensor], Any]:
+        """Maps (B, C, H, W) of the dense backbone, as timm's feature extraction gives them, and
+        what left its last block.
+
+        Args:
+            images: (B, channels, H, W).
+            indices: of the maps among those of timm's ``feature_info``; None:
+                :attr:`level_indices`.
+            sizes: own height and width of each image, where they were padded to one size.
+        """
+
+    @property
+    @abstractmethod
+    def level_indices(self) -> tuple[int, ...]:
+        """The maps, among those of timm's ``feature_info``, that are the backbone's pyramid."""
+
+    def with_maps(self, grid: Grid, indices: Sequence[int] = ()) -> Any:
+        """The family where maps are asked for and no answer; see :class:`WithMaps`."""
+        return self
+
+    @property
+    @abstractmethod
+    def head_parts(self) -> Sequence[str]:
+        """The backbone's modules, by name, that its maps do not pass."""
+
+    @abstractmethod
     def dense_steps(self, grid: Grid) -> list[Step]:
         """What the backbone alone computes for one image of ``grid`` patches."""
 
@@ -171,8 +207,10 @@ class Pyramid(Family):
         """Rows and columns of the map in a stage's blocks, for an image of ``grid`` patches."""
 
     @abstractmethod
-    def stem(self, images: Tensor) -> Any:
-        """The tokens, or the map, before stage 0."""
+    def stem(self, images: Tensor, sizes: Sizes = None) -> Any:
+        """The tokens, or the map, before stage 0. Where a map is kept, ``sizes`` are the own height
+        and width of each image, if they were padded below and right to one size.
+        """
 
     @abstractmethod
     def enter_stage(self, stage: int, state: Any, /) -> Any:
@@ -200,13 +238,18 @@ class Pyramid(Family):
     def as_map(self, stage: int, state: Any, /) -> Tensor:
         """(B, C, rows, columns): what a stage leaves, all positions present and in order."""
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The map after each stage, (B, C, H, W): the pyramid of timm's feature extraction."""
-        state, levels = self.stem(images), []
+    def pyramid(
+        self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
+    ) -> tuple[list[Tensor], Any]:
+        state, levels = self.stem(images, sizes), []
         for stage in range(len(self.depths)):
             state = self.run_stage(stage, state)
             levels.append(self.as_map(stage, state).contiguous())
-        return levels
+        return levels if indices is None else [levels[index] for index in indices], state
+
+    @property
+    def level_indices(self) -> tuple[int, ...]:
+        return tuple(range(len(self.depths)))
 
     @abstractmethod
     def stem_macs(self, grid: Grid) -> int:
@@ -230,13 +273,25 @@ class MapPyramid(Pyramid):
     keeps_map = True
 
     def as_map(self, stage: int, fmap: FeatureMap) -> Tensor:
-        return fmap.x_BHWC.permute(0, 3, 1, 2)
+        return fmap.x_BCHW
 
     def in_name_of(
         self, stage: int, index: int, run: Callable[[Tensor], Tensor], x_BHWC: Tensor
     ) -> Tensor:
         """``run(x)`` as a block's own forward: whoever hooked the block sees it."""
         return called(self.block(stage, index), run, x_BHWC)
+
+    @property
+    @abstractmethod
+    def reduction(self) -> int:
+        """Pixels per side of what a position of the last map stands for."""
+
+    def real_pixels(self, images: Tensor, sizes: Sequence[Grid]) -> Tensor:
+        """The images with 0 where they were padded to one size."""
+        check_sizes(images, sizes, self.reduction)
+        whole = (images.shape[2], images.shape[3])
+        real_BHW = real_places(sizes, whole, whole, images.device)
+        return images.masked_fill(~real_BHW.unsqueeze(1), 0)
 
     @abstractmethod
     def downsample_macs(self, stage: int, grid: Grid) -> int:
@@ -258,6 +313,36 @@ class MapPyramid(Pyramid):
     def level_macs(self, stage: int, grid: Grid) -> int:
         blocks = (self.block_macs(stage, index, grid) for index in range(self.depths[stage]))
         return self.downsample_macs(stage, grid) + sum(blocks)
+
+
+def check_sizes(images: Tensor, sizes: Sequence[Grid], reduction: int) -> None:
+    """Raise :class:`InputError` unless ``sizes`` can be the own heights and widths of ``images``,
+    padded to whole positions of the smallest map.
+    """
+    height, width = images.shape[-2:]
+    if height % reduction or width % reduction:
+        raise InputError(
+            f"images are padded to {height} x {width} pixels; with sizes, both sides must be "
+            f"multiples of {reduction}, what a position of the smallest map stands for"
+        )
+    if len(sizes) != len(images):
+        raise InputError(f"there are {len(sizes)} sizes for {len(images)} images; give one each")
+    for number, size in enumerate(sizes):
+        if len(size) != 2 or not (1 <= size[0] <= height and 1 <= size[1] <= width):
+            raise InputError(
+                f"the size of image {number} is {tuple(size)}; expected its own height and width, "
+                f"at most the {height} x {width} that it was padded to"
+            )
+
+
+def refuse_sizes(sizes: Any, name: str) -> None:
+    """Raise :class:`ConfigError` where ``sizes`` are given to what does not serve them."""
+    if sizes is not None:
+        raise ConfigError(
+            f"{name} does not serve sizes: it cannot leave the padding of images out; give images "
+            "of one size without sizes. They are served by dynamic_spatial on Swin and ConvNeXt, "
+            "spvit_pyramid on Swin, stvit_r, and dense Swin and ConvNeXt"
+        )
 
 
 def check_channels(images: Tensor, channels: int) -> None:

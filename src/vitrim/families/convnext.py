@@ -10,7 +10,7 @@ MLP), MLPs as convolutions and overlapping stems are refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vitrim.errors import InputError
 from vitrim.families.base import MapPyramid, check_channels
 from vitrim.tokens.calls import called, kind
 from vitrim.tokens.feature_map import FeatureMap
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Sizes
 
 
 class ConvNeXt(MapPyramid):
@@ -62,6 +62,10 @@ class ConvNeXt(MapPyramid):
     def depths(self) -> tuple[int, ...]:
         return tuple(len(stage.blocks) for stage in self.backbone.stages)
 
+    @property
+    def head_parts(self) -> Sequence[str]:
+        return "norm_pre", "head"
+
     def block(self, stage: int, index: int) -> Any:
         return self.backbone.stages[stage].blocks[index]
 
@@ -73,6 +77,12 @@ class ConvNeXt(MapPyramid):
         """Height and width in pixels that the backbone's weights are meant for (timm's record)."""
         _, height, width = self.backbone.pretrained_cfg["input_size"]
         return int(height), int(width)
+
+    @property
+    def reduction(self) -> int:
+        downs = (self._downsample(stage) for stage in range(len(self.depths)))
+        strides = (max(down.stride) for down in downs if down is not None)
+        return int(max(self.backbone.stem[0].stride) * math.prod(strides))
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Rows and columns of the map after the stem, from the image's (height, width)."""
@@ -103,34 +113,38 @@ class ConvNeXt(MapPyramid):
                 "or more"
             )
 
-    def stem(self, images: Tensor) -> FeatureMap:
+    def stem(self, images: Tensor, sizes: Sizes = None) -> FeatureMap:
         """The map that an image is first cut into."""
         self.check_images(images)
-        return _map(self.backbone.stem(images))
+        whole = (images.shape[2], images.shape[3])
+        images = images if sizes is None else self.real_pixels(images, sizes)
+        return FeatureMap.of_padded(_nhwc(self.backbone.stem(images)), whole, sizes)
 
     def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
         """The downsampling before the blocks of ``stage``; nothing where there is none."""
-        return _map(self.backbone.stages[stage].downsample(_nchw(fmap.x_BHWC)))
+        return fmap.with_x(_nhwc(self.backbone.stages[stage].downsample(_nchw(fmap.x_BHWC))))
 
     def run_block(self, stage: int, index: int, fmap: FeatureMap) -> FeatureMap:
         block: Callable[[Tensor], Tensor] = self.block(stage, index)
         if self.backbone.stages[stage].grad_checkpointing and torch.is_grad_enabled():
-            return _map(checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False))
-        return _map(block(_nchw(fmap.x_BHWC)))
+            x_BCHW = checkpoint(block, _nchw(fmap.x_BHWC), use_reentrant=False)
+            return fmap.with_x(_nhwc(x_BCHW))
+        return fmap.with_x(_nhwc(block(_nchw(fmap.x_BHWC))))
 
     def in_name_of(
         self, stage: int, index: int, run: Callable[[Tensor], Tensor], x_BHWC: Tensor
     ) -> Tensor:
         def forward(x_BCHW: Tensor) -> Tensor:
-            return _nchw(run(_map(x_BCHW).x_BHWC))
+            return _nchw(run(_nhwc(x_BCHW)))
 
-        return _map(called(self.block(stage, index), forward, _nchw(x_BHWC))).x_BHWC
+        return _nhwc(called(self.block(stage, index), forward, _nchw(x_BHWC)))
 
-    def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
-        """The part of a block that mixes positions: its depthwise convolution, nothing else."""
+    def mix(self, stage: int, index: int, x_BHWC: Tensor, real_BHW: Tensor | None = None) -> Tensor:
+        """The part of a block that mixes positions: its depthwise convolution, nothing else. The
+        padding of a map is 0, as is what lies beyond the map.
+        """
         block = self.block(stage, index)
-        mixed: Tensor = block.conv_dw(_nchw(x_BHWC)).permute(0, 2, 3, 1)
-        return mixed
+        return _nhwc(block.conv_dw(_nchw(x_BHWC)))
 
     def channel(self, stage: int, index: int, x: Tensor) -> Tensor:
         """The part of a block on each position (..., C) alone, without the residual: norm, MLP and
@@ -155,12 +169,15 @@ class ConvNeXt(MapPyramid):
         features: Tensor = self.backbone.norm_pre(_nchw(fmap.x_BHWC))
         return features
 
+    def pool(self, fmap: FeatureMap) -> Tensor:
+        features: Tensor = self.backbone.forward_head(self.normed(fmap), pre_logits=True)
+        return features
+
     def patch_features(self, fmap: FeatureMap) -> Tensor:
         """(B, N, C): each position after the final norm, wherever the model keeps that norm."""
         model, x = self.backbone, _nchw(fmap.x_BHWC)
         normed = model.head.norm(x) if hasattr(model.head, "norm") else model.norm_pre(x)
-        features: Tensor = _map(normed).x_BHWC.flatten(1, 2)
-        return features
+        return _nhwc(normed).flatten(1, 2)
 
     def stem_macs(self, grid: Grid) -> int:
         return conv_macs(self.backbone.stem[0]) * math.prod(grid)
@@ -188,5 +205,5 @@ def _nchw(x_BHWC: Tensor) -> Tensor:
     return x_BHWC.permute(0, 3, 1, 2)
 
 
-def _map(x_BCHW: Tensor) -> FeatureMap:
-    return FeatureMap(x_BCHW.permute(0, 2, 3, 1))
+def _nhwc(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.permute(0, 2, 3, 1)

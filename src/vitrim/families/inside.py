@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrim.errors import ConfigError
+from vitrim.layers.canvas import Canvas
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid
 
@@ -47,6 +48,59 @@ class WithoutHead(Changed):
         )
 
 
+class WithMaps(Changed):
+    """A plain vision transformer that shows its map after some of its blocks; of its answer nothing
+    is wanted.
+    """
+
+    whole_last_block = "the map is asked for"
+
+    def __init__(self, whole: Any, grid: Grid, indices: Sequence[int]) -> None:
+        super().__init__(whole)
+        self.canvas = Canvas(grid)
+        self.shown = dict.fromkeys(indices, (Tensor(), Tensor()))
+        """By block: the map (B, C, H, W), and which of its places were computed (B, H, W)."""
+        self.last: Any = None
+        """The tokens after the last block that was run."""
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """(B, C, H, W) after each of the blocks that were asked for."""
+        return [map_BCHW for map_BCHW, _ in self.shown.values()]
+
+    def dense(self, images: Tensor) -> Any:
+        return self.run_blocks(range(self.whole.depth), self.whole.stem(images))
+
+    def run_block(self, index: int, tokens: Any) -> Any:
+        return self.run_blocks((index,), tokens)
+
+    def run_blocks(self, indices: Sequence[int], tokens: Any) -> Any:
+        for index in indices:
+            tokens = self._show(index, self.whole.run_blocks((index,), tokens))
+        return tokens
+
+    def split_block(
+        self, index: int, tokens: Any, score: Any, between: Any = None
+    ) -> tuple[Any, Tensor]:
+        after, scores = self.whole.split_block(index, tokens, score, between)
+        return self._show(index, after), scores
+
+    def _show(self, index: int, tokens: Any) -> Any:
+        self.last = tokens
+        if index in self.shown:
+            self.canvas.paint(tokens)
+            self.shown[index] = self.canvas.map_BCHW, self.canvas.keep_BHW
+        return tokens
+
+    def answer(self, start: int, tokens: Any, exact: bool = True) -> Tensor:
+        return self.head(self.run_blocks(range(start, self.whole.depth), tokens))
+
+    def head(self, state: Any) -> Tensor:
+        return features_of(state)
+
+    training_head = patch_features = head
+
+
 class Inside(Changed):
     """A family that takes features for images, and gives features for logits."""
 
@@ -55,7 +109,7 @@ class Inside(Changed):
         grid: Grid = self.whole.grid()
         return grid
 
-    def stem(self, features: Tensor) -> Any:
+    def stem(self, features: Tensor, sizes: None = None) -> Any:
         """The features as the tokens, or the map, that they are inside the model."""
         return self.whole.state(features)
 

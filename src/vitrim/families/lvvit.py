@@ -7,7 +7,7 @@ largest logit that any patch token gives each class. Of dropped tokens the head 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,10 @@ class LVViT(ViT):
     def pools_patches(self) -> bool:
         """The largest logit of the patch tokens needs at least one."""
         return True
+
+    @property
+    def head_parts(self) -> Sequence[str]:
+        return "norm", "head", "aux_head"
 
     def head(self, tokens: AnyTokens) -> Tensor:
         """Logits (B, classes) of the class token and of the patch tokens that are kept.

@@ -13,7 +13,7 @@ Stages are counted from 0. A stage's pooling comes before its blocks, as timm bu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.layers import Attention, Mlp
@@ -24,10 +24,10 @@ from torch import Tensor
 from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
 from vitrim.errors import InputError
 from vitrim.families import blocks
-from vitrim.families.base import Pyramid, check_channels
+from vitrim.families.base import Pyramid, check_channels, refuse_sizes
 from vitrim.tokens.calls import kind
 from vitrim.tokens.packed import AnyTokens
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 
 class PiT(Pyramid):
@@ -78,6 +78,10 @@ class PiT(Pyramid):
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
+    @property
+    def head_parts(self) -> Sequence[str]:
+        return "norm", "head", "head_dist"
+
     def block(self, stage: int, index: int) -> Any:
         return self.backbone.transformers[stage].blocks[index]
 
@@ -104,8 +108,9 @@ class PiT(Pyramid):
                 "with img_size=..."
             )
 
-    def stem(self, images: Tensor) -> Tokens:
+    def stem(self, images: Tensor, sizes: Sizes = None) -> Tokens:
         """Patch embedding, positions and prefix tokens: the tokens before stage 0."""
+        refuse_sizes(sizes, self.name)
         self.check_images(images)
         model = self.backbone
         map_BCHW = model.pos_drop(model.patch_embed(images) + model.pos_embed)
@@ -141,7 +146,6 @@ class PiT(Pyramid):
         return features
 
     def pool(self, tokens: AnyTokens) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
         features: Tensor = self.backbone.forward_head(self.normed(tokens), pre_logits=True)
         return features
 

@@ -14,7 +14,7 @@ Stages are counted from 0. A stage's downsampling comes before its blocks, as ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,11 @@ from vitrim.layers.semantic_attention import (
     window_cross_attention,
     window_cross_attention_macs,
 )
+from vitrim.layers.sparse_windows import real_attention
 from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.tokens.calls import called, in_features, kind
-from vitrim.tokens.feature_map import FeatureMap
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.feature_map import FeatureMap, real_places
+from vitrim.tokens.plain import Grid, Sizes
 
 _STEMS = (PatchEmbed, SwinConvStem)
 
@@ -92,11 +93,20 @@ class Swin(MapPyramid):
         height, width = self.backbone.patch_embed.img_size
         return int(height), int(width)
 
+    @property
+    def head_parts(self) -> Sequence[str]:
+        return "norm", "head"
+
     def block(self, stage: int, index: int) -> Any:
         return self.backbone.layers[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
         return int(self.block(stage, 0).dim)
+
+    @property
+    def reduction(self) -> int:
+        side: int = max(self.backbone.patch_embed.patch_size)
+        return side << len(self.depths) - 1
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Rows and columns of the patch grid of an image of ``image_size`` (height, width)."""
@@ -110,14 +120,22 @@ class Swin(MapPyramid):
     def check_images(self, images: Tensor) -> None:
         check_patched_images(images, self.backbone, not self.backbone.patch_embed.strict_img_size)
 
-    def stem(self, images: Tensor) -> FeatureMap:
+    def stem(self, images: Tensor, sizes: Sizes = None) -> FeatureMap:
         """The patch embedding: the map before stage 0."""
         self.check_images(images)
-        return FeatureMap(self.backbone.patch_embed(images))
+        embed, whole = self.backbone.patch_embed, (images.shape[2], images.shape[3])
+        if sizes is None:
+            return FeatureMap(embed(images))
+        images = self.real_pixels(images, sizes)
+        if kind(embed) is SwinConvStem:
+            x_BHWC = called(embed, partial(_real_convolutions, embed, sizes), images)
+        else:
+            x_BHWC = embed(images)
+        return FeatureMap.of_padded(x_BHWC, whole, sizes)
 
     def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
         """What a stage's blocks start from: merged patches, or the same map in stage 0."""
-        return FeatureMap(self.backbone.layers[stage].downsample(fmap.x_BHWC))
+        return fmap.with_x(self.backbone.layers[stage].downsample(fmap.x_BHWC))
 
     def run_block(
         self, stage: int, index: int, fmap: FeatureMap, pad_first: bool = False
@@ -125,19 +143,24 @@ class Swin(MapPyramid):
         """Block ``index`` of a stage on every position: timm's own forward.
 
         Where windows hang over the border, timm shifts the map before it pads it, and the original
-        Swin code after; ``pad_first`` asks for the latter.
+        Swin code after; ``pad_first`` asks for the latter. A map with padding of its own is padded
+        first too, and no padding is seen.
         """
-        block = self.block(stage, index)
+        block, real_BHW = self.block(stage, index), fmap.real_BHW
         run = partial(called, block, partial(_padded_first, block)) if pad_first else block
+        if real_BHW is not None:
+            run = partial(called, block, partial(_of_real, block, real_BHW))
         if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
-            return FeatureMap(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
-        return FeatureMap(run(fmap.x_BHWC))
+            return fmap.with_x(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
+        return fmap.with_x(run(fmap.x_BHWC))
 
-    def mix(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
+    def mix(self, stage: int, index: int, x_BHWC: Tensor, real_BHW: Tensor | None = None) -> Tensor:
         """The first half of a block: window attention with its norm and residual."""
         block = self.block(stage, index)
-        out: Tensor = x_BHWC + block.drop_path1(block._attn(block.norm1(x_BHWC)))
-        return out
+        x = block.norm1(x_BHWC)
+        out = block._attn(x) if real_BHW is None else real_attention(block, x, real_BHW)
+        mixed: Tensor = x_BHWC + block.drop_path1(out)
+        return mixed
 
     def channel(self, stage: int, index: int, x: Tensor) -> Tensor:
         """The second half of a block without residual and drop path, on positions (..., C)."""
@@ -178,7 +201,6 @@ class Swin(MapPyramid):
         return features
 
     def pool(self, fmap: FeatureMap) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads."""
         features: Tensor = self.backbone.forward_head(self.normed(fmap), pre_logits=True)
         return features
 
@@ -225,6 +247,23 @@ class Swin(MapPyramid):
 
     def head_macs(self) -> int:
         return linear_macs(self.backbone.head)
+
+
+def _real_convolutions(embed: Any, sizes: Sequence[Grid], images: Tensor) -> Tensor:
+    """The convolutional stem, its second convolution seeing 0 beyond each image's own border."""
+    first, second = embed.proj[:2], embed.proj[2:]
+    half = first(images)
+    whole, grid = (images.shape[2], images.shape[3]), (half.shape[2], half.shape[3])
+    real_BHW = real_places(sizes, whole, grid, images.device)
+    x: Tensor = second(half.masked_fill(~real_BHW.unsqueeze(1), 0))
+    return x.permute(0, 2, 3, 1)
+
+
+def _of_real(block: Any, real_BHW: Tensor, x_BHWC: Tensor) -> Tensor:
+    """A block on a map with padding of its own."""
+    x = x_BHWC + block.drop_path1(real_attention(block, block.norm1(x_BHWC), real_BHW))
+    out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
+    return out
 
 
 def _padded_first(block: Any, x_BHWC: Tensor) -> Tensor:

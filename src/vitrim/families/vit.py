@@ -23,13 +23,14 @@ from vitrim import costs
 from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
 from vitrim.errors import ConfigError
 from vitrim.families import blocks
-from vitrim.families.base import Family, check_patched_images
+from vitrim.families.base import Family, check_patched_images, refuse_sizes
 from vitrim.families.blocks import Between, SomeTokens
+from vitrim.families.inside import WithMaps
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
 from vitrim.tokens.calls import bare, called, is_hooked, kind
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, PackedTokens
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 _POOLS = ("token", "avg", "map")
 _MLPS = (Mlp, GluMlp, SwiGLU)
@@ -275,9 +276,8 @@ class ViT(Family):
         features: Tensor = model.head_drop(model.fc_norm(pooled))
         return features
 
-    def pool(self, tokens: Tokens) -> Tensor:
-        """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
-        assert tokens.keep_BN is None
+    def pool(self, tokens: AnyTokens) -> Tensor:
+        tokens = tokens.padded() if isinstance(tokens, PackedTokens) else tokens
         model = self.backbone
         x = model.norm(tokens.x)
         if not blocks.is_changed(tokens) or model.global_pool == "token":
@@ -310,6 +310,27 @@ class ViT(Family):
         model = self.backbone
         features: Tensor = model.fc_norm(model.norm(tokens.x))
         return features[:, tokens.num_prefix :]
+
+    @property
+    def level_indices(self) -> tuple[int, ...]:
+        return (self.depth - 1,)
+
+    def pyramid(
+        self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None
+    ) -> tuple[list[Tensor], Any]:
+        """The patch tokens after some blocks, before the final norm, as maps."""
+        refuse_sizes(sizes, self.name)
+        grid = self.grid((images.shape[-2], images.shape[-1]))
+        shown = self.with_maps(grid, self.level_indices if indices is None else indices)
+        last = shown.dense(images)
+        return shown.maps, last
+
+    def with_maps(self, grid: Grid, indices: Sequence[int] = ()) -> WithMaps:
+        return WithMaps(self, grid, indices)
+
+    @property
+    def head_parts(self) -> Sequence[str]:
+        return "norm", "fc_norm", "attn_pool", "head", "head_dist"
 
     def dense(self, images: Tensor) -> Tokens:
         """All tokens after the last block, nothing dropped."""

@@ -72,14 +72,24 @@ def best_tokens_loss(
     return selection_loss(log_probs_BK2, best_BK, alive_BK)
 
 
-def batch_ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
-    """Squared distance of the whole batch's kept share from the target: images may differ."""
-    return (full(keep_BN).mean() - keep_ratio).square()
+def batch_ratio_loss(keep_BN: Tensor, keep_ratio: float, real_BN: Tensor | None = None) -> Tensor:
+    """Squared distance of the whole batch's kept share from the target: images may differ; of
+    positions that are no padding, where ``real_BN`` says which.
+    """
+    keep_BN = full(keep_BN)
+    share = keep_BN.mean() if real_BN is None else keep_BN[real_BN].mean()
+    return (share - keep_ratio).square()
 
 
-def ratio_loss(keep_BN: Tensor, keep_ratio: float) -> Tensor:
-    """Squared distance of each image's kept share from the target, mean over images."""
-    return (full(keep_BN).mean(1) - keep_ratio).square().mean()
+def ratio_loss(keep_BN: Tensor, keep_ratio: float, real_BN: Tensor | None = None) -> Tensor:
+    """Squared distance of each image's kept share from the target, mean over images; of positions
+    that are no padding, where ``real_BN`` says which.
+    """
+    keep_BN = full(keep_BN)
+    if real_BN is None:
+        return (keep_BN.mean(1) - keep_ratio).square().mean()
+    share_B = (keep_BN * real_BN).sum(1) / real_BN.sum(1)
+    return (share_B - keep_ratio).square().mean()
 
 
 def full(values: Tensor) -> Tensor:

@@ -127,20 +127,6 @@ def moves_of(before: Tokens, matching: Matching, after: Tokens) -> Moves:
     return source_BR, after.index_BN.gather(1, matching.target_BR)
 
 
-def ungrouped(tokens: Tokens, group_BN: Tensor) -> Tensor:
-    """(B, N, C): for each original patch the features of the token that it is in.
-
-    Args:
-        tokens: what is left of the patches.
-        group_BN: the original place of that token; none is gone.
-    """
-    place_BK = torch.arange(tokens.num_patches, device=group_BN.device)
-    position_BN = torch.zeros_like(group_BN).scatter(
-        1, tokens.index_BN, place_BK.expand_as(tokens.index_BN)
-    )
-    return rows_of(tokens.patches, position_BN.gather(1, group_BN))
-
-
 def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
     """(B, R, C): rows of each image."""
     rows = x_BNC.flatten(0, 1).index_select(0, _flat(row_BR, x_BNC))

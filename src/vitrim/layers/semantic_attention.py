@@ -27,7 +27,8 @@ class Keys:
     index_WK: Tensor | None
     """None: one window, which looks at all rows."""
     bias_WK: Tensor | None = None
-    """Added to the attention logits: -inf hides a key; None hides none."""
+    """Added to the attention logits: -inf hides a key; None hides none. (B, W, K) where images hide
+    other keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,9 @@ def _contexts(
     k, v = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
     mask = _mask(keys, bias_HQK, q.dtype)
     spread = mask
-    if mask is not None and len(mask) > 1:
+    if mask is not None and mask.ndim == 5:
+        spread = mask.flatten(0, 1)
+    elif mask is not None and len(mask) > 1:
         spread = mask.expand(batch, *mask.shape).flatten(0, 1)
     spread = None if spread is None else spread.expand(-1, -1, queries, -1)
     context = attend(attention, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spread)
@@ -136,8 +139,8 @@ def _contexts(
 
 
 def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What to add to the logits (W, H, Q, K), some of these 1; None: nothing."""
-    mask = None if keys.bias_WK is None else keys.bias_WK[:, None, None, :]
+    """What to add to the logits ([B,] W, H, Q, K), some of these 1; None: nothing."""
+    mask = None if keys.bias_WK is None else keys.bias_WK[..., None, None, :]
     if bias_HQK is not None:
         mask = bias_HQK[None] if mask is None else mask + bias_HQK
     return None if mask is None else mask.to(dtype)

@@ -40,7 +40,10 @@ def window_places(
 
 
 def hiding(hidden: Tensor) -> Tensor:
-    """What to add to attention logits so that keys are not seen where ``hidden`` is true."""
+    """What to add to attention logits so that keys are not seen where ``hidden`` is true, unless it
+    is of all: then nobody asks what comes of it, but it must be a number.
+    """
+    hidden = hidden & ~hidden.all(-1, keepdim=True)
     return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, -math.inf)
 
 
@@ -70,20 +73,35 @@ _HARDLY_SEEN = -1000.0
 """What the authors add to the logits of what their masks hide."""
 
 
-def position_keys(windows: Windows, reach: Grid, mask: PadMask, device: torch.device) -> Keys:
-    """The positions of a larger window about each window: rows of a memory of all positions."""
+def position_keys(
+    windows: Windows,
+    reach: Grid,
+    mask: PadMask,
+    device: torch.device,
+    own_B2: Tensor | None = None,
+) -> Keys:
+    """The positions of a larger window about each window: rows of a memory of all positions, of
+    which each image sees its own.
+    """
     row = torch.arange(math.prod(windows.grid), device=device)
-    limit = windows.grid
+    limit = windows.grid if own_B2 is None else own_B2
     return _bordered_keys(windows, windows.size, reach, windows.grid, limit, row, mask)
 
 
-def token_keys(windows: Windows, reach: Grid, mask: PadMask, device: torch.device) -> Keys:
+def token_keys(
+    windows: Windows,
+    reach: Grid,
+    mask: PadMask,
+    device: torch.device,
+    own_B2: Tensor | None = None,
+) -> Keys:
     """The semantic tokens about each window, ``reach`` rows and columns of their map: rows of a
     memory of all semantic tokens, window by window.
     """
     order = token_order(windows, device)
     row = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=device))
-    limit = windows.visible_tokens if mask == "correct" else windows.tokens
+    limit: Grid | Tensor = windows.visible_tokens if mask == "correct" else windows.tokens
+    limit = limit if own_B2 is None else windows.own_tokens(own_B2)
     size = (windows.side, windows.side)
     return _bordered_keys(windows, size, reach, windows.tokens, limit, row, mask)
 
@@ -99,15 +117,17 @@ def _bordered_keys(
     size: Grid,
     reach: Grid,
     grid: Grid,
-    limit: Grid,
+    limit: Grid | Tensor,
     row_N: Tensor,
     mask: PadMask,
 ) -> Keys:
     """The keys of larger windows that may leave a map of ``grid`` places, of which those within
-    ``limit`` can be seen; ``row_N`` says in which row of the memory each place is.
+    ``limit``, the same for all images or (B, 2), can be seen; ``row_N`` says in which row of the
+    memory each place is.
     """
     rows, columns = window_places(windows.shape, size, reach, False, row_N.device)
-    seen = (rows >= 0) & (rows < limit[0]) & (columns >= 0) & (columns < limit[1])
+    most = limit[:, :, None, None].unbind(1) if isinstance(limit, Tensor) else limit
+    seen = (rows >= 0) & (rows < most[0]) & (columns >= 0) & (columns < most[1])
     place = rows.clamp(0, grid[0] - 1) * grid[1] + columns.clamp(0, grid[1] - 1)
     index = row_N[place]
     if mask == "correct":
@@ -158,7 +178,11 @@ def classification_look(windows: Windows, reach: Grid, device: torch.device) -> 
 
 
 def dense_look(
-    windows: Windows, reaches: Sequence[Grid], mask: PadMask, device: torch.device
+    windows: Windows,
+    reaches: Sequence[Grid],
+    mask: PadMask,
+    device: torch.device,
+    own_B2: Tensor | None = None,
 ) -> Look:
     """Larger windows for the generation blocks and, of semantic tokens, for the recovery.
 
@@ -167,22 +191,30 @@ def dense_look(
         reaches: rows and columns of these three.
         mask: what is hidden of the padding.
         device: of the result.
+        own_B2: rows and columns of each image's own positions, where the map itself has padding;
+            then ``mask`` is ``correct``.
     """
     first, second, last = reaches
-    local, everywhere = _among_tokens(windows, mask == "correct", device)
+    local, everywhere = _among_tokens(windows, mask == "correct", device, own_B2)
     return Look(
         windows,
-        position_keys(windows, first, mask, device),
-        position_keys(windows, second, mask, device),
+        position_keys(windows, first, mask, device, own_B2),
+        position_keys(windows, second, mask, device, own_B2),
         local,
         everywhere,
-        token_keys(windows, last, mask, device),
+        token_keys(windows, last, mask, device, own_B2),
     )
 
 
-def _among_tokens(windows: Windows, hide: bool, device: torch.device) -> tuple[Keys, Keys]:
+def _among_tokens(
+    windows: Windows, hide: bool, device: torch.device, own_B2: Tensor | None = None
+) -> tuple[Keys, Keys]:
     """The semantic tokens of each window, and all of them; ``hide`` those of padding alone."""
     own, hidden_WS = token_rows(windows, device), windows.hidden_tokens(device)
+    if own_B2 is not None:
+        hidden_BWS = windows.hidden_tokens_of_each(own_B2)
+        all_of_them = hidden_BWS.flatten(1).unsqueeze(1)
+        return Keys(own, hiding(hidden_BWS)), Keys(None, hiding(all_of_them))
     if not hide or not windows.is_padded:
         return Keys(own), Keys(None)
     return Keys(own, hiding(hidden_WS)), Keys(None, hiding(hidden_WS.view(1, -1)))

@@ -72,6 +72,16 @@ class Windows:
         )
         return rows, columns
 
+    def own_tokens(self, own_B2: Tensor) -> Tensor:
+        """(B, 2): rows and columns of the semantic tokens that stand for one at least of an image's
+        own positions, of which there are ``own_B2`` rows and columns.
+        """
+        counts = []
+        for axis in (0, 1):
+            first = torch.arange(self.tokens[axis], device=own_B2.device) * self.size[axis]
+            counts.append((first // self.side < own_B2[:, axis : axis + 1]).sum(1))
+        return torch.stack(counts, 1)
+
     def reach(self, side: int | None, default: float) -> Grid:
         """Rows and columns of a larger window: ``side`` each, or so many times the window's own;
         never more than the whole map.
@@ -88,6 +98,13 @@ class Windows:
         hidden = torch.ones(1, *self.tokens, 1, dtype=torch.bool, device=device)
         hidden[:, :rows, :columns] = False
         return self.split_tokens(hidden)[0, :, :, 0]
+
+    def hidden_tokens_of_each(self, own_B2: Tensor) -> Tensor:
+        """(B, W, S): the same for each image's own positions, see :meth:`own_tokens`."""
+        rows_B1, columns_B1 = self.own_tokens(own_B2).unsqueeze(2).unbind(1)
+        row_R, column_C = (torch.arange(count, device=own_B2.device) for count in self.tokens)
+        hidden = (row_R >= rows_B1).unsqueeze(2) | (column_C >= columns_B1).unsqueeze(1)
+        return self.split_tokens(hidden.unsqueeze(-1)).squeeze(-1)
 
     def pad(self, x_BHWC: Tensor) -> Tensor:
         """The map with zeros where the last windows hang over it."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition
+from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from vitrim.costs.macs import linear_macs
@@ -46,7 +46,14 @@ class WindowPlan:
     package, which is the last, where its image hides anything."""
 
     @classmethod
-    def of(cls, block: Any, grid: Grid, row_T: Tensor, visible_BN: Tensor) -> WindowPlan:
+    def of(
+        cls,
+        block: Any,
+        grid: Grid,
+        row_T: Tensor,
+        visible_BN: Tensor,
+        real_BN: Tensor | None = None,
+    ) -> WindowPlan:
         """The plan for a block.
 
         Args:
@@ -54,9 +61,11 @@ class WindowPlan:
             grid: rows and columns of the map.
             row_T: the rows that are computed.
             visible_BN: bool, the positions that others see; all of them are computed.
+            real_BN: bool, the positions that are no padding of the map, if it has some; then
+                windows are padded before they are shifted, see :func:`real_attention`.
         """
         num_images, num_positions = visible_BN.shape
-        order_WA = _window_order(block, grid, row_T.device)
+        order_WA = _window_order(block, grid, row_T.device, pad_first=real_BN is not None)
         windows, order_P, whole = len(order_WA), order_WA.flatten(), _whole(block, grid)
         count = torch.ones_like(row_T).cumsum(0)
         absent = row_T.new_full((visible_BN.numel(),), row_T.shape[0])
@@ -68,24 +77,30 @@ class WindowPlan:
         place_N = place_P.new_empty(num_positions + 1).scatter(0, order_P, place_P)
         place_T = row_T // num_positions * len(order_P)
         place_T = place_T + place_N.index_select(0, row_T % num_positions)
-        hidden = F.pad(~visible_BN, (0, 1), value=False).index_select(1, order_P)
-        package = visible_BN.all(1).view(-1, 1, 1).expand(-1, windows, 1)
+        hidden = F.pad(~visible_BN, (0, 1), value=real_BN is not None).index_select(1, order_P)
+        drops_none = visible_BN if real_BN is None else visible_BN | ~real_BN
+        package = drops_none.all(1).view(-1, 1, 1).expand(-1, windows, 1)
         hidden = torch.cat([hidden.view(num_images, windows, -1), package], 2)
+        if real_BN is not None:
+            hidden = ~_or_all(~hidden)
         slot_P = slot_BN.index_select(1, order_P).flatten()
         return cls(num_images, windows, whole, slot_P, place_T, hidden[:, :, None, None])
 
 
-def _window_order(block: Any, grid: Grid, device: torch.device) -> Tensor:
+def _window_order(block: Any, grid: Grid, device: torch.device, pad_first: bool) -> Tensor:
     """(windows, area) int64: the row-major position of a map at each place of the block's windows,
     cyclic shift included; the number of positions stands for padding.
     """
     rows, columns = grid
     position = torch.arange(rows * columns, device=device).view(1, rows, columns, 1)
-    if any(block.shift_size):
-        position = position.roll((-block.shift_size[0], -block.shift_size[1]), (1, 2))
+    shift = (-block.shift_size[0], -block.shift_size[1])
     whole = _whole(block, grid)
     padding = (0, 0, 0, whole[1] - columns, 0, whole[0] - rows)
+    if any(shift) and not pad_first:
+        position = position.roll(shift, (1, 2))
     position = F.pad(position, padding, value=rows * columns)
+    if any(shift) and pad_first:
+        position = position.roll(shift, (1, 2))
     return window_partition(position, block.window_size).view(-1, block.window_area)
 
 
@@ -95,6 +110,50 @@ def _whole(block: Any, grid: Grid) -> Grid:
     return -(-grid[0] // height) * height, -(-grid[1] // width) * width
 
 
+def real_attention(block: Any, x_BHWC: Tensor, real_BHW: Tensor) -> Tensor:
+    """What a block's window attention gives where some positions are padding, which nobody sees.
+
+    The map is padded to whole windows before it is shifted, as in the original Swin code: then an
+    image's windows are the same, however far it was padded.
+
+    Args:
+        block: a ``timm.models.swin_transformer.SwinTransformerBlock``.
+        x_BHWC: normalised for attention.
+        real_BHW: bool, the positions that are no padding.
+    """
+    (height, width), size = x_BHWC.shape[1:3], block.window_size
+    whole = _whole(block, (height, width))
+    margin = (0, 0, 0, whole[1] - width, 0, whole[0] - height)
+    x_BHWC, real_BHW1 = F.pad(x_BHWC, margin), F.pad(real_BHW.unsqueeze(-1), margin)
+    shift = (-block.shift_size[0], -block.shift_size[1])
+    x_BHWC, real_BHW1 = (part.roll(shift, (1, 2)) for part in (x_BHWC, real_BHW1))
+    windows = window_partition(x_BHWC, size).flatten(1, 2)
+    seen = window_partition(real_BHW1, size).flatten(1, 2).transpose(1, 2)
+    bias = x_BHWC.new_zeros(seen.shape).masked_fill(~_or_all(seen), -math.inf)
+    bias = bias.expand(-1, block.window_area, -1)
+    if any(shift):
+        bias = bias + _shift_mask(block, whole).to(bias).repeat(len(x_BHWC), 1, 1)
+    windows = block.attn(windows, mask=bias).unflatten(1, size)
+    out: Tensor = window_reverse(windows, size, *whole).roll(block.shift_size, (1, 2))
+    return out[:, :height, :width]
+
+
+def _or_all(seen: Tensor) -> Tensor:
+    """The keys (..., K) that are seen; where that is none, all: nobody asks what comes of it, but
+    it must be a number.
+    """
+    return seen | ~seen.any(-1, keepdim=True)
+
+
+def _shift_mask(block: Any, whole: Grid) -> Tensor:
+    """(windows, area, area): keeps apart what only a block's shift brings together."""
+    mask: Tensor = block.attn_mask
+    if block.dynamic_mask:  # then timm makes it for each map
+        table = block.attn.relative_position_bias_table
+        mask = block.get_attn_mask(table.new_empty(1, *whole, 1))
+    return mask
+
+
 def sparse_blocks(
     blocks: Sequence[Any],
     x_TC: Tensor,
@@ -102,6 +161,7 @@ def sparse_blocks(
     grid: Grid,
     row_T: Tensor,
     visible_BN: Tensor,
+    real_BN: Tensor | None = None,
 ) -> Tensor:
     """Several blocks of a stage, one after the other, on some of its positions.
 
@@ -112,11 +172,12 @@ def sparse_blocks(
         grid: rows and columns of the map.
         row_T: which positions are computed.
         visible_BN: bool, those that others see; all of them are computed.
+        real_BN: bool, those that are no padding of the map; None: all.
     """
     plans: dict[Grid, WindowPlan] = {}
     for block in blocks:
         if block.shift_size not in plans:
-            plans[block.shift_size] = WindowPlan.of(block, grid, row_T, visible_BN)
+            plans[block.shift_size] = WindowPlan.of(block, grid, row_T, visible_BN, real_BN)
         x_TC = sparse_block(block, x_TC, package_BC, plans[block.shift_size])
     return x_TC
 
@@ -186,9 +247,6 @@ def _bias(block: Any, plan: WindowPlan) -> Tensor:
     area = block.window_area
     bias = block.attn._get_rel_pos_bias().unsqueeze(1)
     if any(block.shift_size):
-        mask = block.attn_mask
-        if block.dynamic_mask:  # then timm makes it for each map
-            mask = block.get_attn_mask(bias.new_empty(1, *plan.whole, 1))
-        bias = bias + mask.view(1, plan.windows, 1, area, area)
+        bias = bias + _shift_mask(block, plan.whole).view(1, plan.windows, 1, area, area)
     bias = F.pad(bias, (0, 1))
     return bias.masked_fill(plan.hidden_K, -math.inf).flatten(0, 1)

@@ -51,7 +51,7 @@ from vitrim.layers.merging import Moves
 from vitrim.layers.stages import check_stages, stretches
 from vitrim.layers.token_scores import token_score
 from vitrim.methods.base import Method, answer_parts, whole_answer, with_total
-from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.calls import in_features
 from vitrim.tokens.packed import AnyTokens
@@ -246,7 +246,7 @@ class ASViT(Method):
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...] | None:
         return None
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         *others, last = stretches(self.stages, family.depth)
         tokens = cast(AnyTokens, stem)
@@ -283,10 +283,14 @@ class ASViT(Method):
         return dropping.hide(tokens, keep_BN.to(tokens.x.dtype), merge)
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self,
+        family: ViT,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        recorder: Told | None = None,
     ) -> TrainingOutput:
         if not self.config.learn_thresholds:
-            return TrainingOutput(self.infer(family, images))
+            return TrainingOutput(self.infer(family, images, recorder))
         tokens = family.stem(images)
         num_patches = tokens.num_patches
         keeps: list[Tensor] = []
@@ -299,7 +303,10 @@ class ASViT(Method):
             def mask(before: AnyTokens, score: Tensor, threshold: Tensor = threshold) -> AnyTokens:
                 assert isinstance(before, Tokens)
                 keeps.append(self._mask(family, before, score, threshold))
-                return dropping.hide(before, keeps[-1], self.config.merge_dropped)[0]
+                kept, moves = dropping.hide(before, keeps[-1], self.config.merge_dropped)
+                if recorder:
+                    recorder.add(self.stages[len(keeps) - 1], before, score, kept, moves)
+                return kept
 
             tokens = cast(Tokens, family.split_block(block, tokens, self._score, mask)[0])
         macs_B, dense_macs = self.budget_macs(family, num_patches, [keep.sum(1) for keep in keeps])
@@ -353,11 +360,7 @@ class ASViT(Method):
     def losses(
         self, output: TrainingOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        config, parts = self.config, dict[str, Tensor]()
-        if isinstance(output, ASViTOutput):
-            excess = output.macs_B.mean() - config.budget * output.dense_macs
-            parts["budget"] = excess.abs() / 1e9
-        parts |= answer_parts(output, target, teacher)
+        parts = self.own_losses(output) | answer_parts(output, target, teacher)
         if (
             teacher is not None
             and isinstance(output, ASViTOutput)
@@ -366,7 +369,13 @@ class ASViT(Method):
             features, taught = output.patch_features, teacher.patch_features
             parts["token"] = output.token_loss(features, taught, output.keeps[-1])
         require(len(parts) > 0, "learn_thresholds=False learns from labels or a teacher; give one")
-        return with_total(config, parts)
+        return with_total(self.config, parts)
+
+    def own_losses(self, output: TrainingOutput) -> dict[str, Tensor]:
+        if not isinstance(output, ASViTOutput):
+            return {}
+        excess = output.macs_B.mean() - self.config.budget * output.dense_macs
+        return {"budget": excess.abs() / 1e9}
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches = math.prod(grid)

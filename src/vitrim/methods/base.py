@@ -15,11 +15,20 @@ from vitrim.config import require
 from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family
+from vitrim.families.base import Pyramid, refuse_sizes
+from vitrim.families.inside import WithMaps
 from vitrim.layers import losses, sampling
 from vitrim.layers.stages import fixed_counts
-from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import (
+    Action,
+    DenseOutput,
+    Dial,
+    FeatureOutput,
+    Plan,
+    TrainingOutput,
+)
 from vitrim.tokens.attention import AttentionRecord
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 SHARES = tuple(step / 400 for step in range(1, 401))
 """Of the positions: what training to a latency may start from."""
@@ -83,32 +92,85 @@ class Method(nn.Module, ABC):
         """
         return (cls.config_class(),)
 
+    @classmethod
+    def feature_config(cls) -> Any:
+        """The config for dense prediction, where nobody says more."""
+        return cls.config_class()
+
     def own_kinds(self) -> tuple[Any, ...]:
         """The same, of the ways in which this model chooses."""
         return (self.config,)
 
     @abstractmethod
-    def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
-        """Logits (B, classes), computing only what is kept; deterministic."""
+    def infer(self, family: Any, images: Tensor, recorder: Any = None) -> Tensor:
+        """Logits (B, classes), computing only what is kept; deterministic. ``recorder`` hears what
+        each stage decides: a ``records.Told``, where maps are kept a ``records.Recorder``.
+        """
 
     @abstractmethod
     def train_forward(
         self, family: Any, images: Tensor, generator: torch.Generator | None = None
     ) -> TrainingOutput:
-        """The differentiable forward, with the method's noise."""
+        """The differentiable forward, with the method's noise. On plain vision transformers it has
+        a ``recorder`` too, as :meth:`infer` does, so that maps can be trained.
+        """
 
     def unused(self, family: Any) -> list[nn.Parameter]:
         """Parameters of the backbone that no forward of this method uses."""
         return []
 
-    def features(self, family: Any, images: Tensor) -> list[Tensor]:
-        """The map after each of the backbone's stages (B, C, H, W), computed as :meth:`infer` does;
-        methods that keep a hierarchical backbone's map have them.
+    def features(
+        self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes = None
+    ) -> FeatureOutput:
+        """Maps (B, C, H, W), computed as :meth:`infer` does.
+
+        Args:
+            family: runs the backbone.
+            images: (B, channels, H, W).
+            indices: of the maps among those of timm's ``feature_info``.
+            sizes: own height and width of each image, where they were padded to one size: padding
+                is not kept, is seen by nobody, and holds 0 in the maps.
+
+        Raises:
+            ConfigError: the method gives no maps, or does not serve ``sizes``.
         """
-        raise ConfigError(
+        shown = self._shown(family, images, indices, sizes)
+        self.infer(shown, images, shown.canvas)
+        return FeatureOutput(shown.maps, shown.last)
+
+    def train_features(
+        self,
+        family: Any,
+        images: Tensor,
+        indices: Sequence[int],
+        sizes: Sizes = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        """The same by the differentiable forward, with the method's noise."""
+        shown = self._shown(family, images, indices, sizes)
+        train_forward: Any = self.train_forward
+        output = train_forward(shown, images, generator, recorder=shown.canvas)
+        keeps: list[Tensor | None] = [keep_BHW for _, keep_BHW in shown.shown.values()]
+        return FeatureOutput(shown.maps, shown.last, keeps, self.own_losses(output))
+
+    def _shown(self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes) -> WithMaps:
+        """A plain vision transformer on which the method's forward makes maps: its recorder is told
+        of what is dropped and merged, and paints it.
+        """
+        require(
+            not isinstance(family, Pyramid),
             f"{self.name} on the family {family.name!r} gives no feature maps; methods that keep a "
-            "map in stages do, such as dynamic_spatial on Swin and ConvNeXt"
+            "map in stages do, such as dynamic_spatial on Swin and ConvNeXt",
         )
+        refuse_sizes(sizes, self.name)
+        shown: WithMaps = family.with_maps(
+            family.grid((images.shape[-2], images.shape[-1])), indices
+        )
+        return shown
+
+    def own_losses(self, output: Any) -> dict[str, Tensor]:
+        """Raw loss terms by name that need neither labels nor a teacher: of what was decided."""
+        return {}
 
     @torch.no_grad()
     def teach(self, family: Any, images: Tensor) -> DenseOutput:

@@ -22,7 +22,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise
 from vitrim.families import ViT
 from vitrim.methods.base import Method, answer_losses, whole_answer
-from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, Told, TrainingOutput
 from vitrim.tokens.plain import Grid
 
 
@@ -71,11 +71,15 @@ class Dense(Method):
     def counts(self, family: ViT, grid: Grid) -> tuple[int, ...]:
         return ()
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         return family.answer(0, family.stem(images), self.config.exact_last_block)
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self,
+        family: ViT,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        recorder: Told | None = None,
     ) -> TrainingOutput:
         return TrainingOutput(family.head(family.dense(images)))
 

@@ -47,11 +47,17 @@ from vitrim.layers.predictor import Predictor
 from vitrim.layers.sampling import hard_keep
 from vitrim.layers.stages import check_stages
 from vitrim.methods.base import RatioMethod, with_total
-from vitrim.methods.records import DenseOutput, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, FeatureOutput, Recorder, TrainingOutput
 from vitrim.methods.selection import RatioConfig
 from vitrim.tokens.calls import bare, is_hooked
-from vitrim.tokens.feature_map import FeatureMap, Partition, add_in_slices, pays_in_slices
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.feature_map import (
+    FeatureMap,
+    Partition,
+    add_in_slices,
+    pays_in_slices,
+    share_of,
+)
+from vitrim.tokens.plain import Grid, Sizes
 
 STEP = 0.2
 """How much less each predictor's ratio is than the one before."""
@@ -214,14 +220,21 @@ class DynamicSpatial(RatioMethod):
     ) -> Tensor:
         return family.head(self._levels(family, images, recorder)[-1])
 
-    def features(self, family: Swin | ConvNeXt, images: Tensor) -> list[Tensor]:
-        return [fmap.x_BHWC.permute(0, 3, 1, 2) for fmap in self._levels(family, images)]
+    def features(
+        self, family: Swin | ConvNeXt, images: Tensor, indices: Sequence[int], sizes: Sizes = None
+    ) -> FeatureOutput:
+        levels = self._levels(family, images, sizes=sizes)
+        return FeatureOutput([levels[index].x_BCHW for index in indices], levels[-1])
 
     def _levels(
-        self, family: Swin | ConvNeXt, images: Tensor, recorder: Recorder | None = None
+        self,
+        family: Swin | ConvNeXt,
+        images: Tensor,
+        recorder: Recorder | None = None,
+        sizes: Sizes = None,
     ) -> list[FeatureMap]:
         """The map after each of the backbone's stages."""
-        fmap, levels = family.stem(images), []
+        fmap, levels = family.stem(images, sizes), []
         for level, depth in enumerate(family.depths):
             fmap = family.enter_stage(level, fmap)
             if level == self.config.level:
@@ -255,17 +268,22 @@ class DynamicSpatial(RatioMethod):
         count = self._fixed_counts(num_positions)[stage]
         if count == num_positions and not recorder:
             return None
-        score_BN = self._log_probs(stage, fmap.x_BHWC)[..., 0]
-        partition = Partition.best(score_BN, count)
+        score_BN = self._log_probs(stage, fmap)[..., 0]
+        if fmap.real_BN is None:
+            partition = Partition.best(score_BN, count)
+        else:
+            score_BN = score_BN.masked_fill(~fmap.real_BN, -math.inf)
+            ratio = self.config.ratios(len(self.stages))[stage]
+            partition = Partition.best_of_each(score_BN, share_of(fmap.real_BN, ratio))
         if recorder:
             shape = fmap.x_BHWC.shape[:3]
             keep_BHW = partition.first_BN(len(score_BN)).view(shape)
             recorder.add_map(block, score_BN.exp().view(shape), keep_BHW)
         return None if count == num_positions else partition
 
-    def _log_probs(self, stage: int, x_BHWC: Tensor) -> Tensor:
+    def _log_probs(self, stage: int, fmap: FeatureMap) -> Tensor:
         """(B, N, 2): of the slow path and the fast one, by a predictor that sees all positions."""
-        out: Tensor = self.predictors[stage](Tokens.of(x_BHWC.flatten(1, 2), num_prefix=0))
+        out: Tensor = self.predictors[stage](fmap.tokens)
         return out
 
     def _whole_block(
@@ -276,9 +294,9 @@ class DynamicSpatial(RatioMethod):
         """
         if is_hooked(bare(family.block(level, block))) or not pays_in_slices(fmap.x_BHWC):
             return family.run_block(level, block, fmap)
-        mixed = family.mix(level, block, fmap.x_BHWC)
+        mixed = family.mix(level, block, fmap.x_BHWC, fmap.real_BHW)
         base = fmap.x_BHWC if self.form.one_residual else mixed
-        return FeatureMap(add_in_slices(base, partial(family.channel, level, block), mixed))
+        return fmap.with_x(add_in_slices(base, partial(family.channel, level, block), mixed))
 
     def _split_block(
         self, family: Swin | ConvNeXt, block: int, fmap: FeatureMap, partition: Partition
@@ -287,24 +305,52 @@ class DynamicSpatial(RatioMethod):
         level = self.config.level
 
         def run(x_BHWC: Tensor) -> Tensor:
-            mixed, slow = family.mix(level, block, x_BHWC), partial(family.channel, level, block)
+            mixed = family.mix(level, block, x_BHWC, fmap.real_BHW)
+            slow = partial(family.channel, level, block)
             branch = partition.run(mixed, slow, self.fast_paths[block - self.stages[0]])
             return (x_BHWC if self.form.one_residual else mixed) + branch
 
-        return FeatureMap(family.in_name_of(level, block, run, fmap.x_BHWC))
+        return fmap.with_x(family.in_name_of(level, block, run, fmap.x_BHWC))
 
     def train_forward(
         self, family: Swin | ConvNeXt, images: Tensor, generator: torch.Generator | None = None
     ) -> SpatialOutput:
-        fmap, keeps_BN = family.stem(images), list[Tensor]()
+        levels, keeps_BN = self._train_levels(family, images, None, generator)
+        features = family.patch_features(levels[-1])
+        return SpatialOutput(family.training_head(levels[-1]), features, tuple(keeps_BN))
+
+    def train_features(
+        self,
+        family: Swin | ConvNeXt,
+        images: Tensor,
+        indices: Sequence[int],
+        sizes: Sizes = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        levels, keeps_BN = self._train_levels(family, images, sizes, generator)
+        keeps, level = [fmap.real_BHW for fmap in levels], self.config.level
+        ratio = self._ratio_loss(keeps_BN, levels[level].real_BN)
+        keeps[level] = keeps_BN[-1].view(levels[level].x_BHWC.shape[:3])
+        maps, asked = [levels[index].x_BCHW for index in indices], [keeps[i] for i in indices]
+        return FeatureOutput(maps, levels[-1], asked, {"ratio": ratio})
+
+    def _train_levels(
+        self,
+        family: Swin | ConvNeXt,
+        images: Tensor,
+        sizes: Sizes,
+        generator: torch.Generator | None,
+    ) -> tuple[list[FeatureMap], list[Tensor]]:
+        """The map after each stage in training, and what each predictor drew (B, N)."""
+        fmap, levels, keeps_BN = family.stem(images, sizes), [], list[Tensor]()
         for level in range(len(family.depths)):
             if level == self.config.level:
                 fmap = family.enter_stage(level, fmap)
                 fmap = self._train_level(family, fmap, keeps_BN, generator)
             else:
                 fmap = family.run_stage(level, fmap)
-        features = family.patch_features(fmap)
-        return SpatialOutput(family.training_head(fmap), features, tuple(keeps_BN))
+            levels.append(fmap)
+        return levels, keeps_BN
 
     def _train_level(
         self,
@@ -320,28 +366,37 @@ class DynamicSpatial(RatioMethod):
         maps = TwoMaps(fmap.x_BHWC, fmap.x_BHWC, torch.ones_like(fmap.x_BHWC[..., :1]))
         for block in range(self.stages[0], family.depths[level]):
             if block in self.stages:
-                log_probs = self._log_probs(len(keeps_BN), maps.merged())
+                log_probs = self._log_probs(len(keeps_BN), fmap.with_x(maps.merged()))
                 keep_BN = hard_keep(
                     log_probs,
                     noise=self.config.sampling == "gumbel",
                     temperature=self.config.temperature,
                     generator=generator,
                 )
+                keep_BN = keep_BN if fmap.real_BN is None else keep_BN * fmap.real_BN
                 keeps_BN.append(keep_BN)
                 maps = replace(maps, keep_BHW1=keep_BN.view(maps.keep_BHW1.shape))
-            maps = self._train_block(family, block, maps)
-        return FeatureMap(maps.merged())
+            maps = self._train_block(family, block, maps, fmap)
+        return fmap.with_x(maps.merged())
 
-    def _train_block(self, family: Swin | ConvNeXt, block: int, maps: TwoMaps) -> TwoMaps:
+    def _train_block(
+        self, family: Swin | ConvNeXt, block: int, maps: TwoMaps, fmap: FeatureMap
+    ) -> TwoMaps:
         """A block in training: the merged map is mixed, and each path goes on from what counts for
         it: the mixed features where it was chosen, its own old ones where not.
+
+        Args:
+            family: runs the backbone.
+            block: of the sparse level.
+            maps: what enters it.
+            fmap: a map of the level, which says what of it is padding.
         """
         level, keep = self.config.level, maps.keep_BHW1
         drop_path = family.drop_path(level, block)
         left: list[Tensor] = []
 
         def run(x_BHWC: Tensor) -> Tensor:
-            mixed = family.mix(level, block, x_BHWC)
+            mixed = family.mix(level, block, x_BHWC, fmap.real_BHW)
             slow = family.channel(level, block, mixed * keep + maps.slow_BHWC * (1 - keep))
             fast_path = self.fast_paths[block - self.stages[0]]
             fast = fast_path(mixed * (1 - keep) + maps.fast_BHWC * keep)
@@ -351,15 +406,12 @@ class DynamicSpatial(RatioMethod):
             return after
 
         slow = family.in_name_of(level, block, run, maps.merged())
-        return TwoMaps(slow, left[0], keep)
+        return TwoMaps(fmap.with_x(slow).x_BHWC, fmap.with_x(left[0]).x_BHWC, keep)
 
     def losses(
         self, output: SpatialOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        ratios = self.config.ratios(len(self.stages))
-        pairs = zip(output.keeps_BN, ratios, strict=True)
-        terms = [losses.ratio_loss(keep_BN, ratio) for keep_BN, ratio in pairs]
-        parts = {"ratio": torch.stack(terms).mean()}
+        parts = {"ratio": self._ratio_loss(output.keeps_BN)}
         if target is not None:
             parts["classification"] = losses.classification_loss(output.logits, target)
         if teacher is not None:
@@ -368,6 +420,12 @@ class DynamicSpatial(RatioMethod):
             everywhere = features.new_ones(features.shape[:2])
             parts["token"] = losses.kept_token_mse(features, teacher.patch_features, everywhere)
         return with_total(self.config, parts)
+
+    def _ratio_loss(self, keeps_BN: Sequence[Tensor], real_BN: Tensor | None = None) -> Tensor:
+        pairs = zip(keeps_BN, self.config.ratios(len(self.stages)), strict=True)
+        return torch.stack(
+            [losses.ratio_loss(keep, ratio, real_BN) for keep, ratio in pairs]
+        ).mean()
 
     def steps(self, family: Swin | ConvNeXt, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         levels = []

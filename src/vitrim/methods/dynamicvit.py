@@ -38,10 +38,11 @@ from vitrim.config import require
 from vitrim.costs.macs import linear_macs
 from vitrim.families import ViT
 from vitrim.layers import dropping, losses, sampling
+from vitrim.layers.merging import Moves
 from vitrim.layers.predictor import Predictor
 from vitrim.layers.stages import check_stages, quarter_stages, stretches
 from vitrim.methods.base import RatioMethod
-from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
+from vitrim.methods.records import Decision, DenseOutput, SelectionOutput, Told
 from vitrim.methods.selection import RatioConfig, check_scores, salient_teacher, selection_losses
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
@@ -122,7 +123,7 @@ class DynamicViT(RatioMethod):
             for threshold in (None, 0.5)
         )
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         tokens = cast(AnyTokens, stem)
         *others, last = stretches(self.stages, family.depth)
@@ -137,7 +138,7 @@ class DynamicViT(RatioMethod):
         tokens: AnyTokens,
         stage: int,
         num_patches: int,
-        recorder: Recorder | None,
+        recorder: Told | None,
     ) -> AnyTokens:
         """The tokens that go on: the best of a fixed number, or those above the threshold."""
         merge, moves = self.config.merge_dropped, None
@@ -151,7 +152,7 @@ class DynamicViT(RatioMethod):
         else:
             assert isinstance(tokens, Tokens)
             count = self._fixed_counts(num_patches)[stage]
-            if count == tokens.num_patches and not recorder:
+            if count == tokens.num_patches and not (recorder and recorder.reads_scores):
                 return tokens
             log_keep = self.predictors[stage](tokens)[..., 0]
             score, kept = log_keep.exp(), tokens
@@ -162,7 +163,11 @@ class DynamicViT(RatioMethod):
         return kept
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self,
+        family: ViT,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        recorder: Told | None = None,
     ) -> SelectionOutput:
         tokens = family.stem(images)
         num_patches = tokens.num_patches
@@ -172,7 +177,10 @@ class DynamicViT(RatioMethod):
             if block in self.stages:
                 stage = len(decisions)
                 log_probs = self.predictors[stage](tokens)
-                before, tokens = tokens, self._draw(tokens, log_probs, counts[stage], generator)
+                before = tokens
+                tokens, moves = self._draw(before, log_probs, counts[stage], generator)
+                if recorder:
+                    recorder.add(block, before, log_probs[..., 0].exp(), tokens, moves)
                 decisions.append(Decision(log_probs, before, tokens.keep_on_grid(num_patches)))
             tokens = family.run_blocks((block,), tokens)
         logits, features = family.training_head(tokens), family.patch_features(tokens)
@@ -180,13 +188,15 @@ class DynamicViT(RatioMethod):
 
     def _draw(
         self, tokens: Tokens, log_probs: Tensor, count: int, generator: torch.Generator | None
-    ) -> Tokens:
-        """The tokens that go on in training: under a mask, or gathered as at inference."""
+    ) -> tuple[Tokens, Moves | None]:
+        """The tokens that go on in training: under a mask, or gathered as at inference; and what
+        became of the others.
+        """
         merge = self.config.merge_dropped
         if self.config.sampling == "top_k":
             log_odds = log_probs[..., 0] - log_probs[..., 1]
             log_odds = sampling.with_noise(log_odds, self.config.score_noise, generator)
-            return dropping.keep_best(tokens, log_odds, count, merge)[0]
+            return dropping.keep_best(tokens, log_odds, count, merge)
         keep_BN = sampling.hard_keep(
             log_probs,
             noise=self.config.sampling == "gumbel",
@@ -194,7 +204,7 @@ class DynamicViT(RatioMethod):
             generator=generator,
         )
         keep_BN = keep_BN if tokens.keep_BN is None else tokens.keep_BN * keep_BN
-        return dropping.hide(tokens, keep_BN, merge)[0]
+        return dropping.hide(tokens, keep_BN, merge)
 
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
         if not self.config.score_weight:
@@ -204,11 +214,14 @@ class DynamicViT(RatioMethod):
     def losses(
         self, output: SelectionOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        ratios = self.config.ratios(len(self.stages))
-        keeps = [decision.keep_BN for decision in output.decisions]
-        terms = [losses.ratio_loss(keep, ratio) for keep, ratio in zip(keeps, ratios, strict=True)]
-        ratio, counts = torch.stack(terms).mean(), self._fixed_counts(keeps[0].shape[1])
-        return selection_losses(self.config, output, ratio, target, teacher, counts)
+        counts = self._fixed_counts(output.decisions[0].keep_BN.shape[1])
+        own = self.own_losses(output)
+        return selection_losses(self.config, output, own, target, teacher, counts)
+
+    def own_losses(self, output: SelectionOutput) -> dict[str, Tensor]:
+        pairs = zip(output.decisions, self.config.ratios(len(self.stages)), strict=True)
+        terms = [losses.ratio_loss(decision.keep_BN, ratio) for decision, ratio in pairs]
+        return {"ratio": torch.stack(terms).mean()}
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, prefix = math.prod(grid), family.num_prefix

@@ -37,7 +37,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import sampling
-from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of, ungrouped
+from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of
 from vitrim.layers.stages import (
     check_keep_ratio,
     check_stages,
@@ -46,7 +46,7 @@ from vitrim.layers.stages import (
     stretches,
 )
 from vitrim.methods.base import RatioMethod, answer_losses, whole_answer
-from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -219,36 +219,19 @@ class Merging(RatioMethod):
             counts.append(before)
         return tuple(counts)
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
         return family.answer(last.start, tokens, self.config.exact_last_block)
 
-    def features(self, family: ViT, images: Tensor) -> list[Tensor]:
-        """One map (B, C, rows, columns): what leaves the last block, before the final norm; each
-        patch has the features of the token that it became part of.
-
-        Raises:
-            ConfigError: a stage drops tokens, of whose patches nothing is left to show.
-        """
-        actions = self.config.actions(len(self.stages))
-        require("drop" not in actions, "dropped patches leave no features; merge at every stage")
-        recorder = Recorder(family.grid((images.shape[-2], images.shape[-1])))
-        stem = family.stem(images)
-        tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
-        after, groups = family.run_blocks(last, tokens), recorder.stages[-1].groups
-        assert groups is not None
-        x_BCN = ungrouped(after, groups).transpose(1, 2)
-        return [x_BCN.reshape(*x_BCN.shape[:2], *recorder.grid)]
-
     def _merged(
-        self, family: ViT, tokens: Tokens, counts: Sequence[int], recorder: Recorder | None = None
+        self, family: ViT, tokens: Tokens, counts: Sequence[int], recorder: Told | None = None
     ) -> tuple[Tokens, range]:
         """The tokens behind the last stage, and the blocks that are left to run."""
         *others, last = stretches(self.stages, family.depth)
         actions = self.config.actions(len(self.stages))
         for blocks, count, action in zip(others, counts, actions, strict=True):
-            if count == tokens.num_patches and not recorder:
+            if count == tokens.num_patches and not (recorder and recorder.reads_scores):
                 tokens = family.run_blocks(blocks, tokens)
             else:
                 tokens = family.run_blocks(blocks[:-1], tokens)
@@ -262,7 +245,7 @@ class Merging(RatioMethod):
         tokens: Tokens,
         count: int,
         action: Action,
-        recorder: Recorder | None,
+        recorder: Told | None,
     ) -> Tokens:
         """A block between whose halves tokens become ``count``."""
         records: list[AttentionRecord] = []
@@ -275,8 +258,10 @@ class Merging(RatioMethod):
             moves: list[Moves] = []
             after = self.fewer(before, records[0], count, action, moves if recorder else None)
             if recorder:
-                importance_BN = records[0].patch_attention().mean(1)
-                recorder.add(block + 1, before, importance_BN, after, *moves)
+                scores = before.index_BN  # which a canvas does not read
+                if recorder.reads_scores:
+                    scores = records[0].patch_attention().mean(1)
+                recorder.add(block + 1, before, scores, after, *moves)
             return after
 
         after, _ = family.split_block(block, tokens, read, between)
@@ -335,7 +320,11 @@ class Merging(RatioMethod):
         return keys_BNHD.flatten(2) if self.config.metric == "keys" else keys_BNHD.mean(2)
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self,
+        family: ViT,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        recorder: Told | None = None,
     ) -> TrainingOutput:
         tokens, config = family.stem(images), self.config
         if config.train_keep_ratio is not None:
@@ -344,7 +333,8 @@ class Merging(RatioMethod):
             share = torch.rand((), generator=generator, device=device).item()
             ratio = low + share * (high - low)
             config = replace(config, keep_ratio=ratio, merged_per_block=None)
-        tokens, last = self._merged(family, tokens, self._counts_of(config, tokens.num_patches))
+        counts = self._counts_of(config, tokens.num_patches)
+        tokens, last = self._merged(family, tokens, counts, recorder)
         return TrainingOutput(family.head(family.run_blocks(last, tokens)))
 
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +49,31 @@ class StageTrace:
         return StageTrace(self.block, scores, self.grid, [], counts, looks, groups)
 
 
+class Told(Protocol):
+    """What is told of each stage at which patch tokens are dropped or merged."""
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it reads the scores, and so is told of stages that can drop nothing too."""
+
+    def add(
+        self,
+        block: int,
+        before: AnyTokens,
+        scores: Tensor,
+        after: AnyTokens,
+        moves: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Before ``block``, ``before`` was scored, one score per patch token; ``after`` goes on;
+        ``moves`` says what went into what, see :data:`vitrim.layers.merging.Moves`.
+        """
+
+
 @dataclass
 class Recorder:
     """Collects a :class:`StageTrace` per stage while a method runs inference."""
 
+    reads_scores: ClassVar[bool] = True
     grid: Grid
     """Of the original patches."""
     stages: list[StageTrace] = field(default_factory=list)
@@ -65,9 +86,7 @@ class Recorder:
         after: AnyTokens,
         moves: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Record that ``before`` was scored, one score per patch token, and ``after`` goes on;
-        ``moves`` says what went into what, see :data:`vitrim.layers.merging.Moves`.
-        """
+        """Record a stage, see :class:`Told`."""
         if isinstance(before, Tokens) and before.keep_BN is not None:
             scores = scores.masked_fill(before.keep_BN < 0.5, torch.nan)
         score_BN = before.on_grid(scores.detach().float(), math.prod(self.grid), torch.nan)
@@ -149,6 +168,22 @@ class TrainingOutput:
         where nothing that is learned changes them.
         """
         return []
+
+
+@dataclass(frozen=True)
+class FeatureOutput:
+    """A pyramid, and what else is known of it."""
+
+    levels: list[Tensor]
+    """(B, C, H, W) each."""
+    state: Any
+    """What left the last block: the tokens, or the map, which a head reads."""
+    keeps: list[Tensor | None] = field(default_factory=list)
+    """In training, per level (B, H, W): 1 for a position that took the full computation to the
+    level's end, 0 for the others and padding. None: all did."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """In training, the method's own loss terms by name, not weighted: of its decisions, such as
+    ``ratio``."""
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,17 @@ from vitrim.config import check_weights, closest, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.layers import dropping, losses
+from vitrim.layers.merging import Moves
 from vitrim.layers.token_scores import SCORES, on_grid
 from vitrim.methods.base import SHARES, Method, require_one_stage, with_total
-from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
 EPS = 1e-8
 Selector = Literal["density", "threshold", "mass"]
+Random = torch.Generator | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +170,8 @@ class SaiTOutput(TrainingOutput):
     """Rows and columns of the patch grid."""
 
 
-Choose = Callable[[Tokens, Tensor], AnyTokens]  # by the score (B, N), which go on
+Chosen = tuple[AnyTokens, Moves | None]  # what goes on, and what went into what
+Choose = Callable[[Tokens, Tensor], Chosen]  # by the score (B, N)
 
 
 class SaiT(Method):
@@ -234,28 +237,25 @@ class SaiT(Method):
             return (_count(self.config.density, num_patches),)
         return None
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         counts = self._counts(stem.num_patches)
-        if counts == (stem.num_patches,) and not recorder:
+        if counts == (stem.num_patches,) and not (recorder and recorder.reads_scores):
             return family.answer(0, stem, self.whole_last_block(family) is None)
 
-        def choose(tokens: Tokens, score_BN: Tensor) -> AnyTokens:
-            kept: AnyTokens = tokens
-            merge, moves = self.config.merge_dropped, None
+        def choose(tokens: Tokens, score_BN: Tensor) -> Chosen:
+            merge = self.config.merge_dropped
             if counts is None:
-                kept, moves = dropping.keep_chosen(tokens, self._chosen(score_BN), merge)
-            elif counts[0] < tokens.num_patches:
-                kept, moves = dropping.keep_first(tokens, _ranking(score_BN), counts[0], merge)
-            if recorder:
-                recorder.add(self.stages[0], tokens, score_BN, kept, moves)
-            return kept
+                return dropping.keep_chosen(tokens, self._chosen(score_BN), merge)
+            if counts[0] < tokens.num_patches:
+                return dropping.keep_first(tokens, _ranking(score_BN), counts[0], merge)
+            return tokens, None
 
         before = family.run_blocks(range(self.stages[0] - 1), stem)
-        return self._finish(family, before, choose)[0]
+        return self._finish(family, before, choose, recorder)[0]
 
     def _finish(
-        self, family: ViT, before: Tokens, choose: Choose
+        self, family: ViT, before: Tokens, choose: Choose, recorder: Told | None = None
     ) -> tuple[Tensor, Tensor, AnyTokens]:
         """Logits, the score, and what goes on of the tokens ``before`` the block that scores."""
         read = SCORES[self.config.score].read
@@ -264,8 +264,11 @@ class SaiT(Method):
         def between(tokens: AnyTokens, score_BN: Tensor) -> AnyTokens:
             assert isinstance(tokens, Tokens)
             score_BN = score_BN.float() / score_BN.float().sum(1, keepdim=True).clamp(min=EPS)
-            chosen.append((score_BN, choose(tokens, score_BN)))
-            return chosen[0][1]
+            kept, moves = choose(tokens, score_BN)
+            if recorder:
+                recorder.add(self.stages[0], tokens, score_BN, kept, moves)
+            chosen.append((score_BN, kept))
+            return kept
 
         block = self.stages[0] - 1
         if self.config.where == "mid":
@@ -282,11 +285,8 @@ class SaiT(Method):
         return torch.zeros_like(keep_BN).scatter(1, order_BN, keep_BN)
 
     def _ranks_kept(self, falling_BN: Tensor, selector: str) -> Tensor:
-        """(B, N) bool: which ranks an adaptive selector keeps; always the head of each row.
-
-        Args:
-            falling_BN: scores, from best to worst.
-            selector: ``mass`` or ``threshold``.
+        """(B, N) bool: which ranks an adaptive ``selector`` keeps of the scores from best to worst;
+        always the head of each row.
         """
         num_patches = falling_BN.shape[1]
         if selector == "mass":
@@ -308,7 +308,7 @@ class SaiT(Method):
             self.sparse_turn = step % 2 == 1
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self, family: ViT, images: Tensor, generator: Random = None, recorder: Told | None = None
     ) -> SaiTOutput:
         before = family.run_blocks(range(self.stages[0] - 1), family.stem(images))
         grid = family.grid((images.shape[-2], images.shape[-1]))
@@ -316,15 +316,17 @@ class SaiT(Method):
         sparse = self.sparse_turn or schedule in ("sandwich", "sparse")
         dense_logits = None
         if not sparse or schedule == "sandwich":
-            dense_logits, score_BN, _ = self._finish(family, before, lambda tokens, _: tokens)
+            dense_logits, score_BN, _ = self._finish(
+                family, before, lambda tokens, _: (tokens, None)
+            )
             if not sparse:
                 return SaiTOutput(dense_logits, score_BN, None, None, grid)
         draw = partial(self._draw, generator=generator)
-        logits, score_BN, kept = self._finish(family, before, draw)
+        logits, score_BN, kept = self._finish(family, before, draw, recorder)
         assert isinstance(kept, Tokens)
         return SaiTOutput(logits, score_BN, kept, dense_logits, grid)
 
-    def _draw(self, tokens: Tokens, score_BN: Tensor, generator: torch.Generator | None) -> Tokens:
+    def _draw(self, tokens: Tokens, score_BN: Tensor, generator: Random) -> Chosen:
         """What goes on in a sparse pass of training; images that keep fewer are padded, masked."""
         order_BN, merge = _ranking(score_BN), self.config.merge_dropped
         if self.config.train_selector == "density":
@@ -332,13 +334,13 @@ class SaiT(Method):
             device = None if generator is None else generator.device
             share = torch.rand((), generator=generator, device=device).item()
             count = _count(low + share * (high - low), tokens.num_patches)
-            return dropping.keep_first(tokens, order_BN, count, merge)[0]
+            return dropping.keep_first(tokens, order_BN, count, merge)
         keep_BN = self._ranks_kept(score_BN.gather(1, order_BN), self.config.train_selector)
         longest, keep_BN = int(keep_BN.sum(1).max()), keep_BN.to(tokens.x.dtype)
         kept = tokens.gather(order_BN[:, :longest]).with_keep(keep_BN[:, :longest])
         if not merge:
-            return kept
-        return dropping.absorb(kept, tokens.gather(order_BN).with_keep(1 - keep_BN))[0]
+            return kept, None
+        return dropping.absorb(kept, tokens.gather(order_BN).with_keep(1 - keep_BN))
 
     @torch.no_grad()
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:

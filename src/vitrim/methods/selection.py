@@ -124,7 +124,7 @@ def salient_teacher(family: ViT, images: Tensor, blocks: Sequence[int]) -> Dense
 def selection_losses(
     config: Any,
     output: SelectionOutput,
-    ratio: Tensor,
+    own: dict[str, Tensor],
     target: Tensor | None,
     teacher: DenseOutput | None,
     counts: Sequence[int],
@@ -134,7 +134,7 @@ def selection_losses(
     Args:
         config: has ``<name>_weight`` for ratio, classification, distill, token and score.
         output: of the training forward.
-        ratio: the method's ratio loss.
+        own: the method's own terms: its ratio loss.
         target: labels, or None.
         teacher: what the dense model says, or None; with its saliency if scores are taught.
         counts: tokens that each stage should keep, for the score loss.
@@ -143,7 +143,7 @@ def selection_losses(
         not config.score_weight or (teacher is not None and len(teacher.saliency) > 0),
         "score_weight is above 0, so the loss needs a dense teacher's saliency (ViT.saliency)",
     )
-    parts = {"ratio": ratio} | answer_parts(output, target, teacher)
+    parts = own | answer_parts(output, target, teacher)
     if teacher is not None:
         parts["token"] = _token_loss(output, teacher)
         if config.score_weight:

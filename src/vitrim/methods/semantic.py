@@ -18,8 +18,8 @@ from vitrim.config import check_weights, normalise, require
 from vitrim.errors import ConfigError
 from vitrim.layers.semantic_windows import Windows, tokens_side, windows_of
 from vitrim.methods.base import Method, answer_parts, with_total
-from vitrim.methods.records import DenseOutput, PooledOutput, StageTrace
-from vitrim.tokens.plain import Grid
+from vitrim.methods.records import DenseOutput, FeatureOutput, PooledOutput, StageTrace
+from vitrim.tokens.plain import Grid, Sizes
 
 STAGE = 2
 """Of a backbone with windows, where semantic tokens are made; stages are counted from 0."""
@@ -81,6 +81,26 @@ class SemanticMethod(Method):
     """A method whose semantic tokens stand for the patches: no patch features are compared."""
 
     keeps_its_cost = True  # it learned to make so many
+
+    def features(
+        self, family: Any, images: Tensor, indices: Sequence[int], sizes: Sizes = None
+    ) -> FeatureOutput:
+        return self.train_features(family, images, indices, sizes)
+
+    def train_features(
+        self,
+        family: Any,
+        images: Tensor,
+        indices: Sequence[int],
+        sizes: Sizes = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        raise ConfigError(
+            f"{self.name} gives no feature maps: after its generation layers nothing is left of "
+            "the patches, and what a place held is mixed into all semantic tokens that looked at "
+            "it, which never learned to give it back. The form of the method that does is stvit_r, "
+            "on Swin"
+        )
 
     @torch.no_grad()
     def teach(self, family: Any, images: Tensor) -> DenseOutput:

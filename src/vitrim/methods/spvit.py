@@ -46,7 +46,7 @@ from vitrim.families import ViT
 from vitrim.layers import losses, sampling
 from vitrim.layers.selector import Scores, Selector, masked, package_of
 from vitrim.layers.stages import check_stages, quarter_stages, stretches
-from vitrim.methods.records import Decision, DenseOutput, Recorder, SelectionOutput
+from vitrim.methods.records import Decision, DenseOutput, SelectionOutput, Told
 from vitrim.methods.selection import (
     SelectorConfig,
     SelectorMethod,
@@ -136,7 +136,7 @@ class SPViT(SelectorMethod):
         counts = self._fixed_counts(num_patches)
         return counts[stage] == (num_patches, *counts)[stage]
 
-    def infer(self, family: ViT, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
         num_patches, noise = stem.num_patches, None
         if self.config.inference == "gumbel":
@@ -146,8 +146,9 @@ class SPViT(SelectorMethod):
         for stage, blocks in enumerate(others):
             before = tokens = family.run_blocks(blocks, tokens)
             skips = self._drops_nothing(stage, num_patches)
-            if not skips or recorder:
-                scores = self._score(family, stage, before)
+            if skips and not (recorder and recorder.reads_scores):
+                continue
+            scores = self._score(family, stage, before)
             if not skips:
                 tokens = self._drop(family, stage, before, scores, num_patches, noise)
             if recorder:
@@ -214,7 +215,11 @@ class SPViT(SelectorMethod):
         return torch.cat([prefix, package], 1)
 
     def train_forward(
-        self, family: ViT, images: Tensor, generator: torch.Generator | None = None
+        self,
+        family: ViT,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        recorder: Told | None = None,
     ) -> SelectionOutput:
         tokens = family.stem(images)
         num_patches = tokens.num_patches
@@ -224,6 +229,8 @@ class SPViT(SelectorMethod):
                 before, stage = tokens, len(decisions)
                 scores = self._score(family, stage, before)
                 tokens = self._draw(family, stage, before, scores, num_patches, generator)
+                if recorder:
+                    recorder.add(block, before, self._rank(scores), tokens)
                 keep_BN = tokens.keep_on_grid(num_patches)
                 decisions.append(Decision(scores.log_probs, before, keep_BN))
             tokens = family.run_blocks((block,), tokens)
@@ -264,12 +271,14 @@ class SPViT(SelectorMethod):
     def losses(
         self, output: SelectionOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        ratios = self.config.ratios(len(self.stages))
-        keeps = [decision.keep_BN for decision in output.decisions]
-        pairs = zip(keeps, ratios, strict=True)
-        ratio = torch.stack([losses.batch_ratio_loss(keep, ratio) for keep, ratio in pairs]).mean()
-        counts = self._fixed_counts(keeps[0].shape[1])
-        return selection_losses(self.config, output, ratio, target, teacher, counts)
+        counts = self._fixed_counts(output.decisions[0].keep_BN.shape[1])
+        own = self.own_losses(output)
+        return selection_losses(self.config, output, own, target, teacher, counts)
+
+    def own_losses(self, output: SelectionOutput) -> dict[str, Tensor]:
+        pairs = zip(output.decisions, self.config.ratios(len(self.stages)), strict=True)
+        terms = [losses.batch_ratio_loss(decision.keep_BN, ratio) for decision, ratio in pairs]
+        return {"ratio": torch.stack(terms).mean()}
 
     def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         num_patches, prefix = math.prod(grid), family.num_prefix

@@ -50,11 +50,11 @@ from vitrim.layers.selector import Selector, masked, package_of
 from vitrim.layers.sparse_windows import sparse_block_macs, sparse_blocks
 from vitrim.layers.stages import check_stages
 from vitrim.methods.base import with_total
-from vitrim.methods.records import DenseOutput, Dial, Recorder, TrainingOutput
+from vitrim.methods.records import DenseOutput, Dial, FeatureOutput, Recorder, TrainingOutput
 from vitrim.methods.selection import SelectorConfig, SelectorMethod
-from vitrim.tokens.feature_map import FeatureMap
+from vitrim.tokens.feature_map import FeatureMap, among_best, share_of
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
-from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +179,23 @@ class SPViTPyramid(SelectorMethod):
         return self.config.inference == "threshold" and self.config.threshold == 0
 
     def infer(self, family: PiT | Swin, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        return family.head(self._infer_levels(family, images, recorder)[-1])
+
+    def features(
+        self, family: PiT | Swin, images: Tensor, indices: Sequence[int], sizes: Sizes = None
+    ) -> FeatureOutput:
+        states = self._infer_levels(family, images, sizes=sizes)
+        levels = [family.as_map(index, states[index]) for index in indices]
+        return FeatureOutput(levels, states[-1])
+
+    def _infer_levels(
+        self,
+        family: PiT | Swin,
+        images: Tensor,
+        recorder: Recorder | None = None,
+        sizes: Sizes = None,
+    ) -> list[Any]:
+        """What leaves each stage, as the family keeps it."""
         grid = family.grid((images.shape[-2], images.shape[-1]))
 
         def choose(number: int, tokens: Tokens, packages_BSC: Tensor) -> Choice | None:
@@ -188,14 +205,14 @@ class SPViTPyramid(SelectorMethod):
             scores = self.selectors[number](tokens, packages_BSC)
             rank, best = scores.log_probs[..., 0].exp(), None
             if self.config.inference == "top_k":
-                count = self._fixed_counts(tokens.num_patches)[number]
-                best = sampling.top_k(scores.log_odds, count)
-                keep = torch.zeros_like(rank).scatter(1, best, 1.0)
+                keep, best = self._best(number, tokens, scores.log_odds)
             elif self.config.inference == "threshold":
                 rank = scores.keep_score
                 keep = (rank > self.config.threshold).to(rank.dtype)
             else:
                 keep = sampling.hard_keep(scores.log_probs, noise=False)
+            if tokens.keep_BN is not None:
+                keep = keep * tokens.keep_BN
             if recorder:
                 shape = (-1, *family.stage_grid(grid, list(self._places)[number]))
                 block = self.stages[number]
@@ -206,12 +223,53 @@ class SPViTPyramid(SelectorMethod):
             package = package_of(tokens, scores, 1 - keep, self.config.package_mode)
             return Choice(keep, package, best)
 
-        state = self._run(family, images, choose, self.config.execution == "mask")
-        return family.head(state)
+        return self._run(family, images, choose, self.config.execution == "mask", sizes)
+
+    def _best(self, number: int, tokens: Tokens, log_odds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mask (B, N) of a fixed share; and where they are, if as many in each image."""
+        if tokens.keep_BN is None:
+            best = sampling.top_k(log_odds, self._fixed_counts(tokens.num_patches)[number])
+            return torch.zeros_like(log_odds).scatter(1, best, 1.0), best
+        ratio = self.config.ratios(len(self.stages))[number]
+        counts_B1 = share_of(tokens.keep_BN > 0.5, ratio)
+        log_odds = log_odds.masked_fill(tokens.keep_BN < 0.5, -torch.inf)
+        return among_best(log_odds, counts_B1).to(log_odds.dtype), None
 
     def train_forward(
         self, family: PiT | Swin, images: Tensor, generator: torch.Generator | None = None
     ) -> PyramidOutput:
+        states, keeps = self._train_levels(family, images, None, generator)
+        features = family.patch_features(states[-1])
+        last_has_selector = len(family.depths) - 1 in self._places
+        last_keep = keeps[-1] if last_has_selector else features.new_ones(features.shape[:2])
+        return PyramidOutput(family.training_head(states[-1]), features, last_keep, tuple(keeps))
+
+    def train_features(
+        self,
+        family: PiT | Swin,
+        images: Tensor,
+        indices: Sequence[int],
+        sizes: Sizes = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        states, kept = self._train_levels(family, images, sizes, generator)
+        maps = [family.as_map(level, state) for level, state in enumerate(states)]
+        keeps = [state.real_BHW if family.keeps_map else None for state in states]
+        reals = [None if real is None else real.flatten(1) for real in keeps]
+        ratio = self._ratio_loss(kept, [reals[level] for level in self._places])
+        for level, (number, _) in self._places.items():
+            keeps[level] = kept[number].view(len(images), *maps[level].shape[2:])
+        levels, asked = [maps[index] for index in indices], [keeps[index] for index in indices]
+        return FeatureOutput(levels, states[-1], asked, {"ratio": ratio})
+
+    def _train_levels(
+        self,
+        family: PiT | Swin,
+        images: Tensor,
+        sizes: Sizes,
+        generator: torch.Generator | None,
+    ) -> tuple[list[Any], list[Tensor]]:
+        """What leaves each stage in training, and what each selector drew (B, N)."""
         config, keeps = self.config, list[Tensor]()
 
         def choose(number: int, tokens: Tokens, packages_BSC: Tensor) -> Choice:
@@ -222,29 +280,35 @@ class SPViTPyramid(SelectorMethod):
                 temperature=config.temperature,
                 generator=generator,
             )
+            keep_BN = keep_BN if tokens.keep_BN is None else keep_BN * tokens.keep_BN
             keeps.append(keep_BN)
             mode, bounded = config.package_mode, config.bounded_package
             package = package_of(tokens, scores, 1 - keep_BN, mode, bounded=bounded)
             return Choice(keep_BN, package)
 
-        state = self._run(family, images, choose, masks=True)
-        features = family.patch_features(state)
-        last_has_selector = len(family.depths) - 1 in self._places
-        last_keep = keeps[-1] if last_has_selector else features.new_ones(features.shape[:2])
-        return PyramidOutput(family.training_head(state), features, last_keep, tuple(keeps))
+        return self._run(family, images, choose, True, sizes), keeps
 
-    def _run(self, family: Any, images: Tensor, choose: Choose, masks: bool) -> Any:
-        """All blocks; what left the last of them, as the family keeps it."""
-        state: Any = family.stem(images)
+    def _run(
+        self,
+        family: Any,
+        images: Tensor,
+        choose: Choose,
+        masks: bool,
+        sizes: Sizes = None,
+    ) -> list[Any]:
+        """All blocks; what leaves each stage, as the family keeps it."""
+        state: Any = family.stem(images, sizes)
+        states = []
         for stage in range(len(family.depths)):
             state = family.enter_stage(stage, state)
             if not family.keeps_map:
                 state = self._run_tokens(family, stage, state, choose, masks)
-            elif masks or self.config.inference == "top_k":
+            elif masks or (self.config.inference == "top_k" and state.real_BHW is None):
                 state = self._run_map(family, stage, state, choose, masks)
             else:
                 state = self._run_map_eagerly(family, stage, state, choose, masks)
-        return state
+            states.append(state)
+        return states
 
     def _run_tokens(
         self, family: PiT, stage: int, entered: Tokens, choose: Choose, masks: bool
@@ -283,7 +347,7 @@ class SPViTPyramid(SelectorMethod):
         place = min(place, depth)  # a level may be left out, see families/inside.py
         for index in range(place):
             fmap = family.run_block(stage, index, fmap)
-        tokens = Tokens.of(fmap.x_BHWC.flatten(1, 2), 0)
+        tokens = fmap.tokens
         choice = None if place == depth else choose(number, tokens, tokens.x[:, :0])
         if choice is None:
             for index in range(place, depth):
@@ -293,11 +357,11 @@ class SPViTPyramid(SelectorMethod):
         before_RC = tokens.x.flatten(0, 1)
         if masks:
             row_R = torch.arange(before_RC.shape[0], device=before_RC.device)
-            x_RC = _run_rows(blocks, before_RC, row_R, choice, fmap.grid)
+            x_RC = _run_rows(blocks, before_RC, row_R, choice, fmap)
             x_RC = self._blend(choice.keep_BN.flatten(), x_RC, before_RC)
         else:
-            x_RC = _run_kept(blocks, before_RC, choice, fmap.grid)
-        return FeatureMap(x_RC.view(fmap.x_BHWC.shape))
+            x_RC = _run_kept(blocks, before_RC, choice, fmap)
+        return fmap.with_x(x_RC.view(fmap.x_BHWC.shape))
 
     # Numbers of rows that only the image decides keep torch.compile tracing for a minute.
     _run_map_eagerly = torch.compiler.disable(_run_map)  # type: ignore[no-untyped-call]
@@ -312,9 +376,7 @@ class SPViTPyramid(SelectorMethod):
     def losses(
         self, output: PyramidOutput, target: Tensor | None, teacher: DenseOutput | None
     ) -> dict[str, Tensor]:
-        pairs = zip(output.keeps, self.config.ratios(len(self.stages)), strict=True)
-        terms = [losses.batch_ratio_loss(keep, ratio) for keep, ratio in pairs]
-        parts = {"ratio": torch.stack(terms).mean()}
+        parts = {"ratio": self._ratio_loss(output.keeps, [None] * len(output.keeps))}
         if target is not None:
             parts["classification"] = losses.classification_loss(output.logits, target)
         if teacher is not None:
@@ -323,6 +385,11 @@ class SPViTPyramid(SelectorMethod):
                 output.patch_features, teacher.patch_features, output.last_keep_BN
             )
         return with_total(self.config, parts)
+
+    def _ratio_loss(self, keeps: Sequence[Tensor], reals: Sequence[Tensor | None]) -> Tensor:
+        ratios = self.config.ratios(len(self.stages))
+        parts = zip(keeps, ratios, reals, strict=True)
+        return torch.stack([losses.batch_ratio_loss(*part) for part in parts]).mean()
 
     def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         levels, packages = [], 0
@@ -413,19 +480,20 @@ def _put_back(tokens: AnyTokens, map_BNC: Tensor) -> Tensor:
 
 
 def _run_rows(
-    blocks: Sequence[Any], map_RC: Tensor, row_T: Tensor, choice: Choice, grid: Grid
+    blocks: Sequence[Any], map_RC: Tensor, row_T: Tensor, choice: Choice, fmap: FeatureMap
 ) -> Tensor:
     """The map (B * N, C) after blocks of a stage of Swin that compute some of its rows."""
     x_TC, visible_BN = map_RC.index_select(0, row_T), choice.keep_BN.detach() > 0.5
-    x_TC = sparse_blocks(blocks, x_TC, choice.package_BC, grid, row_T, visible_BN)
+    grid, real_BN = fmap.grid, fmap.real_BN
+    x_TC = sparse_blocks(blocks, x_TC, choice.package_BC, grid, row_T, visible_BN, real_BN)
     return map_RC.index_copy(0, row_T, x_TC)
 
 
-def _run_kept(blocks: Sequence[Any], map_RC: Tensor, choice: Choice, grid: Grid) -> Tensor:
+def _run_kept(blocks: Sequence[Any], map_RC: Tensor, choice: Choice, fmap: FeatureMap) -> Tensor:
     """The same, where they compute what was kept."""
     row_BN = torch.arange(map_RC.shape[0], device=map_RC.device).view(choice.keep_BN.shape)
     if choice.best_BK is None:
         row_T = row_BN[choice.keep_BN > 0.5]
     else:
         row_T = row_BN.gather(1, choice.best_BK).flatten()
-    return _run_rows(blocks, map_RC, row_T, choice, grid)
+    return _run_rows(blocks, map_RC, row_T, choice, fmap)

@@ -60,10 +60,10 @@ from vitrim.layers.pooling import POOLINGS
 from vitrim.layers.semantic_attention import Keys, WindowRecord
 from vitrim.layers.semantic_keys import Look, classification_look, dense_look, token_order
 from vitrim.layers.semantic_windows import Windows, global_centres, resized_centres
-from vitrim.methods.records import PooledOutput, Recorder
+from vitrim.methods.records import FeatureOutput, PooledOutput, Recorder
 from vitrim.methods.semantic import STAGE, WindowConfig, WindowMethod
 from vitrim.tokens.feature_map import FeatureMap
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Sizes
 
 UNIT = 6
 GENERATION, AGAIN, LOCAL, GLOBAL, RECOVERY = range(1, UNIT)
@@ -216,6 +216,10 @@ class STViTR(WindowMethod):
             nn.LayerNorm(family.stage_dim(stage), eps=1e-5) for stage in stages
         )
 
+    @classmethod
+    def feature_config(cls) -> STViTRConfig:
+        return STViTRConfig.dense_prediction()
+
     def unused(self, family: Swin) -> list[nn.Parameter]:
         """The position biases of the blocks that run on semantic tokens."""
         used_again = (family.block(STAGE, int(index)) for index in self.blocks)
@@ -239,11 +243,24 @@ class STViTR(WindowMethod):
         last = config.recovery_windows * config.side
         return first, second, (last, last)
 
-    def _look(self, windows: Windows, device: torch.device) -> Look:
+    def _look(self, windows: Windows, fmap: FeatureMap) -> Look:
         """What each block looks at; :meth:`_unit` makes the memories."""
+        reaches, device = self._reaches(windows), fmap.x_BHWC.device
         if self.config.form == "dense":
-            return dense_look(windows, self._reaches(windows), self.config.pad_mask, device)
-        return classification_look(windows, self._reaches(windows)[0], device)
+            return dense_look(windows, reaches, self.config.pad_mask, device, fmap.own_B2)
+        return classification_look(windows, reaches[0], device)
+
+    def _check_sizes(self) -> None:
+        config = self.config
+        require(
+            config.form == "dense"
+            and config.pad_mask == "correct"
+            and config.pooling != "intra_inter"
+            and not config.global_centres,
+            'sizes of padded images are served by form="dense" with pad_mask="correct", pooling '
+            '"max" or "avg" and no global_centres: STViTRConfig.dense_prediction(). Else give '
+            "images of one size, without sizes",
+        )
 
     def _memory(self, *parts: Tensor) -> Tensor:
         """Rows that a block looks at; where padding is seen, with a last one for it."""
@@ -255,23 +272,45 @@ class STViTR(WindowMethod):
     def infer(self, family: Swin, images: Tensor, recorder: Recorder | None = None) -> Tensor:
         return family.head(self._levels(family, images, recorder)[-1])
 
-    def features(self, family: Swin, images: Tensor) -> list[Tensor]:
+    def features(
+        self, family: Swin, images: Tensor, indices: Sequence[int], sizes: Sizes = None
+    ) -> FeatureOutput:
         """The map after each stage, (B, C, H, W), normalised where ``level_norms`` were learned."""
-        maps = [fmap.x_BHWC for fmap in self._levels(family, images)]
+        return self.train_features(family, images, indices, sizes)
+
+    def train_features(
+        self,
+        family: Swin,
+        images: Tensor,
+        indices: Sequence[int],
+        sizes: Sizes = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureOutput:
+        """The same as :meth:`features`: there is no noise, and nothing is decided."""
+        states = maps = self._levels(family, images, sizes=sizes)
         if len(self.level_norms):
-            maps = [norm(x) for norm, x in zip(self.level_norms, maps, strict=True)]
-        return [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+            pairs = zip(self.level_norms, maps, strict=True)
+            maps = [fmap.with_x(norm(fmap.x_BHWC)) for norm, fmap in pairs]
+        levels = [maps[index].x_BCHW.contiguous() for index in indices]
+        return FeatureOutput(levels, states[-1], [maps[index].real_BHW for index in indices])
 
     def _levels(
-        self, family: Swin, images: Tensor, recorder: Recorder | None = None
+        self,
+        family: Swin,
+        images: Tensor,
+        recorder: Recorder | None = None,
+        sizes: Sizes = None,
     ) -> list[FeatureMap]:
         """The map after each stage."""
-        fmap, levels = family.stem(images), []
+        if sizes is not None:
+            self._check_sizes()
+        fmap, levels = family.stem(images, sizes), []
         dense = self.config.form == "dense"
-        look = self._look(self._windows(family, fmap.grid), images.device)
+        windows = self._windows(family, fmap.grid)
         for stage in range(len(family.depths)):
             if stage == STAGE:
                 fmap = family.enter_stage(stage, fmap)
+                look = self._look(windows, fmap)
                 for first in self.units:
                     fmap = self._unit(family, first, fmap, look, recorder)
             else:
@@ -335,7 +374,7 @@ class STViTR(WindowMethod):
             out = windows.join(out) if dense else out.reshape(x_BHWC.shape)
             return self._after_attention(family, index, out, x_BHWC)
 
-        return FeatureMap(family.in_name_of(STAGE, index, recover, fmap.x_BHWC))
+        return fmap.with_x(family.in_name_of(STAGE, index, recover, fmap.x_BHWC))
 
     def _extras(self, index: int) -> BlockExtras:
         extras = self.blocks[str(index)]
@@ -344,7 +383,7 @@ class STViTR(WindowMethod):
 
     def _centres(self, index: int, fmap: FeatureMap, windows: Windows) -> Tensor:
         """(B, W, S, C): initial centres."""
-        centres = windows.pool(fmap.x_BHWC, self.pooling, zeros=self._sees_padding)
+        centres = windows.pool(fmap.bordered(), self.pooling, zeros=self._sees_padding)
         convolution = self._extras(index).position
         if convolution is None:
             return centres

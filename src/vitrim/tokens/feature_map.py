@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 SLICE = 2**20
 """Features of a slice at most: 2,730 positions of 384 channels. Half of it is as good, but the more
@@ -20,6 +20,60 @@ class FeatureMap:
     """A map of features, all of which stay: what a method decides about them it keeps itself."""
 
     x_BHWC: Tensor
+    real_BHW: Tensor | None = None
+    """bool: the positions that lie on the images themselves; the others are padding, hold 0, and
+    nobody sees them. None: there is no padding."""
+
+    @classmethod
+    def of_padded(cls, x_BHWC: Tensor, image_size: Grid, sizes: Sizes) -> FeatureMap:
+        """The first map of images of ``image_size``, of which ``sizes`` are real."""
+        if sizes is None:
+            return cls(x_BHWC)
+        grid = (x_BHWC.shape[1], x_BHWC.shape[2])
+        real_BHW = real_places(sizes, image_size, grid, x_BHWC.device)
+        return cls(x_BHWC, real_BHW).with_x(x_BHWC)
+
+    def with_x(self, x_BHWC: Tensor) -> FeatureMap:
+        """The same map with new features, or a smaller one made of it."""
+        real_BHW = self.real_BHW
+        if real_BHW is None:
+            return FeatureMap(x_BHWC)
+        down, right = (a // b for a, b in zip(real_BHW.shape[1:], x_BHWC.shape[1:3], strict=True))
+        real_BHW = real_BHW[:, ::down, ::right]
+        return FeatureMap(x_BHWC.masked_fill(~real_BHW.unsqueeze(-1), 0), real_BHW)
+
+    @property
+    def x_BCHW(self) -> Tensor:
+        return self.x_BHWC.permute(0, 3, 1, 2)
+
+    @property
+    def real_BN(self) -> Tensor | None:
+        """:attr:`real_BHW` in one row per image."""
+        return None if self.real_BHW is None else self.real_BHW.flatten(1)
+
+    @property
+    def own_B2(self) -> Tensor | None:
+        """Rows and columns of each image's own positions; None: all of the map's."""
+        if self.real_BHW is None:
+            return None
+        return torch.stack([self.real_BHW[:, :, 0].sum(1), self.real_BHW[:, 0].sum(1)], 1)
+
+    def bordered(self) -> Tensor:
+        """(B, H, W, C): with the positions of each image's border again in place of padding."""
+        if self.own_B2 is None:
+            return self.x_BHWC
+        num_images, rows, columns = self.x_BHWC.shape[:3]
+        last = self.own_B2 - 1
+        row_BH1 = torch.arange(rows, device=last.device).minimum(last[:, :1]).unsqueeze(2)
+        column_B1W = torch.arange(columns, device=last.device).minimum(last[:, 1:]).unsqueeze(1)
+        image_B11 = torch.arange(num_images, device=last.device).view(-1, 1, 1)
+        return self.x_BHWC[image_B11, row_BH1, column_B1W]
+
+    @property
+    def tokens(self) -> Tokens:
+        """Every position as a token, padding hidden by the keep mask."""
+        tokens = Tokens.of(self.x_BHWC.flatten(1, 2), num_prefix=0)
+        return tokens if self.real_BN is None else tokens.with_keep(self.real_BN.to(tokens.x.dtype))
 
     @property
     def grid(self) -> Grid:
@@ -31,12 +85,12 @@ class FeatureMap:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """The positions of a batch of maps in two groups, whose sizes are the same in each image."""
+    """The positions of a batch of maps in two groups."""
 
     first: Tensor
-    """(B * count,): rows of the flattened maps in the first group."""
+    """Rows of the flattened maps in the first group."""
     second: Tensor
-    """(B * (N - count),): the others."""
+    """The others."""
     places: Tensor
     """(B * N,): where each row of the flattened maps is among both, one behind the other."""
 
@@ -49,6 +103,17 @@ class Partition:
         first, second = order[:, :count].flatten(), order[:, count:].flatten()
         rows = torch.cat([first, second])
         numbers = torch.arange(num_images * num_positions, device=rows.device)
+        return cls(first, second, torch.empty_like(rows).scatter(0, rows, numbers))
+
+    @classmethod
+    def best_of_each(cls, score_BN: Tensor, count_B1: Tensor) -> Partition:
+        """The best positions of each image, as many as ``count_B1`` says, and the others; they are
+        as many as the images say, and not the same in each.
+        """
+        first_BN = among_best(score_BN, count_B1)
+        first, second = (of.flatten().nonzero().squeeze(1) for of in (first_BN, ~first_BN))
+        rows = torch.cat([first, second])
+        numbers = torch.arange(len(rows), device=rows.device)
         return cls(first, second, torch.empty_like(rows).scatter(0, rows, numbers))
 
     def run(
@@ -70,6 +135,33 @@ class Partition:
     def first_BN(self, num_images: int) -> Tensor:
         """(B, N): whether a position is in the first group."""
         return (self.places < len(self.first)).view(num_images, -1)
+
+
+def share_of(real_BN: Tensor, ratio: float) -> Tensor:
+    """(B, 1): so many positions are that share of each image's own, one at least."""
+    return (real_BN.sum(1, keepdim=True).double() * ratio).long().clamp(min=1)
+
+
+def among_best(score_BN: Tensor, count_B1: Tensor) -> Tensor:
+    """(B, N) bool: the positions with each image's best scores, as many as ``count_B1`` says."""
+    order_BN = score_BN.argsort(1, descending=True)
+    rank_N = torch.arange(score_BN.shape[1], device=score_BN.device)
+    best_BN = (rank_N < count_B1).expand_as(order_BN)
+    return torch.zeros_like(best_BN).scatter(1, order_BN, best_BN)
+
+
+def real_places(
+    sizes: Sequence[Grid], image_size: Grid, grid: Grid, device: torch.device
+) -> Tensor:
+    """(B, rows, columns) bool: the places of a grid on padded images of ``image_size`` that lie, in
+    part at least, on the images themselves, which are of ``sizes`` and in the upper left corner.
+    """
+    axes = []
+    for axis in (0, 1):
+        counts = [-(-size[axis] * grid[axis] // image_size[axis]) for size in sizes]
+        place_N = torch.arange(grid[axis], device=device)
+        axes.append(place_N < torch.tensor(counts, device=device).unsqueeze(1))
+    return axes[0].unsqueeze(2) & axes[1].unsqueeze(1)
 
 
 def pays_in_slices(x_BHWC: Tensor) -> bool:

@@ -271,10 +271,10 @@ class PackedTokens:
 
     @_not_compiled
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches): ``values`` (patch rows,) on the original grid, ``fill`` elsewhere."""
-        grid = values.new_full((self.num_images * num_patches,), fill)
+        """(B, num_patches, ...): ``values`` (patch rows, ...) on the grid, ``fill`` elsewhere."""
+        grid = values.new_full((self.num_images, num_patches, *values.shape[1:]), fill)
         place_N = self.layout.image_N * num_patches + self.index_N
-        return grid.scatter(0, place_N, values).view(self.num_images, num_patches)
+        return grid.flatten(0, 1).index_copy(0, place_N, values).view(grid.shape)
 
     def places(self) -> list[Tensor]:
         """Per image: the original places of its patch tokens, sorted."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitrim.tokens.plain import Tokens
+from vitrim.tokens.plain import Tokens, index_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class PaddedTokens(Tokens):
     """Tokens of which some are padding: hidden by the keep mask, at a place beyond the grid."""
 
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches): ``values`` (B, N) on the original grid, ``fill`` elsewhere."""
-        grid = values.new_full((self.num_images, num_patches + 1), fill)
-        return grid.scatter(1, self.index_BN, values)[:, :num_patches]
+        """(B, num_patches, ...): ``values`` (B, N, ...) on the grid, ``fill`` elsewhere."""
+        grid = values.new_full((self.num_images, num_patches + 1, *values.shape[2:]), fill)
+        return grid.scatter(1, index_like(self.index_BN, values), values)[:, :num_patches]
 
 
 def select_padded(tokens: Tokens, keep_BN: Tensor, packages_BPC: Tensor | None) -> Tokens:

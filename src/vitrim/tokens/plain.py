@@ -7,6 +7,7 @@ Shape legend, used in the whole library:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -18,6 +19,9 @@ from vitrim.tokens.graphs import exporting
 
 Grid = tuple[int, int]
 """Rows and columns of a grid of positions."""
+Sizes = Sequence[tuple[int, int]] | None
+"""Own height and width in pixels of each image, in the upper left corner, where images were padded
+to one size; None: they were not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +126,9 @@ class Tokens:
         return per_image.unsqueeze(1).expand(-1, self.num_patches, *per_image.shape[1:])
 
     def on_grid(self, values: Tensor, num_patches: int, fill: float) -> Tensor:
-        """(B, num_patches): ``values`` (B, N) on the original grid, ``fill`` elsewhere."""
-        grid = values.new_full((self.num_images, num_patches), fill)
-        return grid.scatter(1, self.index_BN, values)
+        """(B, num_patches, ...): ``values`` (B, N, ...) on the grid, ``fill`` elsewhere."""
+        grid = values.new_full((self.num_images, num_patches, *values.shape[2:]), fill)
+        return grid.scatter(1, index_like(self.index_BN, values), values)
 
     def places(self) -> list[Tensor]:
         """Per image: the original places of its patch tokens, sorted; of the kept under a mask."""
@@ -176,3 +180,8 @@ class Tokens:
         size_BN = None if self.size_BN is None else self.size_BN.gather(1, position_BK)
         gathered = Tokens(x, self.num_prefix, self.index_BN.gather(1, position_BK))
         return gathered.sized(size_BN)
+
+
+def index_like(index_BN: Tensor, values: Tensor) -> Tensor:
+    """(B, N, ...): the same index for all that ``values`` hold of a token."""
+    return index_BN.view(*index_BN.shape, *[1] * (values.ndim - 2)).expand_as(values)

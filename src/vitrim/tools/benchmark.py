@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
+from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.model import SparseModel
 from vitrim.tools.evaluate import dense_macs
 from vitrim.tools.hardware import hardware, synchronise
@@ -169,6 +170,10 @@ def benchmark(
 
 def macs_per_image(model: nn.Module, images: Tensor) -> float:
     """Mean MACs of one image, the same number in every command."""
+    if isinstance(model, TimmPyramid):
+        return FeaturesOnly(model.backbone).traced_macs(images)
+    if isinstance(model, FeaturesOnly):
+        return model.traced_macs(images)
     if isinstance(model, SparseModel):
         macs = model.macs((images.shape[-2], images.shape[-1]))
         return float(model.trace(images).macs.mean()) if macs is None else macs

@@ -82,7 +82,13 @@ def panels(
         side: pixels of the longer side of each picture, about (patches stay whole pixels).
     """
     answer = _prediction(trace, i, class_names, truth)
-    found = [Panel(_enlarged(image, trace.grid, side), "input", answer)]
+    first = Panel(_enlarged(image, trace.grid, side), "input", answer)
+    return [first, *stage_panels(image, trace, i, side)]
+
+
+def stage_panels(image: Image.Image, trace: Trace, i: int, side: int = 320) -> list[Panel]:
+    """Image ``i`` of a traced batch after each stage; see :func:`panels`."""
+    found = []
     for number, stage in enumerate(trace.stages, 1):
         rows, columns = stage.grid
         num_patches, large = rows * columns, _enlarged(image, stage.grid, side)

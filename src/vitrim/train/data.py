@@ -107,7 +107,7 @@ def open_dataset(
             f"({', '.join(kinds)})"
         )
     if not labelled:
-        images = _images_in(path)
+        images = images_in(path)
         if not images:
             raise InputError(f"the data folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         reader = FolderReader([(image, UNLABELLED) for image in images])
@@ -186,11 +186,11 @@ def _open_folder(
     folders = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."]
     folders.sort(key=lambda folder: _natural(folder.name))
     if not folders:
-        found = "images but no class folders" if any(_images_in(path)) else "nothing to read"
+        found = "images but no class folders" if any(images_in(path)) else "nothing to read"
         raise InputError(
             f"the data folder {path} holds {found}; expected one folder of images per class"
         )
-    images = {folder: _images_in(folder) for folder in folders}
+    images = {folder: images_in(folder) for folder in folders}
     empty = [folder.name for folder in folders if not images[folder]]
     if empty:
         raise InputError(
@@ -250,7 +250,7 @@ def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
     return {name: label for label, name in enumerate(names)}
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """Image files under ``folder`` at any depth, in natural order; hidden ones are left out. Links
     are followed, as timm does, but none upwards, and each folder is read once.
     """

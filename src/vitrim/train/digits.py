@@ -113,11 +113,14 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         rng = np.random.default_rng((self.seed, _SPLIT_KEYS[self.split], self.epoch, index))
         ground = self._background(rng)
         image = ground.copy()
+        self._draw_clutter(image, rng)
+        return self._paste_digit(image, ground, rng)
+
+    def _draw_clutter(self, image: Image.Image, rng: np.random.Generator) -> None:
         for _ in range(round(self.clutter * rng.integers(2, 6))):
             self._paste_fragment(image, rng)
         for _ in range(round(self.clutter * rng.integers(1, 4))):
             self._draw_stroke(image, rng)
-        return self._paste_digit(image, ground, rng)
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
         photo = self._photos[rng.integers(len(self._photos))]
@@ -155,20 +158,40 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         index = int(rng.integers(len(self._digits)))
         ink = self._ink(index, rng)
         left, top = (int(v) for v in rng.integers(0, self.image_size - ink.width + 1, size=2))
-        # Clutter surrounds the digit and never lies under it: every label can be read.
-        image.paste(ground.crop((left, top, left + ink.width, top + ink.height)), (left, top))
-        image.paste(_ink_colour(rng), (left, top), ink)
+        mask = self._paste_ink(image, ground, ink, (left, top), rng)
+        return DigitSample(image, int(self._labels[index]), box_of(mask), mask)
+
+    def _paste_ink(
+        self,
+        image: Image.Image,
+        ground: Image.Image,
+        ink: Image.Image,
+        place: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Lay ``ink`` on the bare ground with its corner at ``place``; returns the picture's mask:
+        clutter surrounds a digit and never lies under it, so every label can be read.
+        """
+        left, top = place
+        image.paste(ground.crop((left, top, left + ink.width, top + ink.height)), place)
+        image.paste(_ink_colour(rng), place, ink)
         mask = np.zeros((self.image_size, self.image_size), dtype=bool)
         mask[top : top + ink.height, left : left + ink.width] = np.asarray(ink) > 96
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        return DigitSample(image, int(self._labels[index]), box, mask)
+        return mask
 
-    def _ink(self, index: int, rng: np.random.Generator) -> Image.Image:
-        """Digit ``index`` as an opacity map, scaled to 40 to 55 % of the picture's side."""
-        side = int(rng.uniform(0.40, 0.55) * self.image_size)
+    def _ink(
+        self, index: int, rng: np.random.Generator, share: tuple[float, float] = (0.40, 0.55)
+    ) -> Image.Image:
+        """Digit ``index`` as an opacity map, scaled to a ``share`` of the picture's side."""
+        side = int(rng.uniform(*share) * self.image_size)
         ink = self._digits[index].resize((side, side), Image.Resampling.BICUBIC)
         return ink.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
+
+
+def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is True in ``mask``; right and bottom exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _ink_colour(rng: np.random.Generator) -> tuple[int, int, int]:

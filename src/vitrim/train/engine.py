@@ -4,9 +4,10 @@ A step is a function of the recipe, the weights, its number and the number of pr
 augmentation, mixing, dropout and the method's noise are seeded by ``(seed, place)``. So a run that
 was killed and goes on from its last saved state writes the same log as one that never stopped.
 
+What is trained, on what and how it is judged is the task's (``tasks/``).
+
 A run's folder holds ``recipe.json``, ``log.jsonl``, ``state/`` (the trainer's, to go on from) and
-the result: ``checkpoint/`` for a sparse model, ``backbone.safetensors`` with ``backbone.json`` for
-a dense one. The result is the best by validation, or the last where there is none.
+the result, ``checkpoint/`` above all: the best by validation, or the last where there is none.
 """
 
 from __future__ import annotations
@@ -26,19 +27,15 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import load_strict
 from vitrim.errors import InputError, TrainingError
-from vitrim.methods.base import Method
-from vitrim.model import SparseModel
+from vitrim.tasks.base import Share, on_device
+from vitrim.tasks.registry import task_class
 from vitrim.train.devices import accelerator_of
 from vitrim.train.folder import held, writing
-from vitrim.train.latency import LatencyBudget
-from vitrim.train.loader import TrainLoader, validation_loader
 from vitrim.train.logs import Logs, Record
 from vitrim.train.optim import MovingAverage, Schedule, create_optimizer
 from vitrim.train.recipe import Recipe
-from vitrim.train.result import check_result, is_finite, save_result, top1
 from vitrim.train.samples import mix_seed, seeded
-from vitrim.train.state import check_folder, claim_folder, load_state, save_state
-from vitrim.train.task import create_task, data_config_of
+from vitrim.train.state import check_folder, claim_folder, is_finite, load_state, save_state
 
 MOST_SKIPPED = 32
 """Steps in a row that fp16's scaler may skip; it halves its scale of 65,536 at each."""
@@ -53,7 +50,7 @@ class TrainResult:
     folder: Path
     """The run's folder."""
     metrics: dict[str, Any]
-    """Of the result, as written beside it; ``val_top1`` in percent where there is validation."""
+    """Of the result, as written beside it; ``val_...`` in percent where there is validation."""
 
 
 def train(
@@ -114,24 +111,21 @@ class _Trainer:
     ) -> None:
         """``before`` is a step: only earlier states are resumed from."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
-        task = create_task(recipe)
-        self.dense_or_sparse: Any = task.model
-        self.method: Method | None = getattr(task.model, "method", None)
-        self.latency: LatencyBudget | None = getattr(task, "latency", None)
-        self.data_config = data_config_of(task, recipe)
-        self._open_data()
+        task = task_class(recipe.task.name).create(recipe)
+        self.task, self.model, self.method = task, task.model, task.method
+        places = accelerator.process_index, accelerator.num_processes
+        share = Share(*places, pin_memory=accelerator.device.type == "cuda")
+        self.loader, self.validation = task.open_data(recipe, share)
         self._count_steps()
-        optimizer = create_optimizer(self.dense_or_sparse, recipe.optim)
+        optimizer = create_optimizer(self.model, recipe.optim)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         decay = recipe.optim.ema_decay
-        self.average = None if decay is None else MovingAverage(self.dense_or_sparse, decay)
-        self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        self.average = None if decay is None else MovingAverage(self.model, decay)
+        self.prepared, self.optimizer = accelerator.prepare(task, optimizer)
         if self.average is not None:
             self.average.model.to(accelerator.device)
         self.step, self.best, self.metrics = 0, -math.inf, dict[str, Any]()
         self.skipped, self.time_is_up = 0, False
-        noise = torch.Generator().manual_seed(0)
-        self.probe = torch.randn(2, *self.data_config["input_size"], generator=noise)
         if resume:
             self._go_on(before)
         self.resumed_at = self.step
@@ -139,23 +133,6 @@ class _Trainer:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             claim_folder(folder, recipe, self.step)
-
-    def _open_data(self) -> None:
-        recipe, accelerator, model = self.recipe, self.accelerator, self.dense_or_sparse
-        sparse = isinstance(model, SparseModel)
-        num_classes = (model.backbone if sparse else model).num_classes
-        places = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
-        pin_memory = accelerator.device.type == "cuda"
-        self.loader = TrainLoader(
-            recipe, self.data_config, num_classes, pin_memory=pin_memory, **places
-        )
-        if sparse:
-            model.data_config = self.data_config
-            shape = (1, *self.data_config["input_size"])
-            model.family.check_images(torch.empty(shape, device="meta"))
-        self.validation = validation_loader(
-            recipe, self.data_config, num_classes, batch_size=recipe.data.batch_size, **places
-        )
 
     def _count_steps(self) -> None:
         recipe, loader = self.recipe, self.loader
@@ -209,7 +186,7 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         return TrainResult(self.folder, self.metrics)
 
-    def _optimise(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+    def _optimise(self, batches: Iterator[tuple[Any, ...]]) -> dict[str, float]:
         """One optimiser step; returns its loss terms, rate and gradient norm."""
         accelerator, recipe, step = self.accelerator, self.recipe, self.step
         lr = self.schedule.apply(self.optimizer, step)
@@ -222,8 +199,8 @@ class _Trainer:
             if batch is None:
                 raise TrainingError(f"the data ended before step {step} although more were due")
             last = part == accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(self.task):
-                terms = self._losses(*batch, place=(accelerator.process_index, step, part))
+            with nullcontext() if last else accelerator.no_sync(self.prepared):
+                terms = self._losses(batch, (accelerator.process_index, step, part))
                 accelerator.backward(terms["total"] / accumulate)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / accumulate
@@ -235,17 +212,13 @@ class _Trainer:
         self._count_skipped()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.dense_or_sparse)
+            self.average.update(self.model)
         return means | {"lr": lr, "grad_norm": float(norm)}
 
-    def _losses(
-        self, images: Tensor, target: Tensor | None, place: tuple[int, int, int]
-    ) -> dict[str, Tensor]:
-        device, seed = self.accelerator.device, self.recipe.run.seed
-        images = images.to(device, non_blocking=True)
-        target = None if target is None else target.to(device, non_blocking=True)
+    def _losses(self, batch: tuple[Any, ...], place: tuple[int, int, int]) -> dict[str, Tensor]:
+        batch, seed = on_device(batch, self.accelerator.device), self.recipe.run.seed
         with seeded(seed, 6, *place):  # dropout and stochastic depth draw from torch's own state
-            terms: dict[str, Tensor] = self.task(images, target, mix_seed(seed, 7, *place))
+            terms: dict[str, Tensor] = self.prepared(*batch, mix_seed(seed, 7, *place))
         return terms
 
     def _mean_of_processes(self, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -287,9 +260,9 @@ class _Trainer:
     def _fault(self) -> str | None:
         """What is not finite in the weights, the optimiser, or an answer to noise."""
         try:
-            check_result(self.dense_or_sparse, self.probe.to(self.accelerator.device))
+            self.task.check(self.model)
             if self.average is not None:
-                check_result(self.average.model, self.probe.to(self.accelerator.device))
+                self.task.check(self.average.model)
         except InputError as error:
             return str(error)
         is_sound = is_finite(self.optimizer.state_dict())
@@ -312,11 +285,10 @@ class _Trainer:
 
     def _validate(self, epoch: int) -> None:
         """Measure, and write the result if it is the best so far, or if nothing measures it."""
-        if self.latency is None:
+        if self.task.latency is None:
             self._judge(epoch, {})
             return
-        result: Any = self._result
-        with self.latency.met(result, self.data_config) as found:
+        with self.task.latency.met(self._result, self.task.data_config) as found:
             self._judge(epoch, {"latency": found})
 
     def _judge(self, epoch: int, cost: dict[str, Any]) -> None:
@@ -326,21 +298,19 @@ class _Trainer:
         if self.validation is None:
             self._export(metrics)
             return
-        score, count = top1(self.accelerator, self._result, self.validation)
-        found = {"val_top1": score}
-        if self.method is not None and self.method.serves_dense:
-            result: Any = self._result
-            found["val_dense_top1"] = top1(self.accelerator, result.backbone, self.validation)[0]
+        score = self.task.evaluate(self._result, self.validation, self.accelerator)
+        main, found = score.main, dict(score.found)
         if "latency" in cost:
             found["predicted_ms"] = cost["latency"]["predicted"]
             if not cost["latency"]["is_met"]:
-                score -= 100  # in percent: whatever meets the budget is better
+                main -= 100  # in percent: whatever meets the budget is better
         if self.logs is not None:
             self.logs.write({"step": self.step, "epoch": epoch} | found)
-        if score > self.best:
-            self.best = score
-            measured = {"val_images": count, "val_data": self.recipe.data.val}
-            self._export(metrics | found | measured | {"precision": self._precision})
+        if main > self.best:
+            self.best = main
+            measured = {"val_images": score.images, "val_data": self.recipe.data.val}
+            measured |= score.more | {"precision": self._precision}
+            self._export(metrics | found | measured)
 
     @property
     def _precision(self) -> str:
@@ -350,14 +320,14 @@ class _Trainer:
     @property
     def _result(self) -> nn.Module:
         """The weights that are validated and saved."""
-        model: nn.Module = self.dense_or_sparse
+        model: nn.Module = self.model
         return model if self.average is None else self.average.model
 
     def _export(self, metrics: dict[str, Any]) -> None:
         self.metrics = metrics
         if self.accelerator.is_main_process:
             with writing(self.folder):
-                save_result(self._result, self.folder, self.recipe, self.data_config, metrics)
+                self.task.save(self._result, self.folder, self.recipe, metrics)
 
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
@@ -368,7 +338,7 @@ class _Trainer:
             "global_batch": self.global_batch,
             "best": self.best,
             "metrics": self.metrics,
-            "model": self.dense_or_sparse.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.model.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -395,7 +365,7 @@ class _Trainer:
     def _restore(self, state: dict[str, Any]) -> str | None:
         """Put everything back as it was saved; returns what is wrong with it."""
         try:
-            load_strict(self.dense_or_sparse, state["model"], "its model")
+            load_strict(self.model, state["model"], "its model")
             self.optimizer.load_state_dict(state["optimizer"])
             self._check_moments()
             if self.average is not None:

@@ -24,8 +24,8 @@ from vitrim.config import require
 from vitrim.latency.table import LatencyTable, predict
 from vitrim.methods.records import TrainingOutput
 from vitrim.model import SparseModel
+from vitrim.tasks.labelled import dataset_options
 from vitrim.train.data import eval_loader
-from vitrim.train.loader import dataset_options
 from vitrim.train.recipe import BudgetRecipe, Recipe
 
 

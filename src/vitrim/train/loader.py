@@ -1,149 +1,49 @@
-"""Training batches of a recipe: augmented, mixed, in an order that a resumed run finds again."""
+"""Training batches in an order that a resumed run finds again, whatever a sample is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.data.mixup import Mixup, mixup_target
-from timm.data.transforms_factory import create_transform
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vitrim.errors import ConfigError, InputError, TrainingError
-from vitrim.train.data import EvalLoader, check_label_space, eval_transform, open_dataset
-from vitrim.train.recipe import AugmentRecipe, DataRecipe, Recipe
-from vitrim.train.samples import (
-    Batch,
-    EpochBatches,
-    SeededSamples,
-    SeededStream,
-    Transform,
-    collate,
-    mix_seed,
-    seeded,
-)
+from vitrim.errors import TrainingError
+from vitrim.tasks.base import Share
+from vitrim.train.recipe import Recipe
+from vitrim.train.samples import EpochBatches, SeededSamples, SeededStream, mix_seed
 
 logger = logging.getLogger(__name__)
 
 
-def training_transform(recipe: AugmentRecipe, data_config: dict[str, Any]) -> Transform:
-    """From a PIL image to a normalised tensor, with the recipe's random changes."""
-    if recipe.none:
-        return eval_transform(data_config)
-    try:
-        transform: Transform = create_transform(
-            data_config["input_size"],
-            is_training=True,
-            scale=(recipe.scale[0], recipe.scale[1]),
-            ratio=(recipe.ratio[0], recipe.ratio[1]),
-            hflip=recipe.hflip,
-            color_jitter=recipe.color_jitter,
-            auto_augment=recipe.rand_augment,
-            interpolation=recipe.interpolation,
-            mean=data_config["mean"],
-            std=data_config["std"],
-            re_prob=recipe.random_erase,
-            re_mode="pixel",
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"timm has no augmentation augment.rand_augment = {recipe.rand_augment!r} ({error}); "
-            "an example is 'rand-m9-mstd0.5-inc1'"
-        ) from error
-    return transform
-
-
-class Mixer:
-    """Mixup, CutMix and label smoothing by timm, for batches of any size.
-
-    It draws from the global generators: call it inside :func:`vitrim.train.samples.seeded`.
-    """
-
-    def __init__(self, recipe: AugmentRecipe, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.smoothing = recipe.label_smoothing
-        self._mixup = None
-        if recipe.mixup or recipe.cutmix:
-            self._mixup = Mixup(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=num_classes,
-            )
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed images, and class numbers or (where mixed or smoothed) soft targets."""
-        if self._mixup is None:
-            return images, self._smooth(labels) if self.smoothing else labels
-        even = len(images) - len(images) % 2  # timm mixes pairs; an odd last image stays as it is
-        mixed, targets = self._mixup(images[:even].clone(), labels[:even])
-        if even == len(images):
-            return mixed, targets
-        mixed = torch.cat([mixed, images[even:]])
-        return mixed, torch.cat([targets, self._smooth(labels[even:])])
-
-    def _smooth(self, labels: Tensor) -> Tensor:
-        soft: Tensor = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
-        return soft
-
-
-class TrainLoader:
-    """This process's batches ``(images, target)`` of any epoch, from any batch on.
+class SampleLoader:
+    """This process's batches of any epoch, from any batch on, as they were collated.
 
     Args:
-        recipe: its data, augmentation and seed are used.
-        data_config: how images are prepared (timm's).
-        num_classes: outputs of the model.
-        rank: of this process.
-        num_processes: in all.
-        pin_memory: for faster copies to a GPU.
-
-    Raises:
-        InputError: the data cannot be used, or do not fill one global step.
+        dataset: of the training samples; map-style, or one of timm's streams.
+        recipe: its data and seed are used.
+        share: of this process.
+        collate: puts items together, :class:`~vitrim.train.samples.Unreadable` ones among them, to
+            a batch that has a length and lists these as ``unreadable``.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        data_config: dict[str, Any],
-        num_classes: int,
-        *,
-        rank: int = 0,
-        num_processes: int = 1,
-        pin_memory: bool = False,
+        self, dataset: Any, recipe: Recipe, share: Share, collate: Callable[[Any], Any]
     ) -> None:
-        data, self.seed, self.rank = recipe.data, recipe.run.seed, rank
-        dataset = open_dataset(
-            data.train,
-            training_transform(recipe.augment, data_config),
-            training=True,
-            labelled=data.labels,
-            split=data.train_split,
-            length=data.length,
-            seed=self.seed if is_stream_name(data.train) else 0,
-            **dataset_options(data, data_config, num_classes),
-        )
-        if data.labels:
-            check_label_space(dataset, num_classes)
-        if data.curriculum_epochs and not hasattr(dataset, "clutter"):
-            raise InputError("data.curriculum_epochs is for the embedded set; set it to 0")
-        self.labels = data.labels
-        self.mixer = Mixer(recipe.augment, num_classes)
+        data, self.seed, self.rank = recipe.data, recipe.run.seed, share.rank
         self.num_samples = len(dataset)
-        self.batches_per_epoch = self.num_samples // (data.batch_size * num_processes)
+        self.batches_per_epoch = self.num_samples // (data.batch_size * share.num_processes)
         self.unreadable: set[str] = set()
         self.max_unreadable = data.max_unreadable
         self._streams = isinstance(dataset, IterableDataset)
         common: dict[str, Any] = {
             "num_workers": data.workers,
             "collate_fn": collate,
-            "pin_memory": pin_memory,
+            "pin_memory": share.pin_memory,
         }
         if self._streams:
-            self._stream = SeededStream(dataset, self.seed, rank)
+            self._stream = SeededStream(dataset, self.seed, share.rank)
             # Readers shuffle by the worker's seed and keep state, so each epoch gets new workers.
             self._generator = torch.Generator()
             common["num_workers"] = max(1, data.workers)
@@ -157,8 +57,8 @@ class TrainLoader:
             self.num_samples,
             data.batch_size,
             seed=self.seed,
-            rank=rank,
-            num_processes=num_processes,
+            rank=share.rank,
+            num_processes=share.num_processes,
         )
         self._loader = DataLoader(
             SeededSamples(dataset, self.seed, data.curriculum_epochs),
@@ -167,8 +67,8 @@ class TrainLoader:
             **common,
         )
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batches of ``epoch`` from number ``first`` on.
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[int, Any]]:
+        """Batches of ``epoch`` from number ``first`` on, with their numbers.
 
         Raises:
             TrainingError: more images than the recipe allows cannot be read, or a whole batch.
@@ -182,72 +82,18 @@ class TrainLoader:
             if number < first:
                 continue  # a stream can only be read again from its start
             self._count_unreadable(batch)
-            labels = self._checked(batch.labels)
-            with seeded(self.seed, 5, epoch, number, self.rank):
-                images, target = self.mixer(batch.images, labels)
-            yield images, target if self.labels else None
+            yield number, batch
 
-    def _checked(self, labels: Tensor) -> Tensor:
-        if not self.labels:
-            return torch.zeros_like(labels)
-        if labels.min() < 0 or labels.max() >= self.mixer.num_classes:
-            raise InputError(
-                f"a batch has labels from {labels.min()} to {labels.max()}; the model has outputs "
-                f"0 to {self.mixer.num_classes - 1} (-1 is an image without a label)"
-            )
-        return labels
-
-    def _count_unreadable(self, batch: Batch) -> None:
+    def _count_unreadable(self, batch: Any) -> None:
         for unreadable in batch.unreadable:
             if unreadable.name not in self.unreadable:
                 logger.warning("left out %s: %s", unreadable.name, unreadable.reason)
                 self.unreadable.add(unreadable.name)
         count = len(self.unreadable)
-        if count > self.max_unreadable * self.num_samples or not len(batch.labels):
+        if count > self.max_unreadable * self.num_samples or not len(batch):
             names = "\n  ".join(sorted(self.unreadable))
             raise TrainingError(
                 f"{count} of {self.num_samples} images cannot be read: more than the share "
                 f"{self.max_unreadable} of data.max_unreadable, or a whole batch:\n  {names}\n"
                 "Repair or remove them; the last saved state of this run is kept"
             )
-
-
-def is_stream_name(source: str) -> bool:
-    """Whether ``source`` names a streaming reader, whose order depends on its seed."""
-    return source.partition("/")[0].lower() in ("hfids", "tfds", "wds")
-
-
-def dataset_options(
-    data: DataRecipe, data_config: dict[str, Any], num_classes: int | None
-) -> dict[str, Any]:
-    """What the training and validation sources have in common."""
-    return {
-        "num_classes": num_classes,
-        "class_map": data.class_map,
-        "root": data.root,
-        "image_size": data_config["input_size"][-1],
-    }
-
-
-def validation_loader(
-    recipe: Recipe,
-    data_config: dict[str, Any],
-    num_classes: int,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    num_processes: int = 1,
-) -> EvalLoader | None:
-    """This process's share of the validation images; None where the recipe names none."""
-    data = recipe.data
-    if data.val is None:
-        return None
-    dataset = open_dataset(
-        data.val,
-        eval_transform(data_config),
-        split=data.val_split,
-        length=data.val_length,
-        **dataset_options(data, data_config, num_classes),
-    )
-    check_label_space(dataset, num_classes)
-    return EvalLoader(dataset, batch_size, data.workers, shard=rank, num_shards=num_processes)

@@ -20,11 +20,10 @@ UNDECAYED = (*EMBEDDINGS, "relative_position_bias_table", "bias")
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
     """Groups {backbone, method} x {decay, no decay}; each carries ``role``, read by the schedule.
 
-    A dense model has the role ``dense`` throughout. Vectors, biases (of positions too) and learned
-    tokens are not decayed; with ``train_embeddings`` off the learned tokens stop requiring
-    gradients and are in no group.
+    A dense model has the role ``dense`` throughout; a task's head goes with the method. Vectors,
+    biases (of positions too) and learned tokens are not decayed; with ``train_embeddings`` off the
+    learned tokens stop requiring gradients and are in no group.
     """
-    sparse = hasattr(model, "backbone") and hasattr(model, "method")
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
@@ -32,7 +31,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        role = name.split(".", 1)[0] if sparse else "dense"
+        role = _role(model, name)
         decays = parameter.ndim > 1 and last not in UNDECAYED
         groups.setdefault((role, decays), []).append(parameter)
     return [
@@ -43,6 +42,15 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
         }
         for (role, decays), parameters in groups.items()
     ]
+
+
+def _role(model: nn.Module, name: str) -> str:
+    """Whether a parameter is the timm model's own, under a method or a head, or came with these."""
+    if hasattr(model, "task"):  # a head on a backbone, see vitrim/tasks/model.py
+        own = "backbone.backbone." if hasattr(model.backbone, "method") else "backbone."
+        return "backbone" if name.startswith(own) else "method"
+    sparse = hasattr(model, "backbone") and hasattr(model, "method")
+    return name.split(".", 1)[0] if sparse else "dense"
 
 
 def create_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
@@ -60,7 +68,7 @@ class Schedule:
     steps_per_epoch: int
     """Optimiser steps in an epoch."""
     epochs: int
-    """Epochs that the cosine spans."""
+    """Epochs that a cosine or a line spans."""
     global_batch: int
     """Images per optimiser step, which scale the rate where the recipe asks for it."""
 
@@ -77,9 +85,13 @@ class Schedule:
         warmup = round(recipe.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
             return peak * step / warmup
+        if recipe.schedule == "steps":
+            passed = sum(step >= epoch * self.steps_per_epoch for epoch in recipe.step_epochs)
+            return peak * 0.1**passed
         total = max(self.steps_per_epoch * self.epochs - warmup, 1)
         share = min((step - warmup) / total, 1.0)
-        return recipe.min_lr + (peak - recipe.min_lr) * (1 + math.cos(math.pi * share)) / 2
+        height = 1 - share if recipe.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+        return recipe.min_lr + (peak - recipe.min_lr) * height
 
     def backbone_lr(self, step: int) -> float:
         """Rate of the backbone under a method at ``step``."""

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.checkpoint import check_arguments
-from vitrim.config import check_plain, closest, from_plain, read_text, require, shown, to_plain
+from vitrim.config import check_plain, from_plain, require, shown, to_plain
 from vitrim.errors import ConfigError
+from vitrim.families.described import check_arguments
 from vitrim.methods import method_by_name
+from vitrim.tasks.config import TaskRecipe
+from vitrim.train.toml import apply_override, packaged, read_toml
 
 _MOST = 10**9
 """Of the numbers in a recipe: larger ones overflow on their way into a step."""
-MOST_BYTES = 1 << 17
-"""Of a recipe's file; ours have 3 kB."""
-MOST_DOTS = 64
-"""In one line of it: a dotted key takes memory by the square of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,8 +224,13 @@ class OptimRecipe:
     """AdamW's moment decays."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0, step by step."""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
+    """How the rate falls after the warm-up: along half a cosine, along a line, or to a tenth at the
+    start of each of ``step_epochs``."""
+    step_epochs: tuple[int, ...] = ()
+    """Epochs, counted from 0, for the schedule ``steps``."""
     min_lr: float = 0.0
-    """Where the cosine ends, before ``backbone_lr_scale``."""
+    """Where a cosine or line ends, before ``backbone_lr_scale``."""
     clip_grad: float | None = None
     """Largest gradient norm; None does not clip."""
     ema_decay: float | None = None
@@ -246,6 +246,11 @@ class OptimRecipe:
             _require_at_least("optim", self, 1, "lr_batch")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(good, f"optim.betas is {self.betas}; expected two numbers in [0, 1)")
+        require(
+            (self.schedule == "steps") == bool(self.step_epochs),
+            f"optim.schedule is {self.schedule!r} and optim.step_epochs are {self.step_epochs}; "
+            "steps need epochs, and epochs need schedule = 'steps'",
+        )
         clip, decay = self.clip_grad, self.ema_decay
         require(clip is None or clip > 0, f"optim.clip_grad is {clip}; expected more than 0")
         require(decay is None or 0 <= decay < 1, f"optim.ema_decay is {decay}; expected [0, 1)")
@@ -290,6 +295,8 @@ class Recipe:
     """Short name."""
     description: str = ""
     """One line for lists."""
+    task: TaskRecipe = field(default_factory=TaskRecipe)
+    """What for."""
     model: ModelRecipe
     """What is trained."""
     method: MethodRecipe = field(default_factory=MethodRecipe)
@@ -330,21 +337,19 @@ class Recipe:
 
 
 def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain data, as TOML gives it: the method's fields stand beside its name.
+    """A recipe from plain data, as TOML gives it: the fields of the method, and those of the task,
+    stand beside its name.
 
     Raises:
         ConfigError: an unknown key, a missing table, or a value that does not fit.
     """
     require(isinstance(data, Mapping), f"the recipe is {shown(data)}; a table was expected")
     tables = dict(data)
-    method = tables.get("method", {})
-    require(isinstance(method, Mapping), f"method is {shown(method)}; a table was expected")
-    values = {key: value for key, value in method.items() if key != "name"}
-    if values.keys() == {"config"}:  # the form of recipe.json
-        values = values["config"]
-        require(isinstance(values, dict), f"method.config is {shown(values)}; expected a table")
-    values = _scheduled(method.get("name"), values)
-    tables["method"] = {"name": method.get("name"), "config": values}
+    method, values = _named(tables, "method")
+    tables["method"] = {"name": method, "config": _scheduled(method, values)}
+    if "task" in tables:
+        task, values = _named(tables, "task")
+        tables["task"] = {"name": task, "config": values}
     needed = {"name": "", "model": "name", "data": "train", "run": "epochs"}
     for table, key in needed.items():
         require(table in tables, f"the recipe has no {table!r}")
@@ -352,6 +357,17 @@ def recipe_from_plain(data: Mapping[str, Any]) -> Recipe:
         missing = key and table != "model" and isinstance(inside, Mapping) and key not in inside
         require(not missing, f"the recipe has no {table}.{key}")
     return from_plain(Recipe, tables)
+
+
+def _named(tables: Mapping[str, Any], table: str) -> tuple[Any, dict[str, Any]]:
+    """The name in a table, and the fields beside it."""
+    content = tables.get(table, {})
+    require(isinstance(content, Mapping), f"{table} is {shown(content)}; a table was expected")
+    values = {key: value for key, value in content.items() if key != "name"}
+    if values.keys() == {"config"}:  # the form of recipe.json
+        values = values["config"]
+        require(isinstance(values, dict), f"{table}.config is {shown(values)}; expected a table")
+    return content.get("name"), values
 
 
 def _scheduled(name: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +402,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         ConfigError: no such recipe, no TOML, or a key or value that does not fit; it names the
             file.
     """
-    data = _read(source)
+    data = read_toml(source)
     try:
         _refuse_hubs(data)
         for override in overrides:
@@ -412,64 +428,7 @@ def _refuse_hubs(data: dict[str, Any]) -> None:
 
 def list_recipes() -> dict[str, str]:
     """Packaged recipes: name to one-line description."""
-    return {name: _read(name).get("description", "") for name in sorted(_packaged())}
-
-
-def _packaged() -> dict[str, Any]:
-    folder = resources.files("vitrim") / "recipes"
-    return {
-        entry.name.removesuffix(".toml"): entry
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    }
-
-
-def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
-    packaged, path = _packaged(), Path(source)
-    file = packaged.get(os.fspath(source), path)
-    if file is path and not path.is_file():
-        raise ConfigError(
-            f"no recipe {os.fspath(source)!r}{closest(os.fspath(source), packaged)}; give a TOML "
-            f"file or one of: {', '.join(sorted(packaged))}"
-        )
-    text = read_text(path, most_bytes=MOST_BYTES) if file is path else file.read_text("utf-8")
-    try:
-        return _parse(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """What the TOML ``text`` holds; :class:`ValueError` and RecursionError where it is none."""
-    most = max(line.count(".") for line in text.split("\n"))
-    require(most <= MOST_DOTS, f"a line has {most} dots; expected {MOST_DOTS} or fewer")
-    return tomllib.loads(text)
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Put ``"table.key=value"`` into ``data``; the value is TOML, as in :func:`load_recipe`."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    require(
-        bool(equals) and all(keys),
-        f"{override!r} is no override; write table.key=value, as in optim.lr=1e-4",
-    )
-    table = data
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        require(isinstance(table, dict), f"{override!r} goes into {key!r}, which is no table")
-    table[keys[-1]] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        return _parse(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown(text)} is no value: {error}") from error
+    return {name: read_toml(name).get("description", "") for name in sorted(packaged())}
 
 
 def _require_at_least(

@@ -48,6 +48,9 @@ class Batch:
     """(B,) int64; -1 where there is no label."""
     unreadable: list[Unreadable]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
 
 class FolderReader:
     """The images under a folder, in a fixed order, in timm's reader protocol."""

@@ -18,8 +18,8 @@ from torch import nn
 
 from vitrim.checkpoint import load_strict, read_weights, write_atomic
 from vitrim.errors import CheckpointError
-from vitrim.train.result import is_finite
-from vitrim.train.task import package_file
+from vitrim.train.backbone import package_file
+from vitrim.train.state import is_finite
 
 DIGITS_NAME = "digits_vit"
 """What the command line calls the model."""

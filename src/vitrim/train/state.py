@@ -18,11 +18,12 @@ from vitrim.errors import ConfigError, TrainingError
 from vitrim.train.folder import writing
 from vitrim.train.logs import LOG_FILE
 from vitrim.train.recipe import Recipe, recipe_from_plain
-from vitrim.train.result import RESULTS
 
 RECIPE_FILE = "recipe.json"
 STATE_FOLDER = "state"
 KEPT_STATES = 2
+RESULTS = ("checkpoint", "backbone.safetensors", "backbone.json")
+"""What may be the result of a run, by name."""
 
 _PARTS: dict[str, Any] = {
     "step": int,
@@ -199,3 +200,10 @@ def _remove(path: Path) -> None:
     path.unlink()
     with suppress(OSError):  # it is a folder, perhaps
         _digest_path(path).unlink()
+
+
+def is_finite(value: Any) -> bool:
+    """Whether every tensor in a nested state holds finite numbers only."""
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, dict) or all(map(is_finite, value.values()))

@@ -19,7 +19,8 @@ from vitrim.cli import main
 from vitrim.tasks import cascade
 from vitrim.tasks.detection import own_sizes
 from vitrim.tasks.detection_data import DetectionSamples, open_coco
-from vitrim.tasks.registry import from_pretrained, task_class
+from vitrim.tasks.opened import from_pretrained
+from vitrim.tasks.registry import task_class
 from vitrim.tasks.scenes import write_scenes
 from vitrim.train.engine import train
 from vitrim.train.recipe import AugmentRecipe, list_recipes, load_recipe, recipe_from_plain

@@ -162,7 +162,7 @@ def dense_model(source: str, weights: Path | None) -> nn.Module:
 
 def method_config(name: str, changes: Sequence[str]) -> Any:
     """The config of the method called ``name``, with the changes of ``--set``."""
-    from vitrim.train.recipe import apply_override
+    from vitrim.train.toml import apply_override
 
     fields: dict[str, Any] = {}
     for change in changes:

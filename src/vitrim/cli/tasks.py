@@ -18,7 +18,7 @@ from vitrim.errors import CheckpointError, ConfigError, InputError
 from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.tasks.evaluation import DENSE, TaskEvaluation, at_settings, dense_twin
 from vitrim.tasks.model import TaskModel
-from vitrim.tasks.registry import from_pretrained
+from vitrim.tasks.opened import from_pretrained
 from vitrim.tools.benchmark import benchmark
 from vitrim.tools.hardware import hardware
 

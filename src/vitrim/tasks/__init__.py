@@ -13,7 +13,7 @@ from vitrim.tasks.detection import (
     mask_rcnn,
     retinanet,
 )
-from vitrim.tasks.registry import from_pretrained
+from vitrim.tasks.opened import from_pretrained
 from vitrim.tasks.segmentation import Segmenter, upernet
 from vitrim.tasks.segmentation_config import SegmenterConfig
 

@@ -23,7 +23,7 @@ from vitrim.methods.base import Method
 from vitrim.model import eval_mode
 from vitrim.tasks.base import Share, Task
 from vitrim.tasks.model import TaskModel
-from vitrim.tasks.registry import from_pretrained
+from vitrim.tasks.opened import from_pretrained
 from vitrim.tasks.scenes import SIDE, is_scenes
 from vitrim.tools.evaluate import check_weights
 from vitrim.train.backbone import create_dense, new_sparse

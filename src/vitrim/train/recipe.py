@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from vitrim.budgets.schedule import load as load_schedule
-from vitrim.config import check_plain, closest, from_plain, read_text, require, shown, to_plain
+from vitrim.config import check_plain, from_plain, require, shown, to_plain
 from vitrim.errors import ConfigError
 from vitrim.families.described import check_arguments
 from vitrim.methods import method_by_name
 from vitrim.tasks.config import TaskRecipe
+from vitrim.train.toml import apply_override, packaged, read_toml
 
 _MOST = 10**9
 """Of the numbers in a recipe: larger ones overflow on their way into a step."""
-MOST_BYTES = 1 << 17
-"""Of a recipe's file; ours have 3 kB."""
-MOST_DOTS = 64
-"""In one line of it: a dotted key takes memory by the square of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -407,7 +401,7 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         ConfigError: no such recipe, no TOML, or a key or value that does not fit; it names the
             file.
     """
-    data = _read(source)
+    data = read_toml(source)
     try:
         _refuse_hubs(data)
         for override in overrides:
@@ -433,64 +427,7 @@ def _refuse_hubs(data: dict[str, Any]) -> None:
 
 def list_recipes() -> dict[str, str]:
     """Packaged recipes: name to one-line description."""
-    return {name: _read(name).get("description", "") for name in sorted(_packaged())}
-
-
-def _packaged() -> dict[str, Any]:
-    folder = resources.files("vitrim") / "recipes"
-    return {
-        entry.name.removesuffix(".toml"): entry
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    }
-
-
-def _read(source: str | os.PathLike[str]) -> dict[str, Any]:
-    packaged, path = _packaged(), Path(source)
-    file = packaged.get(os.fspath(source), path)
-    if file is path and not path.is_file():
-        raise ConfigError(
-            f"no recipe {os.fspath(source)!r}{closest(os.fspath(source), packaged)}; give a TOML "
-            f"file or one of: {', '.join(sorted(packaged))}"
-        )
-    text = read_text(path, most_bytes=MOST_BYTES) if file is path else file.read_text("utf-8")
-    try:
-        return _parse(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"recipe {os.fspath(source)} is no TOML file: {error}") from error
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """What the TOML ``text`` holds; :class:`ValueError` and RecursionError where it is none."""
-    most = max(line.count(".") for line in text.split("\n"))
-    require(most <= MOST_DOTS, f"a line has {most} dots; expected {MOST_DOTS} or fewer")
-    return tomllib.loads(text)
-
-
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Put ``"table.key=value"`` into ``data``; the value is TOML, as in :func:`load_recipe`."""
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    require(
-        bool(equals) and all(keys),
-        f"{override!r} is no override; write table.key=value, as in optim.lr=1e-4",
-    )
-    table = data
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        require(isinstance(table, dict), f"{override!r} goes into {key!r}, which is no table")
-    table[keys[-1]] = _value(text.strip())
-
-
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        return _parse(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown(text)} is no value: {error}") from error
+    return {name: read_toml(name).get("description", "") for name in sorted(packaged())}
 
 
 def _require_at_least(

@@ -455,7 +455,7 @@ def test_what_the_backbone_cannot_serve_is_refused():
 
 def test_the_recipes():
     adapt = load_recipe("merging-adapt")
-    assert adapt.method.build() == MergingConfig(train_keep_ratio=(0.65, 0.85))
+    assert adapt.method.build() == MergingConfig(train_keep_ratio=(0.7, 0.9))
     assert (adapt.optim.lr, adapt.data.batch_size, adapt.augment.scale) == (2e-5, 25, (0.5, 1.0))
     assert not adapt.data.labels
     for size, name in {"t": "tiny", "s": "small", "b": "base"}.items():

@@ -225,6 +225,6 @@ def test_block_in_training():
     case = golden("unit_dynamicvit_adablock_convnext_train")
     model = ada_block(case)
     maps = TwoMaps(*(channels_last(case["inputs"][name]) for name in ("x1", "x2", "mask")))
-    found = model.method._train_block(model.family, 0, maps)
+    found = model.method._train_block(model.family, 0, maps, FeatureMap(maps.slow_BHWC))
     close(channels_first(found.slow_BHWC), case["outputs"]["x1"], case)
     close(channels_first(found.fast_BHWC), case["outputs"]["x2"], case)

@@ -517,9 +517,3 @@ def test_features_give_the_map_back():
         assert len(places.unique(dim=0)) == 8
     level.square().mean().backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
-
-
-def test_features_need_tokens_for_all_patches():
-    sparse = made(MergingConfig(stages=(1, 2), action=("merge", "drop")))
-    with pytest.raises(ConfigError, match="dropped patches leave no features"):
-        sparse.features(X)

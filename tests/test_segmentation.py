@@ -19,6 +19,7 @@ from vitrim import ConfigError, InputError, TrainingError
 from vitrim.cli import main
 from vitrim.runtime import UnreadableImageError
 from vitrim.tasks import from_pretrained, upernet
+from vitrim.tasks.base import ALONE
 from vitrim.tasks.config import TaskRecipe
 from vitrim.tasks.detection_task import DetectionTask
 from vitrim.tasks.scenes import LABEL_NAMES, open_scenes, write_scenes
@@ -527,3 +528,17 @@ def test_labels_out_of_range_stop_a_run_once_there_are_too_many(tmp_path):
         train(config, tmp_path / "run", on_progress=quiet)
     lenient = dataclasses.replace(config.data, max_unreadable=0.5)
     train(dataclasses.replace(config, data=lenient), tmp_path / "lenient", on_progress=quiet)
+
+
+def test_padding_that_a_backbone_would_look_at_is_refused_before_training():
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    start = {"model__name": "vit_tiny_patch16_224", "model__kwargs": sizes}
+    vit = dataclasses.replace(
+        recipe(**start, task__short_side=48, task__long_side=48), method=MethodRecipe()
+    )
+    with pytest.raises(ConfigError, match=r"set task\.scale to 1 or more"):
+        SegmentationTask.create(vit).open_data(vit, ALONE)
+    table = dataclasses.replace(vit.task, config=vit.task.config | {"scale": [1.0, 1.5]})
+    larger = dataclasses.replace(vit, task=table)
+    loader, _ = SegmentationTask.create(larger).open_data(larger, ALONE)
+    assert next(loader.epoch(0))[2] is None

@@ -79,7 +79,7 @@ class Canvas:
         """Tokens went into others; those that went nowhere (-1) are dropped."""
         num_patches = math.prod(self.grid)
         place_N = torch.arange(num_patches + 1, device=source_BD.device)
-        into_BN = place_N.expand(len(source_BD), -1)
+        into_BN = place_N.expand(source_BD.shape[0], -1)
         target_BD = target_BD.where(target_BD >= 0, source_BD)
         into_BN = into_BN.scatter(1, source_BD % (num_patches + 1), target_BD)
         if self._group_BN is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
@@ -24,9 +24,9 @@ from vitrim.tasks.base import ALONE, Share
 from vitrim.tasks.coco import CocoFolder
 from vitrim.tasks.config import DetectionConfig
 from vitrim.tasks.scenes import IMAGES, INSTANCES, SIDE, is_scenes, open_scenes
-from vitrim.train.loader import SampleLoader
+from vitrim.train.loader import HeldOutLoader, SampleLoader
 from vitrim.train.recipe import AugmentRecipe, Recipe
-from vitrim.train.samples import SkipUnreadable, Unreadable
+from vitrim.train.samples import Unreadable
 
 Target = dict[str, Any]
 
@@ -188,10 +188,9 @@ class DetectionTrainLoader(SampleLoader):
             yield batch.images, batch.targets
 
 
-class DetectionLoader:
-    """Batches ``(images, targets)`` of this process's share of the data, once per iteration.
-
-    ``unreadable`` names the images that the latest iteration left out.
+class DetectionLoader(HeldOutLoader):
+    """Batches ``(images, targets)`` of this process's share of the data, once per iteration; see
+    :class:`HeldOutLoader`.
     """
 
     def __init__(
@@ -202,23 +201,9 @@ class DetectionLoader:
         share: Share = ALONE,
         limit: int | None = None,
     ) -> None:
+        super().__init__(DetectionSamples(folder), collate, batch_size, workers, share, limit)
         self.folder = folder
-        self.unreadable: list[Unreadable] = []
-        total = len(folder)
-        count = total if limit is None else min(limit, total)
-        indices = [place * total // count for place in range(count)]
-        self.count = count
-        self._loader = DataLoader(
-            SkipUnreadable(DetectionSamples(folder)),
-            batch_size,
-            sampler=indices[share.rank :: share.num_processes],
-            num_workers=workers,
-            collate_fn=collate,
-        )
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        self.unreadable = []
-        for batch in self._loader:
-            self.unreadable += batch.unreadable
-            if len(batch):
-                yield batch.images, batch.targets
+        for batch in self.batches():
+            yield batch.images, batch.targets

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vitrim.tasks.base import ALONE, Share
 from vitrim.tasks.scenes import IMAGES, LABELS, SIDE, is_scenes, open_scenes
@@ -20,9 +19,9 @@ from vitrim.tasks.segmentation_data import (
     SegmentationFolder,
     find_folders,
 )
-from vitrim.train.loader import SampleLoader
+from vitrim.train.loader import HeldOutLoader, SampleLoader
 from vitrim.train.recipe import Recipe
-from vitrim.train.samples import SkipUnreadable, Unreadable
+from vitrim.train.samples import Unreadable
 
 TrainBatch = tuple[Tensor, Tensor, list[tuple[int, int]] | None]
 
@@ -151,10 +150,9 @@ class SegmentationTrainLoader(SampleLoader):
             yield images, labels, sizes if padded else None
 
 
-class SegmentationLoader:
+class SegmentationLoader(HeldOutLoader):
     """This process's share of the data, whole images: batches of images of one size (B, 3, h, w),
-    and the labels of each in its own size (H, W). ``unreadable`` names the images that the latest
-    iteration left out.
+    and the labels of each in its own size (H, W); see :class:`HeldOutLoader`.
     """
 
     def __init__(
@@ -165,23 +163,10 @@ class SegmentationLoader:
         share: Share = ALONE,
         limit: int | None = None,
     ) -> None:
-        self.unreadable: list[Unreadable] = []
-        total = len(folder)
-        count = total if limit is None else min(limit, total)
-        indices = [place * total // count for place in range(count)]
-        self.count = count
-        self._loader = DataLoader(
-            SkipUnreadable(folder),
-            batch_size,
-            sampler=indices[share.rank :: share.num_processes],
-            num_workers=workers,
-            collate_fn=Samples.of,
-        )
+        super().__init__(folder, Samples.of, batch_size, workers, share, limit)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        self.unreadable = []
-        for batch in self._loader:
-            self.unreadable += batch.unreadable
+        for batch in self.batches():
             by_size: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
             for item in batch.items:
                 by_size.setdefault(item[0].shape, []).append(item)

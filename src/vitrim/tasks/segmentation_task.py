@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.config import require
-from vitrim.errors import InputError, TrainingError
+from vitrim.errors import ConfigError, InputError, TrainingError
 from vitrim.model import eval_mode
 from vitrim.tasks.base import Score, Share
 from vitrim.tasks.head_task import HeadTask
@@ -56,6 +56,7 @@ class SegmentationTask(HeadTask):
         if not recipe.augment.none:
             augment = {"scale": config.scale, "hflip": recipe.augment.hflip}
             augment["color_jitter"] = recipe.augment.color_jitter
+        self._check_padding(augment["scale"][0])
         preparation, form = preparation_of(model, **augment), form_of(model)
         loader = SegmentationTrainLoader(recipe, config, preparation, form, share)
         if data.val is None:
@@ -71,6 +72,22 @@ class SegmentationTask(HeadTask):
             max_skipped=config.max_skipped,
         )
         return loader, SegmentationLoader(held_out, data.batch_size, data.workers, share)
+
+    @torch.no_grad()
+    def _check_padding(self, smallest: float) -> None:
+        """Refuse a random scale that leaves padding which the backbone would look at."""
+        channels, *crop = self.data_config["input_size"]
+        due = max(crop) / self.config.short_side
+        if smallest >= due:
+            return
+        try:
+            with eval_mode(self.model):
+                self.model.levels(torch.zeros(1, channels, *crop), [tuple(crop)])
+        except ConfigError as error:
+            raise ConfigError(
+                f"images scaled by {smallest:g} are smaller than the crop, and {error}. Here: set "
+                f"task.scale to {due:.3g} or more"
+            ) from error
 
     def forward(
         self, images: Tensor, labels: Tensor, sizes: Own = None, seed: int = 0

@@ -1,4 +1,6 @@
-"""Training batches in an order that a resumed run finds again, whatever a sample is."""
+"""Training batches in an order that a resumed run finds again, and batches to evaluate on, whatever
+a sample is.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from vitrim.errors import TrainingError
-from vitrim.tasks.base import Share
+from vitrim.tasks.base import ALONE, Share
 from vitrim.train.recipe import Recipe
-from vitrim.train.samples import EpochBatches, SeededSamples, SeededStream, mix_seed
+from vitrim.train.samples import (
+    EpochBatches,
+    SeededSamples,
+    SeededStream,
+    SkipUnreadable,
+    Unreadable,
+    mix_seed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,3 +106,47 @@ class SampleLoader:
                 f"{self.max_unreadable} of data.max_unreadable, or a whole batch:\n  {names}\n"
                 "Repair or remove them; the last saved state of this run is kept"
             )
+
+
+class HeldOutLoader:
+    """This process's share of the data to evaluate on, in order, once per iteration.
+
+    ``unreadable`` names the images that the latest iteration left out.
+
+    Args:
+        dataset: of the samples, map-style.
+        collate: as that of :class:`SampleLoader`.
+        batch_size: images per batch.
+        workers: processes that read images; 0 reads in this one.
+        share: of this process.
+        limit: use this many images, spread evenly; None uses all.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any],
+        batch_size: int,
+        workers: int = 0,
+        share: Share = ALONE,
+        limit: int | None = None,
+    ) -> None:
+        self.unreadable: list[Unreadable] = []
+        total = len(dataset)
+        self.count = total if limit is None else min(limit, total)
+        indices = [place * total // self.count for place in range(self.count)]
+        self._loader = DataLoader(
+            SkipUnreadable(dataset),
+            batch_size,
+            sampler=indices[share.rank :: share.num_processes],
+            num_workers=workers,
+            collate_fn=collate,
+        )
+
+    def batches(self) -> Iterator[Any]:
+        """Batches as they were collated, those without a readable image left out."""
+        self.unreadable = []
+        for batch in self._loader:
+            self.unreadable += batch.unreadable
+            if len(batch):
+                yield batch

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import vitrim
 from tests.campaign.mutations import NO_FILES, ODD, as_json, as_toml, no_file, spoil, spoil_bytes
-from tests.conftest import forge, golden, golden_weights, seeded, tiny_vit
+from tests.conftest import forge, golden, golden_weights, seeded, tiny_swin, tiny_vit
 from tests.tables import table_of
 from tests.training import quiet, tiny_recipe, write_images
 from vitrim import ASViTConfig, DynamicViTConfig, sparsify
@@ -124,6 +124,22 @@ def read_checkpoint(folder: Path) -> None:
     sparse = vitrim.from_pretrained(folder / "model")
     size = sparse.data_config.get("input_size", (3, 32, 32))[1:]
     sparse(torch.zeros(1, 3, *size))
+
+
+def make_detector(folder: Path) -> None:
+    sparse = sparsify(tiny_swin(), vitrim.DynamicSpatialConfig(), generator=seeded(0)).eval()
+    small = {"channels": 8, "box_width": 8, "mask_width": 8, "short_sides": (32,)}
+    detector = vitrim.tasks.mask_rcnn(sparse, 3, classes=("a", "b"), **small).eval()
+    detector.save_pretrained(folder / "model")
+
+
+def read_detector(folder: Path) -> None:
+    model = folder / "model"
+    if all((model / name).is_file() for name in ("config.json", "model.safetensors")):
+        with suppress(Exception):
+            forge(model, lambda config: None)
+    command("info", str(model))
+    vitrim.tasks.from_pretrained(model)([torch.zeros(3, 32, 32)])
 
 
 def spoil_weights(path: Path, rng: random.Random, number: int) -> None:
@@ -571,6 +587,10 @@ READERS: dict[str, Reader] = {
     "config.json": Reader(300, "model/config.json", make_checkpoint, read_checkpoint, JSON),
     "model.safetensors": Reader(
         200, "model/model.safetensors", make_checkpoint, read_checkpoint, spoil_weights
+    ),
+    "detector": Reader(200, "model/config.json", make_detector, read_detector, JSON),
+    "detector's weights": Reader(
+        60, "model/model.safetensors", make_detector, read_detector, spoil_weights
     ),
     "authors' .pth": Reader(250, "model.pth", make_official, read_official, spoil_pickle),
     "authors' Swin": authors("dynamicvit_swin-t_r0.7_eval_b1", "dynamicvit"),

@@ -37,6 +37,12 @@ def evaluate_detectors(
     """
     for name, model in models.items():
         check_weights(name, model)
+        known = len(loader.folder.categories)
+        if known != model.config.num_classes - 1:
+            raise InputError(
+                f"the data have {known} categories, and the {name} detector knows "
+                f"{model.config.num_classes - 1} beside the background"
+            )
     found: dict[str, list[Result]] = {name: [] for name in models}
     costs = {name: Costs(model) for name, model in models.items()}
     ids = list[int]()

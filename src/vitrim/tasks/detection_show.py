@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -14,6 +14,7 @@ from vitrim.tools.visualize import Panel, denormalize, stage_panels, token_colou
 
 SIDE = 320
 """Of the longer side of a picture in pixels, about."""
+_INK = (28, 32, 40)
 
 
 @torch.no_grad()
@@ -46,10 +47,15 @@ def _drawn(model: Detector, image: Tensor, found: dict[str, Tensor]) -> Image.Im
     if "masks" in found and colours:
         masks = functional.resize(found["masks"].squeeze(1), size) > 0.5
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)
+    boxes = found["boxes"] * scale
     if colours:
-        names = [class_name(model, int(label)) for label in found["labels"]]
-        canvas = draw_bounding_boxes(canvas, found["boxes"] * scale, names, colours, width=2)
+        canvas = draw_bounding_boxes(canvas, boxes, colors=colours, width=2)
     picture: Image.Image = functional.to_pil_image(canvas)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(SIDE // 20)
+    for box, label, colour in zip(boxes.tolist(), found["labels"].tolist(), colours, strict=True):
+        place, name = (box[0] + 2, box[1]), class_name(model, label)
+        draw.rectangle(draw.textbbox(place, name, font), colour)
+        draw.text(place, name, _INK, font)
     return picture
 
 

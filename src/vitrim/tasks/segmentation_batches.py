@@ -138,7 +138,9 @@ class SegmentationTrainLoader(SampleLoader):
         super().__init__(folder, recipe, share, Samples.of)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[TrainBatch]:
-        """Images (B, 3, H, W), labels (B, H, W), and the images' own sizes where some are padded.
+        """Images (B, 3, H, W), labels (B, H, W), and the images' own sizes where some are padded
+        (with sizes, windows that hang over the border see nothing of it, see
+        :meth:`vitrim.model.SparseModel.features`).
 
         Raises:
             TrainingError: more images than the recipe allows cannot be read, or a whole batch.

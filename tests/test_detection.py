@@ -381,8 +381,8 @@ def test_a_backbone_without_maps_is_refused():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root / "train", 8, seed=0, side=64)
-    return write_scenes(root / "val", 4, seed=0, side=64, split="val").parent
+    write_scenes(root / "train", 4, seed=0, side=64)
+    return write_scenes(root / "val", 3, seed=0, side=64, split="val").parent
 
 
 def recipe(scenes, method="dynamic_spatial", **changes):
@@ -426,7 +426,7 @@ def test_training_goes_on_exactly_where_it_was(scenes, tmp_path):
     asked = recipe(scenes, **changes)
 
     def stop(record):
-        if record["step"] == 5:
+        if record["step"] == 3:
             raise Stopped
 
     whole = train(asked, tmp_path / "whole", on_progress=quiet)
@@ -435,13 +435,13 @@ def test_training_goes_on_exactly_where_it_was(scenes, tmp_path):
     train(asked, tmp_path / "killed", on_progress=quiet)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     lines = [line for line in curve(tmp_path / "whole") if "total" in line]
-    assert len(lines) == 8
+    assert len(lines) == 4
     due = {"loss_classifier", "loss_mask", "loss_objectness", "ratio", "pyramid"}
     assert due <= lines[0].keys()
     measured = [line for line in curve(tmp_path / "whole") if "val_box_ap" in line]
     assert len(measured) == 2
     assert {"val_mask_ap", "val_box_ap50"} <= measured[0].keys()
-    assert whole.metrics["val_images"] == 4
+    assert whole.metrics["val_images"] == 3
     results = [_weights(tmp_path / run / "checkpoint") for run in ("whole", "killed")]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert from_pretrained(tmp_path / "whole" / "checkpoint").classes == tuple("0123456789")
@@ -474,14 +474,14 @@ def test_two_processes_give_what_one_gives(scenes, tmp_path):
         "augment__none": True,
         "task__proposal_samples": 65536,
         "task__box_samples": 65536,
-        "run__epochs": 1,
+        "run__epochs": 2,
     }
     two = run_script(SCRIPT, recipe(scenes, **changes), tmp_path / "two", *LAUNCHER)
     assert two.returncode == 0, two.stderr
     one = recipe(scenes, optim__accumulate=2, **changes)
     train(one, tmp_path / "one", on_progress=quiet)
     lines, expected = curve(tmp_path / "two" / "run"), curve(tmp_path / "one")
-    assert len(lines) == len(expected) == 3
+    assert len(lines) == len(expected) == 4
     for line, wanted in zip(lines, expected, strict=True):
         for name, value in wanted.items():
             assert line[name] == pytest.approx(value, abs=2e-4), (name, line, wanted)
@@ -564,11 +564,9 @@ def test_eval_puts_dense_and_sparse_side_by_side(capsys, trained, scenes, tmp_pa
     dense, first, second = rows
     assert dense["name"] == "dense"
     assert {"box AP", "mask AP"} <= dense["scores"].keys()
-    assert dense["images"] == 4
+    assert dense["images"] == 3
     assert second["macs"]["mean"] < first["macs"]["mean"] < dense["macs"]["mean"]
     assert second["stages"][0]["kept"]["mean"] == 8
-    status, out, _ = run(capsys, "eval", trained, "--data", scenes / "val", "--against", trained)
-    assert status == 0
     for wrong in ("digits", tmp_path):
         assert run(capsys, "eval", trained, "--data", wrong)[0] == 2
 
@@ -576,7 +574,7 @@ def test_eval_puts_dense_and_sparse_side_by_side(capsys, trained, scenes, tmp_pa
 def test_show_draws_what_is_found_and_where(capsys, trained, scenes, tmp_path):
     status, _, _ = run(capsys, "show", trained, scenes / "val" / "images", "-o", tmp_path / "shown")
     assert status == 0
-    assert len(list((tmp_path / "shown").glob("*.png"))) == 4
+    assert len(list((tmp_path / "shown").glob("*.png"))) == 3
     page = (tmp_path / "shown" / "page.html").read_text()
     assert "found" in page
     assert "stage 3, before block" in page

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,8 @@ from vitrim.runtime import Bundle
 from vitrim.tools.benchmark import Quartiles, limited_threads, take_turns
 from vitrim.tools.hardware import hardware
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 MODEL = "deit_tiny_patch16_224"
 BUDGETS = (0.8, 0.65, 0.5)
 ROWS = {
@@ -112,45 +112,37 @@ def runners(made: dict[str, nn.Module], runtime: str, threads: int, folder: Path
         if runtime == "torch":
             found[label] = model
             continue
-        target = folder / label.replace(" ", "-")
-        export(model, target, "onnx", data_config=data_config)
+        target = folder / label.replace(" ", "-").replace(",", "")
+        if not target.exists():
+            print(f"exporting {label} ...", flush=True)
+            export(model, target, "onnx", data_config=data_config)
         bundle = Bundle(target, threads)
         found[label] = lambda images, bundle=bundle: bundle(images.numpy())
     return found
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(runtime: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     made, known = models()
-    images = [torch.randn(options.batch, 3, 224, 224) for _ in range(2)]
-    rows = []
-    with tempfile.TemporaryDirectory() as name, limited_threads(options.threads):
-        for runtime in options.runtimes.split(","):
-            print(f"measuring {runtime} ...", flush=True)
-            able = runners(made, runtime, options.threads, Path(name))
-            with torch.inference_mode():
-                turns = (options.rounds, options.seconds, 600.0, time.perf_counter)
-                timing = take_turns(able, images, *turns)
-            for row in known:
-                label = "dense" if row["name"] == "dense" else f"{row['name']} {row['budget']}"
-                label = label.replace("merging, adapted", "merging")
-                seconds = Quartiles.of(timing[label].seconds)
-                rows.append(
-                    row
-                    | {
-                        "runtime": runtime,
-                        "batch": options.batch,
-                        "milliseconds": vars(seconds / 1e-3),
-                        "images_per_second": options.batch / seconds.median,
-                        "speedup": vars(timing[label].speedup(timing["dense"])),
-                    }
-                )
-                print(line(rows[-1]), flush=True)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(torch.device("cpu"), options.threads),
-        "rows": rows,
-    }
+    images, rows = [torch.randn(options.batch, 3, 224, 224) for _ in range(2)], []
+    able = runners(made, runtime, options.threads, options.bundles)
+    print(f"measuring {runtime} ...", flush=True)
+    with torch.inference_mode(), limited_threads(options.threads):
+        turns = (options.rounds, options.seconds, 600.0, time.perf_counter)
+        timing = take_turns(able, images, *turns)
+    for row in known:
+        label = "dense" if row["name"] == "dense" else f"{row['name']} {row['budget']}"
+        label = label.replace("merging, adapted", "merging")
+        seconds = Quartiles.of(timing[label].seconds)
+        measured = {
+            "runtime": runtime,
+            "batch": options.batch,
+            "milliseconds": vars(seconds / 1e-3),
+            "images_per_second": options.batch / seconds.median,
+            "speedup": vars(timing[label].speedup(timing["dense"])),
+        }
+        rows.append(row | measured)
+        print(line(rows[-1]), flush=True)
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:
@@ -162,14 +154,13 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against images per second, a panel for each runtime."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = content["rows"]
     runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
     figure, panels = plt.subplots(
         1, len(runtimes), figsize=(5.2 * len(runtimes), 4.4), layout="constrained", sharey=True
@@ -198,13 +189,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3)
-    parser.add_argument("--drawn", action="store_true", help="Only draw what was measured.")
+    parser.add_argument("--bundles", type=Path, default=ROOT / "runs" / "frontier")
     options = parser.parse_args()
     path = RESULTS / "frontier.json"
-    content = json.loads(path.read_text()) if options.drawn else measure(options)
-    if not options.drawn:
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for runtime in filter(None, options.runtimes.split(",")):  # none: only draw
+        rows = [row for row in rows if row["runtime"] != runtime] + measure(runtime, options)
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(torch.device("cpu")),
+            "rows": rows,
+        }
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-    draw(content, RESULTS / "frontier.png")
+    draw(rows, RESULTS / "frontier.png")
 
 
 if __name__ == "__main__":

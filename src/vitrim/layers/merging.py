@@ -95,7 +95,7 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
         """Of those that go, and the sum of what each that stays has together with them."""
         values_BN = values_BN.gather(1, matching.order_BN)
         kept_BK, going_BR = values_BN[:, :num_kept], values_BN[:, num_kept:]
-        return going_BR, add_rows(kept_BK, target_BR, going_BR)
+        return going_BR, add_rows(kept_BK.clone(), target_BR, going_BR)
 
     size_BR, size_BK = summed(size_BN)
     going_BR, weight_BK = (size_BR, size_BK) if weight_BN is None else summed(weight_BN)
@@ -134,8 +134,8 @@ def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
 
 
 def add_rows(x_BNC: Tensor, row_BR: Tensor, values_BRC: Tensor) -> Tensor:
-    """``x`` (B, N, C) or (B, N), which may be overwritten, with ``values`` added to some rows of
-    each image.
+    """``x`` (B, N, C) or (B, N), which is overwritten, with ``values`` added to some rows of each
+    image.
     """
     rows, values = x_BNC.flatten(0, 1), values_BRC.flatten(0, 1).to(x_BNC.dtype)
     return rows.index_add_(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)

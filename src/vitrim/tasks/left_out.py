@@ -30,8 +30,8 @@ class LeftOut:
         return sum(map(len, self.names.values()))
 
     def add(self, reason: str, name: object) -> None:
-        """Count one more."""
-        self.names[reason].append(str(name))
+        """Count one more; half characters in its name are written as escapes, as no log takes them."""
+        self.names[reason].append(str(name).encode("utf-8", "backslashreplace").decode())
 
     def __str__(self) -> str:
         return "; ".join(

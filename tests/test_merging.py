@@ -368,6 +368,15 @@ def test_budgets_are_met_without_images(config):
     assert getattr(sparse.config, name) != getattr(config, name)
 
 
+def test_the_cheapest_that_a_number_per_block_gives():
+    sparse = made(MergingConfig.tome(2))
+    cheapest = sparse.method.dial().cheapest
+    merged = [made(MergingConfig.tome(number)).macs() for number in (cheapest, 1000)]
+    assert merged[0] == merged[1] < made(MergingConfig.tome(cheapest - 1)).macs()
+    sparse.set_budget(merged[0] / sparse.dense_macs())
+    assert sparse.macs() == merged[0]
+
+
 def test_a_schedule_is_followed():
     plan = Plan(stages=(1, 3), counts=(12, 7), patches=16)
     for config in (MergingConfig(), MergingConfig.tome(3)):
@@ -465,6 +474,11 @@ def test_low_precision(backbone):
         ({"train_keep_ratio": (0.9, 0.5)}, "the smaller and the larger"),
         ({"train_keep_ratio": (0.0, 0.5)}, "the smaller and the larger"),
         ({"distill_weight": -1}, "distill_weight"),
+        (
+            {"action": "prune"},
+            "'prune'; expected one of: 'merge', 'drop', a list of 'merge', 'drop'",
+        ),
+        ({"merged_per_block": "3"}, "'3'; expected one of: a finite number, None"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

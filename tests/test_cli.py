@@ -22,6 +22,7 @@ from tests.tables import table_of
 from vitrim import DynamicViTConfig, SaiTConfig
 from vitrim.budgets.schedule import load as load_schedule
 from vitrim.cli import main
+from vitrim.cli.common import setting_name
 from vitrim.config import to_plain
 from vitrim.families.described import describe_data
 from vitrim.tools.hardware import cpu_name
@@ -462,6 +463,19 @@ def test_bench_of_a_checkpoint(capsys, made, tmp_path):
         (dtype, batch) for dtype in ("fp32", "bf16") for batch in (1, 2)
     }
     assert all(row["hardware"]["threads"] == 1 for row in written["rows"])
+
+
+def test_what_results_are_called():
+    """By the setting that says what a model costs, in as many digits as tell settings apart."""
+    config = vitrim.MergingConfig()
+    sparse = vitrim.sparsify(tiny_vit(), config)
+    assert setting_name(sparse) == "merging 0.7"
+    sparse.set_keep_ratio(1 / 1.2)
+    assert setting_name(sparse) == "merging 0.833333"
+    sparse.set_keep_ratio((0.9, 0.75, 0.6))
+    assert setting_name(sparse) == "merging 0.9, 0.75, 0.6"
+    tome = vitrim.sparsify(tiny_vit(), vitrim.MergingConfig.tome(3))
+    assert setting_name(tome) == "merging, merged_per_block 3"
 
 
 def test_bench_of_a_timm_name_with_random_predictors(capsys, tmp_path):

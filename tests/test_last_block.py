@@ -423,8 +423,15 @@ def test_what_drops_nothing_takes_no_budget():
         lambda: sparse.set_keep_ratio(0.5),
         lambda: sparse.set_density(0.5),
     ):
-        with pytest.raises(ConfigError, match="dense"):
+        with pytest.raises(ConfigError, match="the cost of dense is fixed"):
             turn()
+
+
+def test_what_is_sparse_already_is_refused_with_advice():
+    sparse = dense(tiny_vit())
+    with pytest.raises(UnsupportedBackboneError, match=r"sparse already, by dense.*unwrap\(\)"):
+        sparsify(sparse, DenseConfig())
+    assert sparsify(sparse.unwrap(), DenseConfig()).backbone is sparse.backbone
 
 
 def test_pyramids_are_refused_with_a_reason():

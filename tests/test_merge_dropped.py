@@ -146,6 +146,18 @@ def test_nothing_dropped_changes_nothing():
         assert torch.equal(size, torch.ones(4, 16))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_rows_and_rows_of_zeros(kind):
+    """Kept zeros take up what is like nothing; 16 bits hold no product of long rows."""
+    x = torch.eye(3, dtype=kind)[[0, 0, 1, 2, 1, 2]].mul(1e3)[None]
+    x[:, 1] = 0
+    tokens = Tokens.of(x.repeat(1, 1, 32), 0)
+    order_BN = torch.tensor([[1, 2, 3, 4, 5, 0]])
+    _, (source_BD, into_BD) = dropping.keep_first(tokens, order_BN, 3, merge=True)
+    assert source_BD.tolist() == [[4, 5, 0]]
+    assert into_BD[0, :2].tolist() == [2, 3]
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("counts", [COUNTS[:2], (COUNTS[2], COUNTS[1])], ids=str)
 def test_two_stages_packed_masked_padded_and_alone(backbone, counts):

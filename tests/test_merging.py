@@ -238,28 +238,60 @@ def test_merging_keeps_sums(case, weighted):
     torch.testing.assert_close(total(after.patches, weight_BK), total(tokens.patches, by))
 
 
-def test_gradients_flow_through_values_and_weights():
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+def test_what_is_alike_does_not_depend_on_length(length, kind):
+    """Products of rows of a large model's length are more than 16 bits hold."""
+    angle = torch.tensor([0.0, 1.0, 0.45, 1.5, 1.25, 0.9, 1.45, 0.02], dtype=torch.float64)
+    metric_BNC = torch.stack([angle.cos(), angle.sin()], -1).mul(length)[None].to(kind)
+    found = match(metric_BNC.repeat(1, 1, 32), 2, 0)
+    assert found.source_BR.tolist() == [[0, 6]]
+    assert found.kept_BK.gather(1, found.target_BR).tolist() == [[7, 3]]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_zeros_are_like_no_other(kind):
+    metric_BNC = torch.eye(4, dtype=kind)[[0, 1, 2, 0, 3, 2]].mul(200)[None]
+    metric_BNC[:, 1] = metric_BNC[:, 4] = 0
+    found = match(metric_BNC, 2, 0)
+    assert sorted(found.source_BR[0].tolist()) == [0, 2]
+    into_BR = found.kept_BK.gather(1, found.target_BR)
+    assert sorted(zip(found.source_BR[0].tolist(), into_BR[0].tolist(), strict=True)) == [
+        (0, 3),
+        (2, 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_patches", "count"), [(2, 8, 3), (1, 8, 3), (3, 2, 1), (1, 2, 1)]
+)
+def test_gradients_flow_through_values_and_weights(num_images, num_patches, count):
     """They agree with finite differences; who goes where has none."""
     generator = seeded(1)
-    x = torch.randn(2, 9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(2, 8, generator=generator, dtype=torch.float64) + 0.1
-    weight.requires_grad_()
-    matching = match(x[:, 1:].detach(), 3, 1)
+    x = torch.randn(num_images, 1 + num_patches, 3, generator=generator, dtype=torch.float64)
+    weight = torch.rand(num_images, num_patches, generator=generator, dtype=torch.float64) + 0.1
+    matching = match(x[:, 1:], count, 1)
 
     def merged(x, weight):
-        return merge(Tokens.of(x, 1), matching, weight).x
+        once = merge(Tokens.of(x, 1).sized(weight + 1), matching, weight)
+        return once.x, once.size_BN
 
-    assert torch.autograd.gradcheck(merged, (x, weight))
-    # The whole method, in the direction of one weight's gradient.
+    assert torch.autograd.gradcheck(merged, (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_the_gradient_of_the_loss(num_images):
+    """The whole method, in the direction of one weight's gradient."""
     sparse = sparsify(sharp(tiny_vit()), MergingConfig()).train()
     parameter = sparse.backbone.blocks[0].attn.qkv.weight
-    total = sparse.losses(X.double(), torch.tensor([1, 2]))["total"]
+    x, target = X[:num_images].double(), torch.tensor([1, 2])[:num_images]
+    total = sparse.losses(x, target)["total"]
     (gradient,) = torch.autograd.grad(total, parameter)
     values = []
     with torch.no_grad():
         for step in (1e-6, -2e-6):
             parameter.add_(step * gradient)
-            values.append(sparse.losses(X.double(), torch.tensor([1, 2]))["total"].item())
+            values.append(sparse.losses(x, target)["total"].item())
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient.square().sum().item(), rel=1e-4)
 
 
@@ -334,6 +366,15 @@ def test_budgets_are_met_without_images(config):
     name = "keep_ratio" if config.merged_per_block is None else "merged_per_block"
     assert sparse.method.dial().name == name
     assert getattr(sparse.config, name) != getattr(config, name)
+
+
+def test_the_cheapest_that_a_number_per_block_gives():
+    sparse = made(MergingConfig.tome(2))
+    cheapest = sparse.method.dial().cheapest
+    merged = [made(MergingConfig.tome(number)).macs() for number in (cheapest, 1000)]
+    assert merged[0] == merged[1] < made(MergingConfig.tome(cheapest - 1)).macs()
+    sparse.set_budget(merged[0] / sparse.dense_macs())
+    assert sparse.macs() == merged[0]
 
 
 def test_a_schedule_is_followed():
@@ -433,6 +474,11 @@ def test_low_precision(backbone):
         ({"train_keep_ratio": (0.9, 0.5)}, "the smaller and the larger"),
         ({"train_keep_ratio": (0.0, 0.5)}, "the smaller and the larger"),
         ({"distill_weight": -1}, "distill_weight"),
+        (
+            {"action": "prune"},
+            "'prune'; expected one of: 'merge', 'drop', a list of 'merge', 'drop'",
+        ),
+        ({"merged_per_block": "3"}, "'3'; expected one of: a finite number, None"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -320,7 +320,7 @@ def test_what_was_learned_for_one_number_has_no_dial(options):
     with pytest.raises(ConfigError, match="global_centres=False"):
         sparse.method.turn(9)
     assert sparse.config.shape == (2, 3)
-    with pytest.raises(ConfigError, match="stvit has no keep ratio"):
+    with pytest.raises(ConfigError, match="learned to make 2 x 3"):
         sparse.set_keep_ratio(0.5)
 
 

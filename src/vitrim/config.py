@@ -221,5 +221,16 @@ def _convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
             return _convert(value, option, path)
         except ConfigError:
             continue
-    names = [getattr(option, "__name__", str(option)) for option in options]
-    raise ConfigError(f"{path} is {shown(value)}; expected one of: {', '.join(names)}")
+    expected = ", ".join(map(_in_words, options))
+    raise ConfigError(f"{path} is {shown(value)}; expected one of: {expected}")
+
+
+def _in_words(hint: Any) -> str:
+    """What a user may give for one part of a union."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return ", ".join(map(repr, get_args(hint)))
+    if origin is tuple:
+        return f"a list of {_in_words(get_args(hint)[0])}"
+    words = {float: "a finite number", int: "a whole number", types.NoneType: "None"}
+    return words.get(hint) or str(getattr(hint, "__name__", hint))

@@ -489,4 +489,9 @@ def sparsify(
         UnsupportedBackboneError: the model cannot be run piece by piece.
         ConfigError: the config does not fit the model.
     """
+    if isinstance(model, SparseModel):
+        raise UnsupportedBackboneError(
+            f"this model is sparse already, by {model.method.name}; set_budget changes its cost, "
+            "and unwrap() gives the timm model, to make it sparse in another way"
+        )
     return SparseModel(model, config, generator)

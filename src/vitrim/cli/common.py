@@ -218,7 +218,13 @@ def setting_name(model: SparseModel) -> str:
     if model.macs() is None:
         return f"{model.method.name}, adaptive"
     ratio = getattr(model.config, "keep_ratio", None)
-    return model.method.name if ratio is None else f"{model.method.name} {ratio}"
+    if ratio is None:
+        return model.method.name
+    dial = model.method.dial()
+    if dial.name != "keep_ratio":  # another setting is in the ratio's place
+        return f"{model.method.name}, {dial.name} {dial.value:g}"
+    ratios = ratio if isinstance(ratio, tuple) else (ratio,)
+    return f"{model.method.name} {', '.join(f'{each:g}' for each in ratios)}"
 
 
 def numbers(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:

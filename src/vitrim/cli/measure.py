@@ -235,4 +235,5 @@ def show_command(
     with common.progress("drawing", len(found.images)) as advance:
         draws(shown.to(common.device_of(device)), found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
-    common.out().print(f"{len(found.images)} images drawn: {output / 'page.html'}", soft_wrap=True)
+    images = "1 image" if len(found.images) == 1 else f"{len(found.images)} images"
+    common.out().print(f"{images} drawn: {output / 'page.html'}", soft_wrap=True)

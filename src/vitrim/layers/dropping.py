@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.layers import sampling
-from vitrim.layers.merging import Moves, add_rows, rows_of, sizes_of
+from vitrim.layers.merging import Moves, add_rows, direction_of, rows_of, sizes_of
 from vitrim.tokens.packed import AnyTokens, PackedTokens, select
 from vitrim.tokens.plain import Tokens
 
@@ -97,8 +97,7 @@ def _absorb_packed(kept: AnyTokens, gone: AnyTokens) -> tuple[AnyTokens, Moves]:
 
 
 def _absorb(kept: Tokens, gone: Tokens) -> tuple[Tokens, Moves]:
-    near_BKC = F.normalize(kept.patches, dim=-1)
-    alike_BDK = gone.patches @ near_BKC.transpose(1, 2)
+    alike_BDK = gone.patches @ direction_of(kept.patches).transpose(1, 2)
     if kept.keep_BN is not None:
         hidden_B1K = (kept.keep_BN < 0.5).unsqueeze(1)
         itself_BDK = gone.index_BN.unsqueeze(2) == kept.index_BN.unsqueeze(1)

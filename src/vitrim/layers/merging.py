@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.tokens.graphs import exporting
@@ -62,11 +63,11 @@ def match(
         weight_BN: see above; None: 1.
     """
     even, odd = num_prefix % 2, 1 - num_prefix % 2  # where even and odd places begin
-    norm_BN = torch.linalg.vector_norm(metric_BNC, dim=-1)
+    source_BAC = metric_BNC[:, even::2]
     # Rows of targets, columns of sources: torch finds maxima faster along the first of the two.
-    similar_BTA = metric_BNC[:, odd::2] @ metric_BNC[:, even::2].transpose(1, 2)
-    best = (similar_BTA / norm_BN[:, odd::2].unsqueeze(-1)).max(1)
-    gain_BA = (best.values / norm_BN[:, even::2]).float() - 1
+    best = (direction_of(metric_BNC[:, odd::2]) @ source_BAC.transpose(1, 2)).max(1)
+    norm_BA = torch.linalg.vector_norm(source_BAC, dim=-1)
+    gain_BA = (best.values / norm_BA.clamp(min=torch.finfo(norm_BA.dtype).tiny)).float() - 1
     if weight_BN is not None:
         gain_BA = gain_BA * weight_BN[:, even::2]
     order_BA = _sorted(gain_BA, descending=True).indices
@@ -93,9 +94,9 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
 
     def summed(values_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Of those that go, and the sum of what each that stays has together with them."""
-        values_BN = values_BN.gather(1, matching.order_BN)
-        kept_BK, going_BR = values_BN[:, :num_kept], values_BN[:, num_kept:]
-        return going_BR, add_rows(kept_BK.clone(), target_BR, going_BR)
+        kept_BK = values_BN.gather(1, matching.kept_BK)  # its own memory: it is overwritten
+        going_BR = values_BN.gather(1, matching.source_BR)
+        return going_BR, add_rows(kept_BK, target_BR, going_BR)
 
     size_BR, size_BK = summed(size_BN)
     going_BR, weight_BK = (size_BR, size_BK) if weight_BN is None else summed(weight_BN)
@@ -112,6 +113,14 @@ def sizes_of(tokens: Tokens) -> Tensor:
     if tokens.size_BN is not None:
         return tokens.size_BN
     return tokens.x.new_ones(tokens.index_BN.shape)
+
+
+def direction_of(x_BNC: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros, which is like no other, stays as it is.
+
+    What is compared is made so before it is multiplied: products of long rows overflow in 16 bits.
+    """
+    return F.normalize(x_BNC, dim=-1, eps=torch.finfo(x_BNC.dtype).tiny)
 
 
 def _sorted(values_BN: Tensor, descending: bool = False) -> Any:

@@ -304,12 +304,14 @@ class Method(nn.Module, ABC):
 
     def set_keep_ratio(self, keep_ratio: float | Sequence[float]) -> None:
         """Change the keep ratio at run time, where the method has one."""
+        self.dial()  # says so where nothing can be turned
         raise ConfigError(
             f"{self.name} has no keep ratio; its cost is changed by vitrim.calibrate or set_budget"
         )
 
     def set_density(self, density: float | None) -> None:
         """Change the density at run time, where the method has one; None is the dense model."""
+        self.dial()  # says so where nothing can be turned
         raise ConfigError(
             f"{self.name} has no density; its cost is changed by vitrim.calibrate or set_budget"
         )

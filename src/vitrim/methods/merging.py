@@ -385,7 +385,7 @@ class Merging(RatioMethod):
         per_block = self.config.merged_per_block
         if per_block is None:
             return super().dial()
-        most = self.native_patches / len(self.stages)
+        most = float(most_sources(self.native_patches, self.num_prefix))
         return Dial("merged_per_block", per_block, cheapest=most, dearest=0.0)
 
     def turn(self, value: float) -> None:

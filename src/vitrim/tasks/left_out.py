@@ -30,7 +30,7 @@ class LeftOut:
         return sum(map(len, self.names.values()))
 
     def add(self, reason: str, name: object) -> None:
-        """Count one more; half characters in its name are written as escapes, as no log takes them."""
+        """Count one more, by a name that a log can write: half characters become escapes."""
         self.names[reason].append(str(name).encode("utf-8", "backslashreplace").decode())
 
     def __str__(self) -> str:

@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models._features import FeatureInfo, feature_take_indices
+from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
 from vitrim.families import Family
 from vitrim.families.inside import WithoutHead
-from vitrim.features import FeaturesOnly
+from vitrim.features import FeaturesOnly, taken_indices
 from vitrim.methods.base import Method
 from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
@@ -106,7 +106,7 @@ class TimmModel(nn.Module):
             sizes = None if sizes is None else [(images.shape[2], images.shape[3])]
             return [level[:0] for level in self.features(one_for_none(images), sizes, indices)]
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         return self._maps(partial(self._settled().features, family), images, indices, sizes).levels
 
     def embedded_features(
@@ -114,7 +114,7 @@ class TimmModel(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """The pyramid, see :meth:`features`, and what the classifier reads (B, C): one forward."""
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         output = self._maps(partial(self._settled().features, family), images, indices, None)
         return output.levels, family.pool(output.state)
 
@@ -142,7 +142,7 @@ class TimmModel(nn.Module):
         and what its training needs besides. See :meth:`features`.
         """
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         make = partial(self.method.train_features, family, generator=generator)
         return self._maps(make, images, indices, sizes)
 
@@ -151,6 +151,12 @@ class TimmModel(nn.Module):
         :class:`FeaturesOnly`.
         """
         return FeaturesOnly(self, out_indices)
+
+    def _taken(self, indices: Sequence[int] | None) -> Sequence[int]:
+        """The maps that are asked for; None means the backbone's own."""
+        if indices is None:
+            return self.family.level_indices
+        return taken_indices(len(self.backbone.feature_info), indices)
 
     def _settled(self) -> Method:
         """The method with the settings that it has now, whatever another thread turns meanwhile."""
@@ -205,7 +211,8 @@ class TimmModel(nn.Module):
                 f"norm={norm} and output_fmt={output_fmt!r} are not served; use norm=False and "
                 "output_fmt='NCHW'"
             )
-        chosen, _ = feature_take_indices(len(self.feature_info), indices)
+        count = len(self.backbone.feature_info)
+        chosen = taken_indices(count, count if indices is None else indices)
         taken = self.features(images, indices=chosen)
         return taken if intermediates_only else (self.forward_features(images), taken)
 

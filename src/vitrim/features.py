@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -47,11 +48,7 @@ class FeaturesOnly(nn.Module):
         family = self.family
         infos = deepcopy(family.backbone.feature_info)
         asked = family.level_indices if out_indices is None else out_indices
-        asked = asked if isinstance(asked, int) else list(asked)
-        try:
-            self.out_indices, _ = feature_take_indices(len(infos), asked)
-        except AssertionError as error:
-            raise InputError(f"out_indices is {out_indices}: {error}") from error
+        self.out_indices = taken_indices(len(infos), asked)
         self.feature_info = FeatureInfo(infos, tuple(self.out_indices))
         self.output: FeatureOutput | None = None
         """Of the last forward in training mode, until :meth:`losses` is asked."""
@@ -141,6 +138,23 @@ class FeaturesOnly(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without what the last forward left."""
         return self.__dict__ | {"output": None, "generator": None}
+
+
+def taken_indices(count: int, asked: int | Sequence[int]) -> list[int]:
+    """Which of ``count`` maps are asked for: those of these numbers, or the last so many.
+
+    Raises:
+        InputError: there are no such maps, or none is asked for.
+    """
+    try:
+        places = asked if isinstance(asked, int) else [index(place) for place in asked]
+        taken, _ = feature_take_indices(count, places)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the maps asked for are {asked!r}; expected some of 0 to {count - 1}, or how many of "
+            "the last"
+        ) from error
+    return taken
 
 
 class TimmPyramid(nn.Module):

@@ -48,6 +48,17 @@ def test_a_batch_of_no_image():
             model.losses(torch.rand(0, 3, 32, 32), torch.zeros(0, 32, 32, dtype=torch.long))
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_maps_of_no_image(sparse):
+    model = vitrim.sparsify(tiny_swin(), SPATIAL) if sparse else tiny_swin()
+    maps = FeaturesOnly(model.eval())
+    due, read = maps.embedded(torch.rand(2, 3, 32, 32))
+    levels, none = maps.embedded(torch.rand(0, 3, 32, 32))
+    for found in (levels, maps(torch.rand(0, 3, 32, 32))):
+        assert [level.shape for level in found] == [(0, *level.shape[1:]) for level in due]
+    assert none.shape == (0, *read.shape[1:])
+
+
 def test_detectors_of_half_precision_on_a_cpu():
     with pytest.raises(InputError, match="autocast"):
         detector().half().eval()([torch.rand(3, 64, 64).half()])

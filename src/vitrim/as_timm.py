@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from vitrim.errors import ConfigError
 from vitrim.families import Family
 from vitrim.families.inside import WithoutHead
-from vitrim.features import FeaturesOnly, taken_indices
+from vitrim.features import FeaturesOnly, is_empty, one_for_none, taken_indices
 from vitrim.methods.base import Method
 from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
-from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Sizes
 
 Result = TypeVar("Result")
@@ -113,6 +112,9 @@ class TimmModel(nn.Module):
         self, images: Tensor, indices: Sequence[int] | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The pyramid, see :meth:`features`, and what the classifier reads (B, C): one forward."""
+        if is_empty(images):
+            levels, read = self.embedded_features(one_for_none(images), indices)
+            return [level[:0] for level in levels], read[:0]
         family = self.family
         indices = self._taken(indices)
         output = self._maps(partial(self._settled().features, family), images, indices, None)
@@ -215,16 +217,6 @@ class TimmModel(nn.Module):
         chosen = taken_indices(count, count if indices is None else indices)
         taken = self.features(images, indices=chosen)
         return taken if intermediates_only else (self.forward_features(images), taken)
-
-
-def is_empty(images: Tensor) -> bool:
-    """Whether this is a batch of no image; exporters are not asked."""
-    return not exporting() and images.ndim > 0 and len(images) == 0
-
-
-def one_for_none(images: Tensor) -> Tensor:
-    """(1, ...): one image in place of a batch of none; of what it gives, none is taken."""
-    return images.new_zeros(1, *images.shape[1:])
 
 
 def _group_matcher(theirs: Any, coarse: bool = False) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_mse
 from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Sizes
 
 
@@ -65,6 +66,8 @@ class FeaturesOnly(nn.Module):
     def forward(self, images: Tensor, sizes: Sizes = None) -> list[Tensor]:
         """The maps of ``images``; ``sizes`` see :meth:`vitrim.model.SparseModel.features`."""
         self.output = None
+        if not self.is_sparse and is_empty(images):
+            return self.embedded(images)[0]
         if not self.is_sparse:
             return self._dense(images, sizes)[0]
         if not self.training or len(images) == 0:
@@ -75,6 +78,9 @@ class FeaturesOnly(nn.Module):
 
     def embedded(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The maps, by the inference forward, and what the model's classifier reads (B, C)."""
+        if not self.is_sparse and is_empty(images):
+            levels, read = self.embedded(one_for_none(images))
+            return [level[:0] for level in levels], read[:0]
         if not self.is_sparse:
             levels, state = self._dense(images, None)
             return levels, self.family.pool(state)
@@ -138,6 +144,16 @@ class FeaturesOnly(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without what the last forward left."""
         return self.__dict__ | {"output": None, "generator": None}
+
+
+def is_empty(images: Tensor) -> bool:
+    """Whether this is a batch of no image; exporters are not asked."""
+    return not exporting() and images.ndim > 0 and len(images) == 0
+
+
+def one_for_none(images: Tensor) -> Tensor:
+    """(1, ...): one image in place of a batch of none; of what it gives, none is taken."""
+    return images.new_zeros(1, *images.shape[1:])
 
 
 def taken_indices(count: int, asked: int | Sequence[int]) -> list[int]:

@@ -134,11 +134,12 @@ def rows_of(x_BNC: Tensor, row_BR: Tensor) -> Tensor:
 
 
 def add_rows(x_BNC: Tensor, row_BR: Tensor, values_BRC: Tensor) -> Tensor:
-    """``x`` (B, N, C) or (B, N), which may be overwritten, with ``values`` added to some rows of
-    each image.
+    """``x`` (B, N, C) or (B, N), which may be overwritten where no gradients are kept, with
+    ``values`` added to some rows of each image.
     """
     rows, values = x_BNC.flatten(0, 1), values_BRC.flatten(0, 1).to(x_BNC.dtype)
-    return rows.index_add_(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)
+    add = rows.index_add if torch.is_grad_enabled() else rows.index_add_
+    return add(0, _flat(row_BR, x_BNC), values).view(x_BNC.shape)
 
 
 def _flat(row_BR: Tensor, x_BNC: Tensor) -> Tensor:

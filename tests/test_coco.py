@@ -103,6 +103,7 @@ def test_areas_that_are_not_given_are_measured(tmp_path):
 
 BAD = {
     "whose polygons have fewer than three points": {"segmentation": [[2, 3, 8, 9]]},
+    "whose iscrowd is neither 0 nor 1": {"iscrowd": "no"},
     "whose polygons are no lists of": {"segmentation": [[2, 3, 8, 3, 8, "9"]]},
     "far outside of the image": {"segmentation": [[2, 3, 8, 3, 8, 1e8]]},
     "outlines longer": {"segmentation": [[0, 0, 30, 20] * 400]},

@@ -14,17 +14,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models._features import FeatureInfo, feature_take_indices
+from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
 from vitrim.families import Family
 from vitrim.families.inside import WithoutHead
-from vitrim.features import FeaturesOnly
+from vitrim.features import FeaturesOnly, is_empty, one_for_none, taken_indices
 from vitrim.methods.base import Method
 from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
-from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Sizes
 
 Result = TypeVar("Result")
@@ -106,15 +105,18 @@ class TimmModel(nn.Module):
             sizes = None if sizes is None else [(images.shape[2], images.shape[3])]
             return [level[:0] for level in self.features(one_for_none(images), sizes, indices)]
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         return self._maps(partial(self._settled().features, family), images, indices, sizes).levels
 
     def embedded_features(
         self, images: Tensor, indices: Sequence[int] | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The pyramid, see :meth:`features`, and what the classifier reads (B, C): one forward."""
+        if is_empty(images):
+            levels, read = self.embedded_features(one_for_none(images), indices)
+            return [level[:0] for level in levels], read[:0]
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         output = self._maps(partial(self._settled().features, family), images, indices, None)
         return output.levels, family.pool(output.state)
 
@@ -142,7 +144,7 @@ class TimmModel(nn.Module):
         and what its training needs besides. See :meth:`features`.
         """
         family = self.family
-        indices = family.level_indices if indices is None else indices
+        indices = self._taken(indices)
         make = partial(self.method.train_features, family, generator=generator)
         return self._maps(make, images, indices, sizes)
 
@@ -151,6 +153,12 @@ class TimmModel(nn.Module):
         :class:`FeaturesOnly`.
         """
         return FeaturesOnly(self, out_indices)
+
+    def _taken(self, indices: Sequence[int] | None) -> Sequence[int]:
+        """The maps that are asked for; None means the backbone's own."""
+        if indices is None:
+            return self.family.level_indices
+        return taken_indices(len(self.backbone.feature_info), indices)
 
     def _settled(self) -> Method:
         """The method with the settings that it has now, whatever another thread turns meanwhile."""
@@ -205,19 +213,10 @@ class TimmModel(nn.Module):
                 f"norm={norm} and output_fmt={output_fmt!r} are not served; use norm=False and "
                 "output_fmt='NCHW'"
             )
-        chosen, _ = feature_take_indices(len(self.feature_info), indices)
+        count = len(self.backbone.feature_info)
+        chosen = taken_indices(count, count if indices is None else indices)
         taken = self.features(images, indices=chosen)
         return taken if intermediates_only else (self.forward_features(images), taken)
-
-
-def is_empty(images: Tensor) -> bool:
-    """Whether this is a batch of no image; exporters are not asked."""
-    return not exporting() and images.ndim > 0 and len(images) == 0
-
-
-def one_for_none(images: Tensor) -> Tensor:
-    """(1, ...): one image in place of a batch of none; of what it gives, none is taken."""
-    return images.new_zeros(1, *images.shape[1:])
 
 
 def _group_matcher(theirs: Any, coarse: bool = False) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def write(
     config = json.loads(json.dumps(description))
     config["digests"] = {"weights": fingerprint(weights), "config": digest_of(config)}
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     write_together(
         {

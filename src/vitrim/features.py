@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_mse
 from vitrim.methods.records import FeatureOutput
 from vitrim.tokens.calls import called
+from vitrim.tokens.graphs import exporting
 from vitrim.tokens.plain import Sizes
 
 
@@ -47,11 +49,7 @@ class FeaturesOnly(nn.Module):
         family = self.family
         infos = deepcopy(family.backbone.feature_info)
         asked = family.level_indices if out_indices is None else out_indices
-        asked = asked if isinstance(asked, int) else list(asked)
-        try:
-            self.out_indices, _ = feature_take_indices(len(infos), asked)
-        except AssertionError as error:
-            raise InputError(f"out_indices is {out_indices}: {error}") from error
+        self.out_indices = taken_indices(len(infos), asked)
         self.feature_info = FeatureInfo(infos, tuple(self.out_indices))
         self.output: FeatureOutput | None = None
         """Of the last forward in training mode, until :meth:`losses` is asked."""
@@ -68,6 +66,8 @@ class FeaturesOnly(nn.Module):
     def forward(self, images: Tensor, sizes: Sizes = None) -> list[Tensor]:
         """The maps of ``images``; ``sizes`` see :meth:`vitrim.model.SparseModel.features`."""
         self.output = None
+        if not self.is_sparse and is_empty(images):
+            return self.embedded(images)[0]
         if not self.is_sparse:
             return self._dense(images, sizes)[0]
         if not self.training or len(images) == 0:
@@ -78,6 +78,9 @@ class FeaturesOnly(nn.Module):
 
     def embedded(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The maps, by the inference forward, and what the model's classifier reads (B, C)."""
+        if not self.is_sparse and is_empty(images):
+            levels, read = self.embedded(one_for_none(images))
+            return [level[:0] for level in levels], read[:0]
         if not self.is_sparse:
             levels, state = self._dense(images, None)
             return levels, self.family.pool(state)
@@ -141,6 +144,33 @@ class FeaturesOnly(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without what the last forward left."""
         return self.__dict__ | {"output": None, "generator": None}
+
+
+def is_empty(images: Tensor) -> bool:
+    """Whether this is a batch of no image; exporters are not asked."""
+    return not exporting() and images.ndim > 0 and len(images) == 0
+
+
+def one_for_none(images: Tensor) -> Tensor:
+    """(1, ...): one image in place of a batch of none; of what it gives, none is taken."""
+    return images.new_zeros(1, *images.shape[1:])
+
+
+def taken_indices(count: int, asked: int | Sequence[int]) -> list[int]:
+    """Which of ``count`` maps are asked for: those of these numbers, or the last so many.
+
+    Raises:
+        InputError: there are no such maps, or none is asked for.
+    """
+    try:
+        places = asked if isinstance(asked, int) else [index(place) for place in asked]
+        taken, _ = feature_take_indices(count, places)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the maps asked for are {asked!r}; expected some of 0 to {count - 1}, or how many of "
+            "the last"
+        ) from error
+    return taken
 
 
 class TimmPyramid(nn.Module):

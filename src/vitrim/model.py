@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrim import budget, checkpoint
-from vitrim.as_timm import TimmModel, is_empty, one_for_none
+from vitrim.as_timm import TimmModel
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
 from vitrim.costs import without_head
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
 from vitrim.families import Family, described, family_of
+from vitrim.features import is_empty, one_for_none
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput

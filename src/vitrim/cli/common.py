@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -95,6 +95,7 @@ def load_model(
     if path.is_dir():
         if image_size is not None:
             raise ConfigError("the image size of a checkpoint is fixed; leave --image-size out")
+        refuse({"--weights": weights}, f"{source} is a checkpoint, which has its own")
         return from_pretrained(path)
     if path.is_file():
         raise CheckpointError(
@@ -225,6 +226,14 @@ def setting_name(model: SparseModel) -> str:
         return f"{model.method.name}, {dial.name} {dial.value:g}"
     ratios = ratio if isinstance(ratio, tuple) else (ratio,)
     return f"{model.method.name} {', '.join(f'{each:g}' for each in ratios)}"
+
+
+def refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Raise :class:`ConfigError` where an option, by name, is given that would not be heeded."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        are = "is" if len(given) == 1 else "are"
+        raise ConfigError(f"{' and '.join(given)} {are} given, but {reason}")
 
 
 def numbers(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:

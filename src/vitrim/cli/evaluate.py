@@ -18,8 +18,8 @@ from vitrim.cli.budgets import MacsOption, budgets_of, meet
 from vitrim.cli.images import calibration_loader
 from vitrim.cli.options import (
     AgainstOption,
-    BatchOption,
     DeviceOption,
+    ImagesAtOnceOption,
     JsonOption,
     ModelArgument,
     RatioOption,
@@ -42,8 +42,8 @@ from vitrim.tools.evaluate import (
 )
 from vitrim.tools.hardware import hardware
 
-_TASK_BATCH = 8
-"""Most images per batch for detectors and segmenters, whose images are large."""
+_BATCH, _TASK_BATCH = 64, 8
+"""Images per batch for classifiers, and for detectors and segmenters, whose images are large."""
 
 
 def eval_command(
@@ -70,7 +70,7 @@ def eval_command(
         Path | None,
         typer.Option(metavar="FILE", help="Draw accuracy against MACs here (.png, .pdf, .svg)."),
     ] = None,
-    batch: BatchOption = 64,
+    batch: ImagesAtOnceOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many images, spread evenly.")
     ] = None,
@@ -113,14 +113,35 @@ def eval_command(
         check_plot(plot)
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     budgets = budgets_of(macs)
-    if (task := open_task(model)) is not None:
-        chosen = TaskData(data, annotations, min(batch, _TASK_BATCH), workers, limit, split)
-        compared = candidates(task, ratios, budgets, against)
-        eval_task(model, compared, chosen, common.device_of(device), json)
-        return
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}{closest(dtype, DTYPES)}; use {' or '.join(DTYPES)}")
     precision, where = DTYPES[dtype], common.device_of(device)
+    common.refuse(
+        {"--calibrate-on": calibrate_on and not budgets}, "it is for --macs, which is not"
+    )
+    if (task := open_task(model)) is not None:
+        common.refuse(
+            {"--class-map": class_map, "--crop-pct": crop_pct, "--plot": plot},
+            f"{model} is a {task.kind}; leave that out",
+        )
+        common.refuse(
+            {"--calibrate-on": calibrate_on},
+            f"{model} is a {task.kind}: calibrate its backbone, vitrim.calibrate(model.backbone, "
+            "...), and save it",
+        )
+        common.refuse(
+            {"--weights": weights},
+            f"{model} is a {task.kind}, whose dense one is a checkpoint: --against DIR",
+        )
+        chosen = TaskData(data, annotations, batch or _TASK_BATCH, workers, limit, split)
+        compared = candidates(task, ratios, budgets, against)
+        eval_task(model, compared, chosen, where, json, dtype)
+        return
+    common.refuse(
+        {"--annotations": annotations, "--against": against},
+        f"{model} is a classifier; leave that out (its dense weights: --weights FILE)",
+    )
+    batch = batch or _BATCH
     subject = common.load_model(model, weights if not Path(model).is_dir() else None).to(where)
     _check_together(model, subject, ratios, budgets, plot)
 
@@ -193,9 +214,9 @@ def _check_together(
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
     if isinstance(subject, SparseModel):
         return
-    for option, value in {"--keep-ratio": ratios, "--macs": budgets, "--plot": plot}.items():
-        if value:
-            raise ConfigError(f"{option} is given, but {name!r} is a dense model")
+    common.refuse(
+        {"--keep-ratio": ratios, "--macs": budgets, "--plot": plot}, f"{name!r} is a dense model"
+    )
 
 
 def _at_ratios(subject: SparseModel, ratios: Sequence[float]) -> dict[str, _Choice]:

@@ -78,8 +78,11 @@ def bench_command(
     dtypes = [name.strip() for name in dtype.split(",")]
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     if (task := open_task(model)) is not None:
-        if method is not None or data is not None:
-            raise ConfigError("--method and --data are not for detectors and segmenters")
+        common.refuse(
+            {"--method": method, "--data": data, "--features": features},
+            f"{model} is a {task.kind}, whose backbone and whole are timed on noise; leave that "
+            "out",
+        )
         bench_task(
             model,
             task_candidates(task, ratios, budgets_of(macs), against),
@@ -94,17 +97,22 @@ def bench_command(
             device=common.device_of(device),
         )
         return
+    common.refuse({"--against": against}, f"{model} is a classifier; leave that out")
     size = _size(image_size)
     candidates = _candidates(model, method, ratios, budgets_of(macs), size, features)
     sparse = next((m for m in candidates.values() if isinstance(m, SparseModel)), None)
     shape = _image_shape(sparse or candidates["dense"], size)
     images = None
-    if data is not None and size is not None and size[0] != size[1]:
-        raise ConfigError("images of --data are prepared as squares; leave --image-size out")
     if data is not None:
         batch_size = max(batches)
         count = _MOST_BATCHES * batch_size
         images = prepared_images(sparse or candidates["dense"], data, count, batch_size)
+        height, width = images.shape[2:]
+        if (height, width) != shape[1:]:
+            raise ConfigError(
+                f"--image-size is {image_size}, but images of --data are prepared as {height} x "
+                f"{width} pixels; leave one of the two out"
+            )
     if images is None and sparse is not None and sparse.macs() is None:
         common.note("counts depend on the image, and noise is none: give images by --data")
     if features:
@@ -220,8 +228,9 @@ def show_command(
     if keep_ratio is not None and macs is not None:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
     task = open_task(model)
-    if task is not None and task.sparse is None and (keep_ratio is not None or macs is not None):
-        raise ConfigError(f"{model} has a dense backbone; leave --keep-ratio and --macs out")
+    if task is not None and task.sparse is None:
+        given = {"--keep-ratio": keep_ratio is not None, "--macs": macs is not None}
+        common.refuse(given, f"{model} has a dense backbone")
     shown: Any = task
     if task is None:
         shown = common.require_sparse(common.load_model(model), model)

@@ -41,6 +41,10 @@ ChangesOption = Annotated[
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a timm reader.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+ImagesAtOnceOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images per batch: 64, of detectors and segmenters 8, if not given."),
+]
 AgainstOption = Annotated[
     Path | None,
     typer.Option(

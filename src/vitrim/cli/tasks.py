@@ -19,7 +19,7 @@ from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.tasks.evaluation import DENSE, TaskEvaluation, at_settings, dense_twin
 from vitrim.tasks.model import TaskModel
 from vitrim.tasks.opened import from_pretrained
-from vitrim.tools.benchmark import benchmark
+from vitrim.tools.benchmark import DTYPES, benchmark
 from vitrim.tools.hardware import hardware
 
 SCENES = 200
@@ -70,9 +70,7 @@ def candidates(
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
     if model.sparse is None:
         given = {"--keep-ratio": ratios, "--macs": budgets, "--against": against}
-        for option, value in given.items():
-            if value:
-                raise ConfigError(f"{option} is given, but the checkpoint's backbone is dense")
+        common.refuse(given, "the checkpoint's backbone is dense")
         return {DENSE: model}
     if against is None:
         common.note(
@@ -105,18 +103,26 @@ def eval_task(
     data: TaskData,
     device: torch.device,
     json: Path | None,
+    dtype: str,
 ) -> None:
     """Print, and write, how good the models are, and what their backbones cost."""
     for model in models.values():
         model.to(device)
-    results = _evaluate(models, data)
+    precision = DTYPES[dtype]
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        results = _evaluate(models, data)
     common.out().print(tables.task_table(results))
     sparse = {name: found for name, found in results.items() if found.stages}
     if sparse:
         common.out().print(tables.stage_table(sparse))
     common.name_unreadable(next(iter(results.values())).unreadable)
     rows = [{"name": name, **found.to_dict()} for name, found in results.items()]
-    content = {"model": source, "data": data.source, "hardware": hardware(device)}
+    content = {
+        "model": source,
+        "data": data.source,
+        "dtype": dtype,
+        "hardware": hardware(device),
+    }
     common.write_json(json, content | {"results": rows})
 
 
@@ -124,9 +130,9 @@ def _evaluate(models: Mapping[str, Any], data: TaskData) -> dict[str, TaskEvalua
     first = next(iter(models.values()))
     source, count = "scenes/test" if data.source == "scenes" else data.source, data.limit or SCENES
     if first.task == "segmentation":
-        if data.annotations is not None:
-            raise ConfigError("--annotations is given, which is for detectors; leave it out")
+        common.refuse({"--annotations": data.annotations}, "it is for detectors; leave it out")
         return _evaluate_segmenters(first, models, source, count, data)
+    common.refuse({"--split": data.split}, "it is for segmenters; --data names the split's folder")
     from vitrim.tasks.detection_data import DetectionLoader, open_coco
     from vitrim.tasks.detection_evaluation import evaluate_detectors
 

@@ -346,8 +346,10 @@ def refuse_sizes(sizes: Any, name: str) -> None:
 
 
 def check_channels(images: Tensor, channels: int) -> None:
-    """Raise :class:`InputError` unless ``images`` are (batch, ``channels``, height, width)."""
-    if images.ndim != 4 or images.shape[1] != channels:
+    """Raise :class:`InputError` unless ``images`` are (batch, ``channels``, height, width), of a
+    pixel at least.
+    """
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
         raise InputError(
             f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
         )

@@ -315,6 +315,8 @@ def _object(
     left, top, right, bottom = _within(box, image)  # type: ignore[arg-type]  # four numbers
     if not (left < right and top < bottom):
         raise _UnfitError("whose box has no extent within the image")
+    if record.get("iscrowd") not in (0, 1, None):
+        raise _UnfitError("whose iscrowd is neither 0 nor 1")
     shape = _shape(record.get("segmentation"), image) if masks else None
     area = record.get("area")
     if not (_is_number(area) and area >= 0):
@@ -323,7 +325,7 @@ def _object(
         label=labels[category],
         box_XYWH=tuple(map(float, box)),  # type: ignore[arg-type]  # four
         area=float(area),
-        is_crowd=bool(record.get("iscrowd", 0)),
+        is_crowd=bool(record.get("iscrowd")),
         shape=shape,
     )
 

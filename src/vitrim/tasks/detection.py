@@ -59,6 +59,7 @@ class Detector(TaskModel):
     """A detector; :func:`mask_rcnn` and its like make it."""
 
     task: ClassVar[str] = "detection"
+    kind: ClassVar[str] = "detector"
     config_class: ClassVar[type] = DetectorConfig
     config: DetectorConfig
 
@@ -67,9 +68,9 @@ class Detector(TaskModel):
     ) -> None:
         super().__init__(backbone, config, classes)
         require(
-            not classes or len(classes) == config.num_classes - 1,
-            f"{len(classes)} classes are named; num_classes is {config.num_classes}, of which one "
-            "is the background",
+            len(self.classes) in (0, config.num_classes - 1),
+            f"{len(self.classes)} classes are named; num_classes is {config.num_classes}, of which "
+            "one is the background",
         )
         self.head = _head(config, self.level_info)
         self.data_config = describe_data(self.timm_model)
@@ -111,6 +112,9 @@ class Detector(TaskModel):
         return {name: term for name, term in terms.items() if name != "total"}
 
     def _detect(self, images: Sequence[Tensor]) -> list[Target]:
+        if len(images) == 0:
+            return []
+        self._check_images(images)
         batch, _ = self.transform(list(images))
         levels = self.levels(batch.tensors, own_sizes(batch))
         found, _ = self.head(batch, levels, None)
@@ -136,6 +140,7 @@ class Detector(TaskModel):
             generator: source of the method's noise; None uses torch's global one.
             pyramid_weight: of that distance.
         """
+        self._check_images(images)
         check_targets(images, targets, self.config)
         batch, resized = self.transform(list(images), list(targets))
         sizes = own_sizes(batch)
@@ -147,6 +152,28 @@ class Detector(TaskModel):
                 due = teacher.levels(batch.tensors, sizes)
             terms["pyramid"] = pyramid_weight * pyramid_loss(output, due)
         return {**terms, "total": torch.stack([*terms.values()]).sum()}
+
+    def _check_images(self, images: Sequence[Tensor]) -> None:
+        """Raise :class:`InputError` unless torchvision can prepare the images, and detect there."""
+        own, channels = next(self.parameters()), len(self.data_config["mean"])
+        if own.dtype != torch.float32 and not own.is_cuda:
+            raise InputError(
+                f"the weights are {own.dtype}, in which torchvision finds no boxes on a "
+                f"{own.device.type}; keep them in float32 and use torch.autocast"
+            )
+        for number, image in enumerate(images):
+            shape = tuple(image.shape)
+            if len(shape) != 3 or shape[0] != channels or 0 in shape or image.dtype != own.dtype:
+                raise InputError(
+                    f"image {number} has shape {shape} and is {image.dtype}; expected "
+                    f"({channels}, height, width), {own.dtype} from 0 to 1"
+                )
+            short, long = sorted(shape[1:])
+            if not self.config.fixed_size and short * self.config.long_side <= long:
+                raise InputError(
+                    f"image {number} is {shape[1]} x {shape[2]} pixels; made to fit a long side of "
+                    f"{self.config.long_side}, nothing would be left of it. Crop it"
+                )
 
 
 def own_sizes(batch: ImageList) -> list[tuple[int, int]] | None:
@@ -167,6 +194,12 @@ def check_targets(
         missing = [name for name in due if name not in target]
         if missing:
             raise InputError(f"target {number} has no {' and no '.join(missing)}")
+        wrong = [name for name in due if not isinstance(target[name], Tensor)]
+        if wrong or target["labels"].dtype != torch.int64:
+            raise InputError(
+                f"target {number} has {' and '.join(wrong) or 'labels'} of another type; expected "
+                "tensors, and labels in int64"
+            )
         boxes, labels = target["boxes"], target["labels"]
         if boxes.shape != (len(labels), 4) or len(labels) != len(target[due[-1]]):
             raise InputError(

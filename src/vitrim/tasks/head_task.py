@@ -28,7 +28,7 @@ from vitrim.tasks.scenes import SIDE, is_scenes
 from vitrim.tools.evaluate import check_weights
 from vitrim.train.backbone import create_dense, new_sparse
 from vitrim.train.data import digits_data_config
-from vitrim.train.recipe import AugmentRecipe, Recipe
+from vitrim.train.recipe import AugmentRecipe, DataRecipe, Recipe
 from vitrim.train.samples import seeded
 
 
@@ -44,6 +44,11 @@ class HeadTask(Task):
     model: Any
     augments: ClassVar[Sequence[str]]
     """Fields of a recipe's ``augment`` that the task heeds."""
+    data_heeded: ClassVar[Sequence[str]] = (
+        *("train", "val", "length", "val_length", "labels", "image_size"),
+        *("batch_size", "workers", "max_unreadable"),
+    )
+    """The same of its ``data``."""
 
     def __init__(self, model: Any, config: Any, teacher: Any = None) -> None:
         super().__init__()
@@ -115,12 +120,7 @@ class HeadTask(Task):
     def _check_recipe(cls, recipe: Recipe) -> None:
         """Refuse what a recipe may say of classification alone."""
         augment, plain = recipe.augment, AugmentRecipe()
-        others = [
-            entry.name
-            for entry in fields(AugmentRecipe)
-            if entry.name not in ("none", *cls.augments)
-            and getattr(augment, entry.name) != getattr(plain, entry.name)
-        ]
+        others = _changed(augment, plain, ("none", *cls.augments))
         require(
             not others,
             f"augment.{' and augment.'.join(others)} is not for {cls.name}, which heeds "
@@ -131,6 +131,8 @@ class HeadTask(Task):
             "budget is for classification; train, and turn the dial of the backbone afterwards",
         )
         require(recipe.data.labels, f"data.labels is false; {cls.name} learns from labels")
+        others = _changed(recipe.data, DataRecipe(train=recipe.data.train), cls.data_heeded)
+        require(not others, f"data.{' and data.'.join(others)} is not for {cls.name}; leave it out")
 
     @classmethod
     def _start(cls, recipe: Recipe, config: Any) -> Any:
@@ -163,6 +165,12 @@ class HeadTask(Task):
         model = cls.new(backbone, config, started.classes)
         load_strict(model.head, started.head.state_dict(), f"the head of {folder}")
         return model
+
+
+def _changed(table: Any, plain: Any, heeded: Sequence[str]) -> list[str]:
+    """Names of the fields that are not heeded, and are set to another value than in ``plain``."""
+    names = [entry.name for entry in fields(table) if entry.name not in heeded]
+    return [name for name in names if getattr(table, name) != getattr(plain, name)]
 
 
 def still_unused(model: TaskModel) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitrim.config import require
+from vitrim.config import require, shown
 from vitrim.families import Family, family_of
 from vitrim.methods.records import FeatureOutput
 from vitrim.model import SparseModel, eval_mode
@@ -49,6 +49,8 @@ class TaskModel(nn.Module):
 
     task: ClassVar[str]
     """Its name in checkpoints and recipes."""
+    kind: ClassVar[str]
+    """What messages call the model."""
     config_class: ClassVar[type]
     """What ``config`` is."""
     backbone: Any
@@ -57,9 +59,20 @@ class TaskModel(nn.Module):
     def __init__(self, backbone: nn.Module, config: Any, classes: Sequence[str] = ()) -> None:
         super().__init__()
         self.backbone, self.config, self.classes = backbone, config, tuple(classes)
+        require(
+            all(isinstance(name, str) for name in self.classes),
+            f"classes are {shown(self.classes)}; expected names",
+        )
         self.data_config: dict[str, Any] = {}
         self.origin: str | None = None
         self.level_info = level_info(backbone)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another backbone must give the maps that the head was made for."""
+        if name == "backbone" and "level_info" in self.__dict__:
+            due, found = self.level_info, level_info(value)
+            require(found == due, f"the backbone's maps are {found}; the head was made for {due}")
+        super().__setattr__(name, value)
 
     @property
     def timm_model(self) -> Any:

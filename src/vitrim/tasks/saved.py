@@ -86,6 +86,11 @@ def made(
         if description["method"]["name"]:
             config = checkpoint.method_config(description, options)
             backbone = SparseModel(timm_model, config)
+        elif options:
+            raise ConfigError(
+                f"{' and '.join(options)} given, but {source} has a dense backbone, without a "
+                "method to set"
+            )
         model = make(backbone)
         names, state = _file_names(model), model.state_dict()
         checkpoint.check_fit({names[name]: due for name, due in state.items()}, weights, source)

@@ -35,6 +35,7 @@ class Segmenter(TaskModel):
     """A segmenter; :func:`upernet` makes it."""
 
     task: ClassVar[str] = "segmentation"
+    kind: ClassVar[str] = "segmenter"
     config_class: ClassVar[type] = SegmenterConfig
     config: SegmenterConfig
 
@@ -56,6 +57,8 @@ class Segmenter(TaskModel):
 
     def forward(self, images: Tensor, sizes: Own = None) -> Tensor:
         """Scores (B, classes, H, W) of normalised images (B, channels, H, W)."""
+        if len(images) == 0:
+            return images.new_zeros(0, self.config.num_classes, *images.shape[2:])
         padded, own = self.padded(images, sizes)
         maps = self.train_levels(padded, own).levels if self.training else self.levels(padded, own)
         return _enlarged(self.head(maps)[0], padded, images)
@@ -83,6 +86,7 @@ class Segmenter(TaskModel):
             pyramid_weight: of the distance from the teacher's pyramid.
         """
         self._check_labels(images, labels)
+        labels = labels.long()
         padded, own = self.padded(images, sizes)
         output = self.train_levels(padded, own, generator)
         scores, aux = self.head(output.levels)
@@ -111,6 +115,11 @@ class Segmenter(TaskModel):
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}, and images {tuple(images.shape)}; "
                 "expected one class number per pixel"
+            )
+        if not len(images) or labels.is_floating_point():
+            raise InputError(
+                f"there are {len(images)} images, and labels of {labels.dtype}; expected one image "
+                "or more, and whole numbers"
             )
         if int(labels.max()) >= self.config.num_classes:
             raise InputError(

@@ -32,6 +32,7 @@ class SegmentationTask(HeadTask):
 
     name: ClassVar[str] = "segmentation"
     augments: ClassVar[Sequence[str]] = ("hflip", "color_jitter")
+    data_heeded: ClassVar[Sequence[str]] = (*HeadTask.data_heeded, "train_split", "val_split")
     config: SegmentationConfig
 
     @staticmethod

@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder
 from vitrim.config import closest, read_text
 from vitrim.errors import ConfigError, InputError
 from vitrim.runtime import open_image
-from vitrim.train.digits import MEAN, STD, ClutteredDigits
+from vitrim.train.digits import MEAN, SMALLEST_SIDE, STD, ClutteredDigits
 from vitrim.train.samples import (
     UNLABELLED,
     FolderReader,
@@ -72,7 +72,8 @@ def open_dataset(
         root: where the data of a prefixed reader lie.
         split: of a prefixed reader; None takes ``train`` or ``validation``.
         length: number of samples of the embedded set; None takes 20,000 (training) or 2,000.
-        image_size: side of the embedded set's pictures in pixels.
+        image_size: side of the embedded set's pictures in pixels; smaller ones than the set has are
+            left to ``transform``.
         seed: of the embedded set and of shuffling streams.
 
     Returns:
@@ -89,7 +90,7 @@ def open_dataset(
         return ClutteredDigits(
             rest or default_split,  # type: ignore[arg-type]  # the class checks it
             length or (20_000 if training else 2_000),
-            image_size=image_size,
+            image_size=max(image_size, SMALLEST_SIDE),
             seed=seed,
             transform=transform,
         )

@@ -27,6 +27,8 @@ from vitrim.errors import ConfigError, MissingExtraError
 Split = Literal["train", "val", "test"]
 
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
+SMALLEST_SIDE = 48
+"""Of a picture in pixels."""
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
 
@@ -77,10 +79,10 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
     ) -> None:
         if split not in _SPLITS:
             raise ConfigError(f"split is {split!r}; use one of {', '.join(_SPLITS)}")
-        if not (1 <= length <= 10_000_000 and 48 <= image_size <= 2048 and seed >= 0):
+        if not (1 <= length <= 10_000_000 and SMALLEST_SIDE <= image_size <= 2048 and seed >= 0):
             raise ConfigError(
                 f"length {length}, image_size {image_size} and seed {seed}: expected 1 to ten "
-                "million samples of 48 to 2048 pixels, and a seed of 0 or more"
+                f"million samples of {SMALLEST_SIDE} to 2048 pixels, and a seed of 0 or more"
             )
         self.split = split
         self.length = length

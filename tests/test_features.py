@@ -90,7 +90,7 @@ def test_each_image_has_its_own_pyramid_and_all_of_it_can_be_trained(case, backb
         torch.testing.assert_close(level, torch.cat(pieces), atol=1e-5, rtol=1e-5)
     assert [level.shape[1] for level in levels] == sparse.feature_info.channels()
     assert [32 // level.shape[2] for level in levels] == [
-        32 // level.shape[2] for level in sparse.family.features(X)
+        32 // level.shape[2] for level in sparse.family.pyramid(X)[0]
     ]
     backbone = sparse.features_only().train()
     backbone.generator = seeded(5)

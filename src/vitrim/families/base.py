@@ -128,10 +128,6 @@ class Family(ABC):
     def pool(self, state: Any, /) -> Tensor:
         """(B, C): what the classifier of :meth:`head` reads (the mean, if two read one each)."""
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The maps of :meth:`pyramid`."""
-        return self.pyramid(images)[0]
-
     @abstractmethod
     def pyramid(
         self, images: Tensor, indices: Sequence[int] | None = None, sizes: Sizes = None

@@ -108,11 +108,6 @@ def dense_twin(model: Any) -> Any:
     return twin
 
 
-def main_score(scores: Mapping[str, float | None]) -> str:
-    """The name of the score that decides."""
-    return next(iter(scores))
-
-
 def at_settings(
     model: TaskModel, ratios: Sequence[float], budgets: Sequence[float]
 ) -> list[TaskModel]:

@@ -3,7 +3,9 @@
 Run it on an otherwise idle machine: ``python benchmarks/merging.py`` (a few minutes on 2 cores for
 each model). With ``--tome FOLDER``, where ToMe's own repository lies (facebookresearch/ToMe), its
 code takes part; without, the preset ``MergingConfig.tome()`` stands in, labelled so. All take turns
-within one process; see ``vitrim/tools/benchmark.py``.
+within one process; see ``vitrim/tools/benchmark.py``. ``--runtimes onnxruntime,openvino`` times the
+exported models instead (fp32; half a minute to export each, kept in ``runs/merging``). What is not
+measured again stays in the file.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,21 @@ from torch import nn
 
 import vitrim
 from vitrim.checkpoint import write_atomic
-from vitrim.tools.benchmark import Row, benchmark
+from vitrim.export.bundle import export, images_decide
+from vitrim.families.described import describe_data
+from vitrim.runtime import Bundle
+from vitrim.tools.benchmark import (
+    Quartiles,
+    benchmark,
+    limited_threads,
+    macs_per_image,
+    take_turns,
+)
+from vitrim.tools.hardware import hardware
 
-RESULTS = Path(__file__).parents[1] / "results" / "merging.json"
+ROOT = Path(__file__).parents[1]
+RESULTS, BUNDLES = ROOT / "results" / "merging.json", ROOT / "runs" / "merging"
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def at(dense: nn.Module, config: Any, share: float) -> vitrim.SparseModel:
@@ -78,6 +94,42 @@ def candidates(model: str, shares: list[float], folder: Path | None) -> dict[str
     return found
 
 
+def exported(
+    model: str, runtime: str, batch: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Rows of the exported models in one runtime; ToMe's code cannot be exported."""
+    made = {
+        name: candidate
+        for name, candidate in candidates(model, options.shares, None).items()
+        if not images_decide(candidate)
+    }
+    runners: dict[str, Callable[[torch.Tensor], Any]] = {}
+    for name, candidate in made.items():
+        size = batch if runtime == "openvino" else None  # fastest with all sizes known
+        folder = BUNDLES / f"{model} {name} {runtime} {size or 'any'}".replace(" ", "-")
+        if not folder.exists():
+            print(f"exporting {folder.name} ...", flush=True)
+            data_config = describe_data(made["dense"])
+            export(candidate, folder, FORMATS[runtime], batch=size, data_config=data_config)
+        bundle = Bundle(folder, options.threads)
+        runners[name] = lambda images, bundle=bundle: bundle(images.numpy())
+    images = [torch.randn(batch, 3, 224, 224) for _ in range(2)]
+    turns = (options.rounds, options.seconds, math.inf, time.perf_counter)
+    with torch.inference_mode(), limited_threads(options.threads):
+        timing = take_turns(runners, images, *turns)
+        macs = {name: macs_per_image(found, images[0][:1]) for name, found in made.items()}
+    for name, own in timing.items():
+        speedup = own.speedup(timing["dense"])
+        yield {
+            **{"runtime": runtime, "batch": batch, "dtype": "fp32", "name": name},
+            "macs": macs[name],
+            "seconds": vars(Quartiles.of(own.seconds)),
+            "speedup": vars(speedup),
+            "efficiency": vars(speedup / (macs["dense"] / macs[name])),
+            "hardware": hardware(torch.device("cpu")),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="deit_tiny_patch16_224,deit_small_patch16_224")
@@ -88,34 +140,48 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--seconds", type=float, default=0.3)
     parser.add_argument("--tome", type=Path)
+    parser.add_argument("--runtimes", default="torch")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    shares = [float(share) for share in options.shares.split(",")]
-    content: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "models": {}}
-    for model in options.models.split(","):
-        rows = benchmark(
-            candidates(model, shares, options.tome),
-            (3, 224, 224),
-            batches=[int(batch) for batch in options.batches.split(",")],
-            dtypes=options.dtypes.split(","),
-            rounds=options.rounds,
-            min_seconds=options.seconds,
-            threads=options.threads,
-            progress=print,
-        )
-        content["models"][model] = [row.to_dict() for row in rows]
-        for row in rows:
-            print(line(row))
+    options.shares = [float(share) for share in options.shares.split(",")]
+    batches = [int(batch) for batch in options.batches.split(",")]
+    found = json.loads(options.output.read_text()) if options.output.exists() else {}
+    content: dict[str, Any] = {"models": {}, "exported": {}} | found
+    content["command"] = " ".join(["python", *sys.argv])
+
+    def keep(part: str, name: str, rows: list[dict[str, Any]]) -> None:
+        content[part][name] = rows
         write_atomic(options.output, (json.dumps(content, indent=1) + "\n").encode())
+        for row in rows:
+            print(line(row), flush=True)
+
+    for model in options.models.split(","):
+        for runtime in options.runtimes.split(","):
+            if runtime != "torch":
+                for batch in batches:
+                    rows = list(exported(model, runtime, batch, options))
+                    keep("exported", f"{model} {runtime} batch {batch}", rows)
+                continue
+            measured = benchmark(
+                candidates(model, options.shares, options.tome),
+                (3, 224, 224),
+                batches=batches,
+                dtypes=options.dtypes.split(","),
+                rounds=options.rounds,
+                min_seconds=options.seconds,
+                threads=options.threads,
+                progress=print,
+            )
+            keep("models", model, [row.to_dict() for row in measured])
 
 
-def line(row: Row) -> str:
-    seconds = row.seconds
+def line(row: dict[str, Any]) -> str:
+    seconds = row["seconds"]
     return (
-        f"{row.dtype} batch {row.batch:3d} {row.name:24s} {row.macs / 1e9:6.3f} G "
-        f"{seconds.median * 1e3:8.2f} ms [{seconds.low * 1e3:.2f}, {seconds.high * 1e3:.2f}]  "
-        f"{row.images_per_second:7.1f} images/s  speed-up {row.speedup.median:.3f}  "
-        f"efficiency {row.efficiency.median:.3f}"
+        f"{row.get('runtime', 'torch')} {row['dtype']} batch {row['batch']:3d} {row['name']:24s} "
+        f"{row['macs'] / 1e9:6.3f} G {seconds['median'] * 1e3:8.2f} ms "
+        f"[{seconds['low'] * 1e3:.2f}, {seconds['high'] * 1e3:.2f}]  "
+        f"speed-up {row['speedup']['median']:.3f}  efficiency {row['efficiency']['median']:.3f}"
     )
 
 

@@ -429,6 +429,16 @@ def test_what_is_drawn_is_between_the_two():
     assert torch.equal(*logits)
 
 
+def test_sizes_past_256_are_counted_in_16_bits():
+    """One patch more is lost where sizes are 16-bit numbers."""
+    ones = torch.ones(1, 3, 4, dtype=torch.bfloat16)
+    tokens = Tokens.of(ones, 0)
+    tokens = tokens.sized(torch.tensor([[1.0, 256.0, 1.0]]))
+    matching = match(tokens.patches, 2, 0)
+    assert merge(tokens, matching).size_BN.tolist() == [[258.0]]
+    assert merge(Tokens.of(ones, 0), matching).size_BN.dtype == torch.float32
+
+
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_features_do_not_tell_sizes_to_heads_that_pool(pool):
     sparse = made(MergingConfig(), class_token=False, global_pool=pool)
@@ -471,6 +481,7 @@ def test_low_precision(backbone):
         ({"merged_per_block": -2}, "merged_per_block is -2"),
         ({"merged_per_block": math.inf}, "merged_per_block is inf"),
         ({"merged_per_block": 3, "stages": (1,)}, "leave out stages"),
+        ({"merged_per_block": 3, "keep_ratio": 0.5}, "leave out keep_ratio"),
         ({"train_keep_ratio": (0.9, 0.5)}, "the smaller and the larger"),
         ({"train_keep_ratio": (0.0, 0.5)}, "the smaller and the larger"),
         ({"distill_weight": -1}, "distill_weight"),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -290,20 +291,20 @@ class ViT(Family):
         """(B, C): of the tokens that a mask leaves, each as the patches that it stands for."""
         model = self.backbone
         keep = x.new_ones(x.shape[:2]) if tokens.keep_BN is None else tokens.keep_all
-        log_size = x.new_zeros(x.shape[:2])
-        if tokens.log_size is not None:
-            log_size = tokens.log_size[:, 0, 0].to(x.dtype)
+        size = x.new_ones(x.shape[:2])
+        if tokens.size_BN is not None:
+            size = F.pad(tokens.size_BN, (self.num_prefix, 0), value=1.0)
         if not model.pool_include_prefix:
-            x, keep, log_size = (part[:, self.num_prefix :] for part in (x, keep, log_size))
+            x, keep, size = (part[:, self.num_prefix :] for part in (x, keep, size))
         if model.global_pool == "map":
             visible = keep.detach() > 0.5
             visible = visible | ~visible.any(1, keepdim=True)  # nothing kept: look at all, no NaN
-            bias = log_size.masked_fill(~visible, -torch.inf)
+            bias = size.log().to(x.dtype).masked_fill(~visible, -torch.inf)
             with _plain_in_graphs(model.attn_pool):
                 pooled: Tensor = model.attn_pool(x, attn_mask=bias[:, None, None, :])
             return pooled
-        weights = (keep * log_size.exp()).unsqueeze(-1).to(x.dtype)
-        return (x * weights).sum(1) / weights.sum(1).clamp(min=0.5)
+        weights = (keep * size).unsqueeze(-1)
+        return ((x * weights).sum(1) / weights.sum(1).clamp(min=0.5)).to(x.dtype)
 
     def patch_features(self, tokens: Tokens) -> Tensor:
         """(B, N, C): the patch tokens after the final norm, wherever the model keeps that norm."""

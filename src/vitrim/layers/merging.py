@@ -109,10 +109,11 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
 
 
 def sizes_of(tokens: Tokens) -> Tensor:
-    """(B, N): how many patches each patch token stands for."""
+    """(B, N): how many patches each patch token stands for; 16 bits would lose count at 256."""
     if tokens.size_BN is not None:
         return tokens.size_BN
-    return tokens.x.new_ones(tokens.index_BN.shape)
+    dtype = torch.promote_types(tokens.x.dtype, torch.float32)
+    return tokens.x.new_ones(tokens.index_BN.shape, dtype=dtype)
 
 
 def direction_of(x_BNC: Tensor) -> Tensor:

@@ -51,13 +51,14 @@ from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
 
 EPS = 1e-6  # what 16 bits can tell from 0
+USUAL_KEEP_RATIO = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergingConfig:
     """How merging is set up."""
 
-    keep_ratio: float | tuple[float, ...] = 0.7
+    keep_ratio: float | tuple[float, ...] = USUAL_KEEP_RATIO
     """Share of the patches' number that goes on from the stages: one number r gives r, r^2, r^3
     ...; a tuple gives the share at each. Half of the tokens can go at once, no more do."""
     stages: tuple[int, ...] | None = None
@@ -106,6 +107,10 @@ class MergingConfig:
                 0 <= per_block < math.inf, f"merged_per_block is {per_block}; expected 0 or more"
             )
             require(self.stages is None, "merged_per_block merges in every block; leave out stages")
+            require(
+                self.keep_ratio == USUAL_KEEP_RATIO,
+                "merged_per_block says how many tokens go on; leave out keep_ratio",
+            )
         require(
             drawn is None or (len(drawn) == 2 and 0 < drawn[0] <= drawn[1] <= 1),
             f"train_keep_ratio is {drawn}; expected the smaller and the larger of two ratios",

@@ -230,8 +230,8 @@ class PackedTokens:
         """(rows,): see :attr:`Tokens.log_size`."""
         if self.size_N is None:
             return None
-        zeros = self.size_N.new_zeros(self.layout.num_rows)
-        return zeros.index_copy(0, self.layout.patch_row_N, self.size_N.log())
+        zeros = self.x.new_zeros(self.layout.num_rows)
+        return zeros.index_copy(0, self.layout.patch_row_N, self.size_N.log().to(zeros))
 
     @property
     @_not_compiled

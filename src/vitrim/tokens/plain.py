@@ -145,7 +145,7 @@ class Tokens:
         """The same tokens, each of which stands for so many patches; None: for one each."""
         if size_BN is None:
             return replace(self, size_BN=None, log_size=None)
-        log_size = F.pad(size_BN.log(), (self.num_prefix, 0))[:, None, None, :]
+        log_size = F.pad(size_BN.log().to(self.x.dtype), (self.num_prefix, 0))[:, None, None, :]
         return replace(self, size_BN=size_BN, log_size=log_size)
 
     def with_prefix(self, prefix_BPC: Tensor) -> Tokens:

@@ -567,6 +567,11 @@ def test_eval_puts_dense_and_sparse_side_by_side(capsys, trained, scenes, tmp_pa
     assert dense["images"] == 3
     assert second["macs"]["mean"] < first["macs"]["mean"] < dense["macs"]["mean"]
     assert second["stages"][0]["kept"]["mean"] == 8
+    assert dense["differences"] == {}
+    for name in ("box AP", "mask AP"):
+        gap, low, high = second["differences"][name]
+        assert gap == pytest.approx(second["scores"][name] - dense["scores"][name])
+        assert low <= high
     for wrong in ("digits", tmp_path):
         assert run(capsys, "eval", trained, "--data", wrong)[0] == 2
 

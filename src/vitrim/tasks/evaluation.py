@@ -32,15 +32,16 @@ class TaskEvaluation:
     """The same with nothing dropped."""
     stages: tuple[StageKept, ...] = ()
     """How many positions each stage computes fully."""
-    difference: tuple[float, float, float] | None = None
-    """Of the main score from the dense model's, in points, and the ends of its 95 % interval over
-    images drawn anew; None where there is no dense model, or no interval was asked for."""
+    differences: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """By a score's name, its difference from the dense model's, in points, and the ends of the 95 %
+    interval over images drawn anew; empty where there is no dense model, or no interval was asked
+    for."""
     unreadable: tuple[str, ...] = ()
     """Images that could not be read and were left out."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        plain = asdict(self) | {"scores": dict(self.scores)}
+        plain = asdict(self) | {"scores": dict(self.scores), "differences": dict(self.differences)}
         return plain | {"num_unreadable": len(self.unreadable)}
 
 

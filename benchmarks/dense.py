@@ -83,6 +83,9 @@ class Case:
         """The words after ``vitrim train`` by the model's name, the first to be run first."""
         start = f"model.checkpoint={self.folder(BEFORE)}"
         found = {BEFORE: [f"scenes-{self.name}"]}
+        if self.head == "upernet":
+            detector = Case(self.runs, "mask_rcnn", self.family).folder(BEFORE)
+            found[BEFORE] += ["--set", f"model.weights={detector}"]
         found |= {method: [recipe, "--set", start] for method, recipe in self.recipes.items()}
         found[DENSE] = [f"scenes-{self.name}", *self._as_long(), "--set", start]
         return {

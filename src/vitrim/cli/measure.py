@@ -54,7 +54,10 @@ def bench_command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
     image_size: Annotated[
         str | None,
-        typer.Option(help="Side in pixels, or height,width; for a timm name, or with --features."),
+        typer.Option(
+            help="Side in pixels, or height,width; for a timm name, with --features, or of the "
+            "images that a detector or segmenter is given."
+        ),
     ] = None,
     features: Annotated[
         bool,

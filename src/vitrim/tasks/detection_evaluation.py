@@ -55,7 +55,7 @@ def evaluate_detectors(
                 for target, output in zip(targets, model(own), strict=True):
                     found[name] += coco_results(loader.folder, target["image_id"], output)
                 for image in own:
-                    costs[name].add(model.transform([image])[0].tensors)
+                    costs[name].add([image])
             if progress is not None:
                 progress(len(ids))
     if not ids:

@@ -32,8 +32,8 @@ def detection_panels(model: Detector, image: Tensor, threshold: float = 0.5) -> 
     rows = [Panel(_drawn(model, image.cpu(), found), "found", _said(model, found))]
     if model.sparse is None:
         return rows
-    seen = model.transform([image])[0].tensors
-    trace = model.sparse.trace(seen)
+    seen, sizes = model.prepared([image])
+    trace = model.sparse.trace(seen, sizes)
     check_scores(trace)
     picture = denormalize(seen[0], model.data_config["mean"], model.data_config["std"])
     return rows + stage_panels(picture, trace, 0, SIDE)

@@ -49,8 +49,8 @@ def evaluate_segmenters(
                         f"scores of the {name} segmenter hold NaN or infinity; check its weights, "
                         "and that the images are finite and normalised"
                     )
-                for image in model.padded(own, None)[0]:
-                    costs[name].add(image.unsqueeze(0))
+                for image in own.unsqueeze(1):
+                    costs[name].add(image)
             seen += len(images)
             if progress is not None:
                 progress(seen)

@@ -44,7 +44,7 @@ HEADS = {"mask_rcnn": ("box AP", "mask AP"), "upernet": ("mIoU",)}
 """The scores of each head that are compared."""
 FAMILIES = ("swin", "convnext")
 METHODS = ("dynamic_spatial", "spvit_pyramid", "stvit_r")
-SCENES = 500
+SCENES = 300
 """Unseen ones that are measured on."""
 BEFORE = "dense, before"
 """The dense model that the others went on from."""
@@ -219,7 +219,7 @@ def _detectors(models: dict[str, Any], scenes: Path) -> Any:
     from vitrim.tasks.detection_evaluation import evaluate_detectors
 
     folder = open_coco(str(scenes), classes=models[DENSE].classes, masks=True)
-    return evaluate_detectors(models, DetectionLoader(folder, 8, 0), draws=500)
+    return evaluate_detectors(models, DetectionLoader(folder, 8, 0), draws=300)
 
 
 def _segmenters(models: dict[str, Any], scenes: Path) -> Any:

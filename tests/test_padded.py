@@ -63,13 +63,12 @@ def test_kept_positions_of_a_detector_are_of_the_images_alone():
 
 def spread(model):
     """Scores as a selector that was trained has them: of many sizes."""
-    with torch.no_grad():
-        for name, parameter in model.backbone.method.named_parameters():
-            if name.endswith("weight") and parameter.ndim == 2:
-                parameter.mul_(20)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.backbone.method.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
 
 
-@pytest.mark.parametrize("budget", [0.97, 0.93])
+@pytest.mark.parametrize("budget", [0.65, 0.5])
 def test_the_backbone_of_a_detector_is_calibrated_on_its_images(budget):
     model = detector(THRESHOLD)
     spread(model)
@@ -87,8 +86,8 @@ def test_the_backbone_of_a_segmenter_is_calibrated():
     model = vitrim.tasks.upernet(swin(THRESHOLD), 5, **NARROW)
     spread(model)
     loader = [(torch.rand(2, 3, 64, 70), None)]
-    found = vitrim.calibrate(model.backbone, loader, 0.95, tolerance=0.02, prepare=model.prepared)
-    assert found.fraction == pytest.approx(0.95, rel=0.02)
+    found = vitrim.calibrate(model.backbone, loader, 0.6, tolerance=0.02, prepare=model.prepared)
+    assert found.fraction == pytest.approx(0.6, rel=0.02)
 
 
 def test_images_that_the_backbone_of_a_detector_is_not_calibrated_on():

@@ -567,6 +567,11 @@ def test_eval_puts_dense_and_sparse_side_by_side(capsys, trained, scenes, tmp_pa
     assert dense["images"] == 3
     assert second["macs"]["mean"] < first["macs"]["mean"] < dense["macs"]["mean"]
     assert second["stages"][0]["kept"]["mean"] == 8
+    assert dense["differences"] == {}
+    for name in ("box AP", "mask AP"):
+        gap, low, high = second["differences"][name]
+        assert gap == pytest.approx(second["scores"][name] - dense["scores"][name])
+        assert low <= high
     for wrong in ("digits", tmp_path):
         assert run(capsys, "eval", trained, "--data", wrong)[0] == 2
 
@@ -581,14 +586,19 @@ def test_show_draws_what_is_found_and_where(capsys, trained, scenes, tmp_path):
 
 
 def test_bench_times_backbone_and_whole(capsys, trained, tmp_path):
+    """On images of the size that is said, and the backbone on what it sees of them."""
     words = ("bench", trained, "--dtype", "fp32", "--batch", 1, "--rounds", 1, "--seconds", 0)
-    status, _, _ = run(capsys, *words, "--json", tmp_path / "rows.json")
+    more = ("--image-size", "128,160", "--json", tmp_path / "rows.json")
+    status, _, err = run(capsys, *words, *more)
     assert status == 0
+    assert "backbone on 64 x 96 pixels" in err
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["name"] for row in rows["backbone"]] == [
         "backbone, dense",
         "backbone, dynamic_spatial 0.7",
     ]
+    sizes = {kind: found[0]["image_shape"][1:] for kind, found in rows.items()}
+    assert sizes == {"backbone": [64, 96], "whole": [128, 160]}
     assert rows["whole"][0]["macs"] > rows["backbone"][0]["macs"]
     assert rows["backbone"][1]["macs"] < rows["backbone"][0]["macs"]
 

@@ -496,7 +496,7 @@ def test_commands(capsys, tmp_path):
     macs = [row["macs"]["mean"] for row in rows]
     assert macs[0] == rows[2]["dense_macs"]["mean"] > macs[1] > macs[2]
     for row in rows[1:]:
-        value, low, high = row["difference"]
+        value, low, high = row["differences"]["mIoU"]
         assert low <= value <= high
     # A pair of folders, in which something is wrong.
     images, labels = write_pairs(tmp_path / "pairs", *[grey()] * 3)

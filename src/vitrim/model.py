@@ -26,7 +26,7 @@ from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
 from vitrim.tokens.calls import is_hooked
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Sizes
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,11 @@ class SparseModel(TimmModel):
 
         return self.through(run, images)
 
-    def trace(self, images: Tensor) -> Trace:
+    def trace(self, images: Tensor, sizes: Sizes = None) -> Trace:
         """Logits, and what each stage kept, by the inference forward without gradients.
 
-        Deterministic: a model in training mode is put into evaluation mode for it, and back.
+        Deterministic: a model in training mode is put into evaluation mode for it, and back. With
+        ``sizes``, see :meth:`features`, no padding is kept; the logits, which pool it, say nothing.
         """
         if is_empty(images):
             return self.trace(one_for_none(images)).of_nothing()
@@ -165,7 +166,7 @@ class SparseModel(TimmModel):
         with torch.no_grad(), eval_mode(self):
             grid = family.grid((images.shape[-2], images.shape[-1]))
             recorder = Recorder(grid)
-            run = partial(method.infer, family, recorder=recorder)
+            run = partial(method.infer, method.padded(family, sizes), recorder=recorder)
             logits = self.through(run, images)
         counts = [stage.counts.double() for stage in recorder.stages]
         macs = method.macs(family, grid, counts)

@@ -16,6 +16,7 @@ from vitrim.budget import TOLERANCE, Calibration, Curve, Spread, check_budget
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
 from vitrim.model import SparseModel, evaluating
+from vitrim.tokens.plain import Sizes
 from vitrim.tools.evaluate import check_answers
 
 MAX_IMAGES = 256
@@ -23,6 +24,10 @@ MAX_IMAGES = 256
 MAX_BYTES = 1 << 30
 """No further batch is kept in memory beyond this."""
 
+Prepare = Callable[[Any], tuple[Tensor, Sizes]]
+"""From a loader's images to what the backbone sees, and what of it are the images' own sizes."""
+
+Batch = tuple[Tensor, Sizes]
 Progress = Callable[[str], None]
 """Told what each pass found."""
 
@@ -37,6 +42,7 @@ def calibrate(
     *,
     tolerance: float = TOLERANCE,
     max_images: int = MAX_IMAGES,
+    prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> Calibration: ...
 
@@ -49,6 +55,7 @@ def calibrate(
     *,
     tolerance: float = TOLERANCE,
     max_images: int = MAX_IMAGES,
+    prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, ...]: ...
 
@@ -60,6 +67,7 @@ def calibrate(
     *,
     tolerance: float = TOLERANCE,
     max_images: int = MAX_IMAGES,
+    prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> Calibration | tuple[Calibration, ...]:
     """Turn the method's dial so that the mean cost over the loader's images meets a budget.
@@ -77,6 +85,9 @@ def calibrate(
         macs: share of the dense model's MACs, such as 0.6, or several.
         tolerance: relative difference between mean cost and budget that meets it.
         max_images: look at no more than these.
+        prepare: of a detector or segmenter ``model`` whose backbone is calibrated:
+            ``model.prepared``. Then the loader's images are what that model itself takes, of any
+            sizes, and no padding is counted as kept.
         progress: told in words what each pass found.
 
     Returns:
@@ -104,7 +115,7 @@ def calibrate(
     restore = sparse.snapshot()
     try:
         if sparse.macs() is None:
-            batches = _collect(sparse, loader, max_images)
+            batches = _collect(sparse, loader, max_images, prepare)
             found = _by_images(sparse, batches, budgets, tolerance, progress)
         else:
             found = tuple(_by_formula(sparse, budget, tolerance) for budget in budgets)
@@ -133,13 +144,13 @@ def _by_formula(sparse: SparseModel, budget: float, tolerance: float) -> Calibra
 
 def _by_images(
     sparse: SparseModel,
-    batches: list[Tensor],
+    batches: list[Batch],
     budgets: Sequence[float],
     tolerance: float,
     progress: Progress | None,
 ) -> tuple[Calibration, ...]:
-    dial, images = sparse.method.dial(), sum(len(batch) for batch in batches)
-    dense = sum(len(batch) * sparse.dense_macs(_size(batch)) for batch in batches)
+    dial, images = sparse.method.dial(), sum(len(batch) for batch, _ in batches)
+    dense = sum(len(batch) * sparse.dense_macs(_size(batch)) for batch, _ in batches)
     measured: dict[float, Tensor] = {}
 
     def cost(value: float) -> float:
@@ -176,7 +187,9 @@ def _by_images(
     return tuple(found)
 
 
-def _collect(sparse: SparseModel, loader: Iterable[Any] | None, max_images: int) -> list[Tensor]:
+def _collect(
+    sparse: SparseModel, loader: Iterable[Any] | None, max_images: int, prepare: Prepare | None
+) -> list[Batch]:
     """The first images of ``loader``, in its batches, checked and prepared for the model."""
     require(
         loader is not None,
@@ -184,10 +197,13 @@ def _collect(sparse: SparseModel, loader: Iterable[Any] | None, max_images: int)
     )
     assert loader is not None
     parameter = next(sparse.backbone.parameters())
-    batches: list[Tensor] = []
+    batches: list[Batch] = []
     room, num_bytes = max_images, 0
     for batch in loader:
         images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        sizes: Sizes = None
+        if prepare is not None and len(images):
+            images, sizes = prepare(_on(parameter.device, images[:room]))
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise InputError(
@@ -198,7 +214,7 @@ def _collect(sparse: SparseModel, loader: Iterable[Any] | None, max_images: int)
             continue
         images = images[:room]
         sparse.family.check_images(images)
-        batches.append(images.to(parameter.dtype))
+        batches.append((images.to(parameter.dtype), sizes))
         room -= len(images)
         num_bytes += images.nbytes
         if not room or num_bytes >= MAX_BYTES:
@@ -210,13 +226,18 @@ def _collect(sparse: SparseModel, loader: Iterable[Any] | None, max_images: int)
     return batches
 
 
-def _measure(sparse: SparseModel, batches: Sequence[Tensor]) -> Tensor:
+def _on(device: torch.device, images: Any) -> Any:
+    """A tensor of images, or a list of them, on ``device``."""
+    return images.to(device) if isinstance(images, Tensor) else [x.to(device) for x in images]
+
+
+def _measure(sparse: SparseModel, batches: Sequence[Batch]) -> Tensor:
     """(images,): MACs of each image at the present settings."""
     device = next(sparse.backbone.parameters()).device
     macs = []
     with evaluating(sparse):
-        for images in batches:
-            trace = sparse.trace(images.to(device))
+        for images, sizes in batches:
+            trace = sparse.trace(images.to(device), sizes)
             check_answers(trace)
             macs.append(trace.macs.cpu())
     return torch.cat(macs)

@@ -127,7 +127,7 @@ def eval_command(
         common.refuse(
             {"--calibrate-on": calibrate_on},
             f"{model} is a {task.kind}: calibrate its backbone, vitrim.calibrate(model.backbone, "
-            "...), and save it",
+            "loader, macs=0.8, prepare=model.prepared), and save it",
         )
         common.refuse(
             {"--weights": weights},

@@ -54,7 +54,10 @@ def bench_command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
     image_size: Annotated[
         str | None,
-        typer.Option(help="Side in pixels, or height,width; for a timm name, or with --features."),
+        typer.Option(
+            help="Side in pixels, or height,width; for a timm name, with --features, or of the "
+            "images that a detector or segmenter is given."
+        ),
     ] = None,
     features: Annotated[
         bool,
@@ -215,10 +218,11 @@ def show_command(
     keep_ratio: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
     macs: ShareOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
+    against: AgainstOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Draw which patches each stage keeps: PNG files and one page.html. Of detectors and segmenters
-    what they find is drawn too.
+    what they find is drawn too, dense beside sparse.
     """
     from vitrim.cli.show import draw, read_images
     from vitrim.cli.task_show import draw_task, read_task_images
@@ -227,22 +231,23 @@ def show_command(
         raise InputError(f"{output} is a file; give a folder")
     if keep_ratio is not None and macs is not None:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
-    task = open_task(model)
-    if task is not None and task.sparse is None:
-        given = {"--keep-ratio": keep_ratio is not None, "--macs": macs is not None}
-        common.refuse(given, f"{model} has a dense backbone")
-    shown: Any = task
-    if task is None:
+    if (task := open_task(model)) is not None:
+        ratios, budgets = ([each] if each is not None else [] for each in (keep_ratio, macs))
+        shown: Any = task_candidates(task, ratios, budgets, against)
+        found = read_task_images(task, sources, limit)
+    else:
+        common.refuse({"--against": against}, f"{model} is a classifier; leave that out")
         shown = common.require_sparse(common.load_model(model), model)
-    sparse: Any = shown if task is None else task.sparse
-    if keep_ratio is not None:
-        sparse.set_keep_ratio(keep_ratio)
-    if macs is not None:
-        sparse.set_budget(macs)
-    reads, draws = (read_images, draw) if task is None else (read_task_images, draw_task)
-    found = reads(shown, sources, limit)
+        if keep_ratio is not None:
+            shown.set_keep_ratio(keep_ratio)
+        if macs is not None:
+            shown.set_budget(macs)
+        found = read_images(shown, sources, limit)
+    where = common.device_of(device)
+    for each in shown.values() if task is not None else (shown,):
+        each.to(where)
     with common.progress("drawing", len(found.images)) as advance:
-        draws(shown.to(common.device_of(device)), found, output, advance)
+        (draw if task is None else draw_task)(shown, found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
     images = "1 image" if len(found.images) == 1 else f"{len(found.images)} images"
     common.out().print(f"{images} drawn: {output / 'page.html'}", soft_wrap=True)

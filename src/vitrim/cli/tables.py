@@ -79,23 +79,22 @@ def task_table(results: Mapping[str, TaskEvaluation]) -> Table:
     """Scores of detectors or segmenters and cost of their backbones; one row per model."""
     first = next(iter(results.values()))
     names = [name for name, value in first.scores.items() if value is not None]
-    compared = any(found.difference for found in results.values())
+    compared = {name: None for found in results.values() for name in found.differences}
     table = plain_table(
         f"On {first.images:,} images, in percent; GMACs of the backbone",
         "model",
         *(name.replace(" ", "\n") for name in names),
-        *(["difference,\npoints (95%)"] if compared else []),
+        *(f"{name}, points\nfrom dense (95%)" for name in compared),
         "GMACs",
         "of\ndense",
     )
     for name, found in results.items():
         scores = (found.scores[score] for score in names)
-        gap = found.difference
-        shown = "" if gap is None else f"{gap[0]:+.2f}\n{gap[1]:+.2f}..{gap[2]:+.2f}"
+        gaps = (found.differences.get(name) for name in compared)
         table.add_row(
             name,
             *("" if score is None else f"{score:.1f}" for score in scores),
-            *([shown] if compared else []),
+            *(f"{gap[0]:+.2f}\n{gap[1]:+.2f}..{gap[2]:+.2f}" if gap else "" for gap in gaps),
             _spread(found.macs, giga),
             f"{100 * found.macs.mean / found.dense_macs.mean:.0f}%",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,18 @@ def _as_tensor(image: Any) -> torch.Tensor:
     return pixels.float() / 255
 
 
-def draw_task(model: Any, found: Found, folder: Path, advance: Callable[[int], None]) -> None:
-    """Write a PNG strip per image, and ``page.html`` with all of them."""
+def draw_task(
+    models: Mapping[str, Any], found: Found, folder: Path, advance: Callable[[int], None]
+) -> None:
+    """Write a PNG strip per image, what each of the models finds side by side, and ``page.html``
+    with all of them.
+    """
+    model = [*models.values()][-1]
     device = next(model.parameters()).device
     strips, files = list[tuple[str, list[Panel]]](), dict[str, bytes]()
     for number, shown in enumerate(found.images, 1):
-        row = _panels(model, shown.pixels.to(device))
+        pixels = shown.pixels.to(device)
+        row = [panel for name, each in models.items() for panel in _panels(each, pixels, name)]
         files[strip_name(number, shown.name)] = png(row)
         strips.append((Path(shown.name).name, row))
         advance(number)
@@ -50,11 +56,11 @@ def draw_task(model: Any, found: Found, folder: Path, advance: Callable[[int], N
     write_page(folder, files, "What the model finds, and where it looks", note, strips)
 
 
-def _panels(model: Any, image: torch.Tensor) -> list[Panel]:
+def _panels(model: Any, image: torch.Tensor, title: str) -> list[Panel]:
     if model.task == "detection":
         from vitrim.tasks.detection_show import detection_panels
 
-        return detection_panels(model, image)
+        return detection_panels(model, image, title)
     from vitrim.tasks.segmentation_show import segmentation_panels
 
-    return segmentation_panels(model, image)
+    return segmentation_panels(model, image, title)

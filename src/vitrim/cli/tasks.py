@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,26 +181,33 @@ def bench_task(
     json: Path | None,
     **options: Any,
 ) -> None:
-    """Print, and write, the time of the backbones alone, and that of the whole models."""
+    """Print, and write, the time of the backbones alone, and that of the whole models, on images of
+    ``size`` (height, width), which a detector resizes before its backbone sees them.
+    """
     first = next(iter(models.values()))
     side = _usual_side(first)
-    shape = (first.family.in_channels, *(size or (side, side)))
-    kinds: dict[str, dict[str, nn.Module]] = {
-        "backbone": {name: _backbone_of(m) for name, m in models.items()},
-        "whole": {name: _Whole(m) for name, m in models.items()},
+    image = torch.zeros(first.family.in_channels, *(size or (side, side)))
+    seen = first.prepared(image.unsqueeze(0))[0]
+    kinds: dict[str, tuple[tuple[int, ...], dict[str, nn.Module]]] = {
+        "backbone": (seen.shape[1:], {name: _backbone_of(m) for name, m in models.items()}),
+        "whole": (image.shape, {name: _Whole(m) for name, m in models.items()}),
     }
     rows = {}
-    for kind, timed in kinds.items():
+    for kind, (shape, timed) in kinds.items():
         rows[kind] = benchmark(
             {f"{kind}, {name}": model for name, model in timed.items()},
-            shape,
+            (shape[0], shape[1], shape[2]),
             batches=batches,
-            progress=lambda text: common.note(f"measuring {text} ..."),
+            progress=partial(_tell, kind, shape),
             **options,
         )
         common.out().print(tables.benchmark_table(rows[kind]))
     plain = {kind: [row.to_dict() for row in found] for kind, found in rows.items()}
     common.write_json(json, {"model": source, "rows": plain})
+
+
+def _tell(kind: str, shape: Sequence[int], text: str) -> None:
+    common.note(f"measuring the {kind} on {shape[1]} x {shape[2]} pixels, {text} ...")
 
 
 def _backbone_of(model: TaskModel) -> nn.Module:

@@ -101,6 +101,19 @@ class WithMaps(Changed):
     training_head = patch_features = head
 
 
+class Padded(Changed):
+    """A family that keeps a map, on images that were padded to one size: it knows their own."""
+
+    def __init__(self, whole: Any, sizes: Sequence[Grid]) -> None:
+        super().__init__(whole)
+        self.sizes = sizes
+
+    def stem(self, images: Tensor, sizes: None = None) -> FeatureMap:
+        """The map before stage 0, which says what of it is padding."""
+        fmap: FeatureMap = self.whole.stem(images, self.sizes)
+        return fmap
+
+
 class Inside(Changed):
     """A family that takes features for images, and gives features for logits."""
 

@@ -16,7 +16,7 @@ from vitrim.costs import Step, total_macs
 from vitrim.errors import ConfigError, UnsupportedBackboneError
 from vitrim.families import Family
 from vitrim.families.base import Pyramid, refuse_sizes
-from vitrim.families.inside import WithMaps
+from vitrim.families.inside import Padded, WithMaps
 from vitrim.layers import losses, sampling
 from vitrim.layers.stages import fixed_counts
 from vitrim.methods.records import (
@@ -66,6 +66,8 @@ class Method(nn.Module, ABC):
     """Whether what a trained model costs stays as it is when training goes on."""
     drops: ClassVar[bool] = True
     """Whether it computes fewer tokens; what does not has no stages, and takes no budget."""
+    serves_sizes: ClassVar[bool] = False
+    """Whether it leaves the padding of images out, on families that keep a map."""
     config: Any
     stages: tuple[int, ...]
     """Set when it is made: blocks before which it acts; ``counts`` has a number for each."""
@@ -167,6 +169,18 @@ class Method(nn.Module, ABC):
             family.grid((images.shape[-2], images.shape[-1])), indices
         )
         return shown
+
+    def padded(self, family: Any, sizes: Sizes) -> Any:
+        """``family`` on images of which ``sizes`` are their own, the rest padding.
+
+        Raises:
+            ConfigError: the method does not serve them.
+        """
+        if sizes is None:
+            return family
+        if not (self.serves_sizes and family.keeps_map):
+            refuse_sizes(sizes, self.name)
+        return Padded(family, sizes)
 
     def own_losses(self, output: Any) -> dict[str, Tensor]:
         """Raw loss terms by name that need neither labels nor a teacher: of what was decided."""

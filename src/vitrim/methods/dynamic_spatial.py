@@ -177,6 +177,7 @@ class DynamicSpatial(RatioMethod):
     name = "dynamic_spatial"
     config_class = DynamicSpatialConfig
     needs_training = "dynamic_spatial-swin-t"
+    serves_sizes = True
     families = ("swin", "convnext")
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(

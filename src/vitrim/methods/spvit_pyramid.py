@@ -139,6 +139,7 @@ class SPViTPyramid(SelectorMethod):
     needs_training = "spvit_pyramid-pit-s"
     families = ("pit", "swin")
     follows_schedules = False
+    serves_sizes = True
     refusals: ClassVar[Mapping[str, str]] = {
         "vit": "a plain vision transformer has no pooling; use spvit",
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
@@ -208,7 +209,7 @@ class SPViTPyramid(SelectorMethod):
                 keep, best = self._best(number, tokens, scores.log_odds)
             elif self.config.inference == "threshold":
                 rank = scores.keep_score
-                keep = (rank > self.config.threshold).to(rank.dtype)
+                keep = ((rank > self.config.threshold) | skips).to(rank.dtype)
             else:
                 keep = sampling.hard_keep(scores.log_probs, noise=False)
             if tokens.keep_BN is not None:
@@ -216,7 +217,7 @@ class SPViTPyramid(SelectorMethod):
             if recorder:
                 shape = (-1, *family.stage_grid(grid, list(self._places)[number]))
                 block = self.stages[number]
-                keep_BHW = (torch.ones_like(keep) if skips else keep).view(shape) > 0.5
+                keep_BHW = keep.view(shape) > 0.5
                 recorder.add_map(block, rank.view(shape), keep_BHW)
             if skips:
                 return None

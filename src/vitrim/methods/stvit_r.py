@@ -173,6 +173,7 @@ class STViTR(WindowMethod):
     name = "stvit_r"
     config_class = STViTRConfig
     needs_training = "stvit_r-t"
+    serves_sizes = True
     config: STViTRConfig
 
     def __init__(
@@ -250,17 +251,21 @@ class STViTR(WindowMethod):
             return dense_look(windows, reaches, self.config.pad_mask, device, fmap.own_B2)
         return classification_look(windows, reaches[0], device)
 
-    def _check_sizes(self) -> None:
+    def padded(self, family: Any, sizes: Sizes) -> Any:
         config = self.config
         require(
-            config.form == "dense"
-            and config.pad_mask == "correct"
-            and config.pooling != "intra_inter"
-            and not config.global_centres,
+            sizes is None
+            or (
+                config.form == "dense"
+                and config.pad_mask == "correct"
+                and config.pooling != "intra_inter"
+                and not config.global_centres
+            ),
             'sizes of padded images are served by form="dense" with pad_mask="correct", pooling '
             '"max" or "avg" and no global_centres: STViTRConfig.dense_prediction(). Else give '
             "images of one size, without sizes",
         )
+        return super().padded(family, sizes)
 
     def _memory(self, *parts: Tensor) -> Tensor:
         """Rows that a block looks at; where padding is seen, with a last one for it."""
@@ -302,9 +307,7 @@ class STViTR(WindowMethod):
         sizes: Sizes = None,
     ) -> list[FeatureMap]:
         """The map after each stage."""
-        if sizes is not None:
-            self._check_sizes()
-        fmap, levels = family.stem(images, sizes), []
+        fmap, levels = self.padded(family, sizes).stem(images), []
         dense = self.config.form == "dense"
         windows = self._windows(family, fmap.grid)
         for stage in range(len(family.depths)):

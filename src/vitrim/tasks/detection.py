@@ -40,13 +40,14 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from vitrim.config import require
-from vitrim.errors import InputError
+from vitrim.errors import ConfigError, InputError
 from vitrim.families.described import describe_data
 from vitrim.features import pyramid_loss
 from vitrim.tasks.cascade import CascadeHeads
 from vitrim.tasks.config import DetectorConfig
 from vitrim.tasks.model import LevelInfo, TaskModel, check_maps, check_reductions
 from vitrim.tasks.simple_pyramid import SimplePyramid
+from vitrim.tokens.plain import Sizes
 
 Target = dict[str, Tensor]
 Levels = dict[str, Tensor]
@@ -88,6 +89,40 @@ class Detector(TaskModel):
         )
         return transform.train(self.training)
 
+    def prepared(self, images: Sequence[Tensor]) -> tuple[Tensor, Sizes]:
+        batch, _, sizes = self._batch(images)
+        return batch.tensors, sizes
+
+    def _batch(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[ImageList, Any, Sizes]:
+        """Images and targets as torchvision prepares them, and the images' own sizes in the batch.
+
+        Raises:
+            ConfigError: the backbone cannot be given them so.
+        """
+        self._check_images(images)
+        batch, resized = self.transform(list(images), None if targets is None else list(targets))
+        sizes = own_sizes(batch)
+        self.check_seen(batch.tensors, sizes)
+        return batch, resized, sizes
+
+    def check_seen(self, images: Tensor, sizes: Sizes = None) -> None:
+        """Raise :class:`ConfigError` unless the backbone takes images as they are when resized and
+        padded.
+        """
+        height, width = self.family.image_size
+        cure = f"give the detector fixed_size=({height}, {width}): every image is resized to that"
+        try:
+            self.family.check_images(images)
+        except InputError as error:
+            raise ConfigError(f"as the detector resizes them, {error}. Or {cure}") from error
+        if sizes is not None and not self.serves_sizes:
+            raise ConfigError(
+                f"images of unlike sizes are padded to one, and this backbone looks at padding; "
+                f"{cure}"
+            )
+
     def read_levels(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
         neck: Any = self.head.neck
         return levels if neck.simple is not None else levels[neck.skipped :]
@@ -114,9 +149,8 @@ class Detector(TaskModel):
     def _detect(self, images: Sequence[Tensor]) -> list[Target]:
         if len(images) == 0:
             return []
-        self._check_images(images)
-        batch, _ = self.transform(list(images))
-        levels = self.levels(batch.tensors, own_sizes(batch))
+        batch, _, sizes = self._batch(images)
+        levels = self.levels(batch.tensors, sizes)
         found, _ = self.head(batch, levels, None)
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
         results: list[Target] = self.transform.postprocess(found, batch.image_sizes, originals)
@@ -140,10 +174,8 @@ class Detector(TaskModel):
             generator: source of the method's noise; None uses torch's global one.
             pyramid_weight: of that distance.
         """
-        self._check_images(images)
         check_targets(images, targets, self.config)
-        batch, resized = self.transform(list(images), list(targets))
-        sizes = own_sizes(batch)
+        batch, resized, sizes = self._batch(images, targets)
         output = self.train_levels(batch.tensors, sizes, generator)
         _, terms = self.head(batch, output.levels, resized)
         terms = terms | self.method_terms(output)

@@ -55,7 +55,7 @@ def evaluate_detectors(
                 for target, output in zip(targets, model(own), strict=True):
                     found[name] += coco_results(loader.folder, target["image_id"], output)
                 for image in own:
-                    costs[name].add(model.transform([image])[0].tensors)
+                    costs[name].add([image])
             if progress is not None:
                 progress(len(ids))
     if not ids:
@@ -71,7 +71,7 @@ def evaluate_detectors(
         name: TaskEvaluation(
             images=len(ids),
             scores=_scores(own),
-            difference=None if dense is None or name == DENSE else _difference(own, dense, drawn),
+            differences={} if dense is None or name == DENSE else _differences(own, dense, drawn),
             unreadable=names,
             **costs[name].spreads(),
         )
@@ -87,12 +87,14 @@ def _scores(records: Mapping[str, CocoRecords]) -> dict[str, float | None]:
     }
 
 
-def _difference(
+def _differences(
     own: Mapping[str, CocoRecords], dense: Mapping[str, CocoRecords], draws: int
-) -> tuple[float, float, float] | None:
-    """Of box AP, with its interval."""
-    here, there = (records["bbox"].metrics()["AP"] for records in (own, dense))
-    if here is None or there is None or not draws:
-        return None
-    low, high = bootstrap(own["bbox"], dense["bbox"], draws)
-    return here - there, low, high
+) -> dict[str, tuple[float, float, float]]:
+    """Of the AP of boxes and of masks, each with its interval."""
+    found = {}
+    for kind in own.keys() & dense.keys() if draws else ():
+        here, there = own[kind].metrics()["AP"], dense[kind].metrics()["AP"]
+        if here is not None and there is not None:
+            interval = bootstrap(own[kind], dense[kind], draws)
+            found[f"{NAMES[kind]} AP"] = (here - there, *interval)
+    return dict(sorted(found.items()))

@@ -18,22 +18,25 @@ _INK = (28, 32, 40)
 
 
 @torch.no_grad()
-def detection_panels(model: Detector, image: Tensor, threshold: float = 0.5) -> list[Panel]:
+def detection_panels(
+    model: Detector, image: Tensor, title: str, threshold: float = 0.5
+) -> list[Panel]:
     """What is found in an image, then the image after each stage of a sparse backbone.
 
     Args:
         model: in evaluation mode.
         image: (3, H, W) from 0 to 1, on its device.
+        title: of the first picture.
         threshold: objects that are less sure are not drawn.
     """
     found = model([image])[0]
     keep = found["scores"] >= threshold
     found = {name: value[keep].cpu() for name, value in found.items()}
-    rows = [Panel(_drawn(model, image.cpu(), found), "found", _said(model, found))]
+    rows = [Panel(_drawn(model, image.cpu(), found), title, _said(model, found))]
     if model.sparse is None:
         return rows
-    seen = model.transform([image])[0].tensors
-    trace = model.sparse.trace(seen)
+    seen, sizes = model.prepared([image])
+    trace = model.sparse.trace(seen, sizes)
     check_scores(trace)
     picture = denormalize(seen[0], model.data_config["mean"], model.data_config["std"])
     return rows + stage_panels(picture, trace, 0, SIDE)

@@ -34,6 +34,10 @@ class DetectionTask(HeadTask):
         self, recipe: Recipe, share: Share
     ) -> tuple[DetectionTrainLoader, DetectionLoader | None]:
         model, data, config = self.model, recipe.data, self.config
+        for side in config.short_sides:
+            height, width = config.fixed_size or [min(side, config.long_side)] * 2
+            channels = model.family.in_channels
+            model.check_seen(torch.empty(1, channels, height, width, device="meta"))
         common: dict[str, Any] = {
             "masks": config.has_masks,
             "side": data.image_size,

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitrim.budget import Spread
 from vitrim.costs import total_macs
@@ -32,15 +31,16 @@ class TaskEvaluation:
     """The same with nothing dropped."""
     stages: tuple[StageKept, ...] = ()
     """How many positions each stage computes fully."""
-    difference: tuple[float, float, float] | None = None
-    """Of the main score from the dense model's, in points, and the ends of its 95 % interval over
-    images drawn anew; None where there is no dense model, or no interval was asked for."""
+    differences: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """By a score's name, its difference from the dense model's, in points, and the ends of the 95 %
+    interval over images drawn anew; empty where there is no dense model, or no interval was asked
+    for."""
     unreadable: tuple[str, ...] = ()
     """Images that could not be read and were left out."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        plain = asdict(self) | {"scores": dict(self.scores)}
+        plain = asdict(self) | {"scores": dict(self.scores), "differences": dict(self.differences)}
         return plain | {"num_unreadable": len(self.unreadable)}
 
 
@@ -53,14 +53,15 @@ class Costs:
     dense_macs: list[float] = field(default_factory=list)
     kept: list[tuple[int, ...]] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
-    _known: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = field(default_factory=dict)
+    _known: dict[Any, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, image: Tensor) -> None:
-        """Note one image (1, channels, H, W), normalised and padded as the backbone sees it; where
-        counts depend on the image, it is traced alone, its padding a part of it.
+    def add(self, image: Any) -> None:
+        """Note a batch of one image, as the model itself takes it. Kept positions are of the image
+        alone; what is computed of the map that it was padded to is counted too.
         """
-        size = (int(image.shape[-2]), int(image.shape[-1]))
+        pixels, sizes = self.model.prepared(image)
+        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
         family, sparse = self.model.family, self.model.sparse
         grid = family.grid(size)
         dense = sum(step.macs for step in family.dense_steps(grid) if step.part != "head")
@@ -68,15 +69,16 @@ class Costs:
         if sparse is None:
             self.macs.append(float(dense))
             return
-        if size not in self._known or sparse.features_macs(size) is None:
-            trace = sparse.trace(image)
+        own = size if sizes is None else tuple(sizes[0])
+        if (size, own) not in self._known or sparse.features_macs(size) is None:
+            trace = sparse.trace(pixels, sizes)
             check_scores(trace)
             counts = tuple(int(stage.counts[0]) for stage in trace.stages)
             self.places = [(s.block, s.grid[0] * s.grid[1]) for s in trace.stages]
             steps = sparse.method.steps(family.with_maps(grid), grid, counts)
             macs = float(total_macs(step for step in steps if step.part != "head"))
-            self._known[size] = macs, counts
-        macs, counts = self._known[size]
+            self._known[size, own] = macs, counts
+        macs, counts = self._known[size, own]
         self.macs.append(macs)
         self.kept.append(counts)
 

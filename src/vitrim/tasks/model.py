@@ -21,7 +21,7 @@ from vitrim.families import Family, family_of
 from vitrim.methods.records import FeatureOutput
 from vitrim.model import SparseModel, eval_mode
 from vitrim.tasks import saved
-from vitrim.tokens.plain import Grid
+from vitrim.tokens.plain import Grid, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,18 @@ class TaskModel(nn.Module):
     def family(self) -> Family:
         """What runs the backbone piece by piece."""
         return family_in(self.backbone)
+
+    @property
+    def serves_sizes(self) -> bool:
+        """Whether the backbone leaves the padding of images out."""
+        chosen = self.sparse is None or self.sparse.method.serves_sizes
+        return chosen and self.family.keeps_map
+
+    def prepared(self, images: Any) -> tuple[Tensor, Sizes]:
+        """What the backbone sees of images as the model itself takes them: normalised and padded
+        to one size, and the own height and width of each; None where nothing is padded.
+        """
+        raise NotImplementedError
 
     def levels(self, images: Tensor, sizes: Sequence[Grid] | None = None) -> list[Tensor]:
         """The maps of the pyramid, (B, C, H, W) each, computed as inference does.

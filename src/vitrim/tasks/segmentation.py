@@ -55,6 +55,9 @@ class Segmenter(TaskModel):
         """Sides of images are padded to multiples of this."""
         return self.level_info[-1].reduction
 
+    def prepared(self, images: Tensor) -> tuple[Tensor, Own]:
+        return self.padded(images, None)
+
     def forward(self, images: Tensor, sizes: Own = None) -> Tensor:
         """Scores (B, classes, H, W) of normalised images (B, channels, H, W)."""
         if len(images) == 0:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrim.errors import ConfigError, InputError
 from vitrim.tasks.base import ALONE, Share
 from vitrim.tasks.scenes import IMAGES, LABELS, SIDE, is_scenes, open_scenes
 from vitrim.tasks.segmentation import Segmenter
@@ -100,8 +101,21 @@ def form_of(model: Segmenter) -> LabelForm:
 def preparation_of(model: Segmenter, **augment: Any) -> Preparation:
     """How images become tensors for a segmenter; ``augment`` are ``scale``, ``hflip`` and
     ``color_jitter`` of training.
+
+    Raises:
+        ConfigError: the backbone takes one size, and images are resized to another.
     """
-    data = model.data_config
+    data, side = model.data_config, model.config.short_side
+    side += -side % model.reduction
+    try:
+        model.family.check_images(
+            torch.empty(1, model.family.in_channels, side, side, device="meta")
+        )
+    except InputError as error:
+        raise ConfigError(
+            f"with short_side = {model.config.short_side}, {error}. Square images fit with "
+            f"short_side = {model.family.image_size[0]} as well"
+        ) from error
     return Preparation(
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),

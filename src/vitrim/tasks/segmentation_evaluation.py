@@ -49,8 +49,8 @@ def evaluate_segmenters(
                         f"scores of the {name} segmenter hold NaN or infinity; check its weights, "
                         "and that the images are finite and normalised"
                     )
-                for image in model.padded(own, None)[0]:
-                    costs[name].add(image.unsqueeze(0))
+                for image in own.unsqueeze(1):
+                    costs[name].add(image)
             seen += len(images)
             if progress is not None:
                 progress(seen)
@@ -61,7 +61,7 @@ def evaluate_segmenters(
         name: TaskEvaluation(
             images=seen,
             scores={NAMES[key]: value for key, value in found.metrics().items()},
-            difference=None if name == DENSE else _difference(found, pixels.get(DENSE), draws),
+            differences={} if name == DENSE else _differences(found, pixels.get(DENSE), draws),
             unreadable=names,
             **costs[name].spreads(),
         )
@@ -69,11 +69,11 @@ def evaluate_segmenters(
     }
 
 
-def _difference(
+def _differences(
     own: PixelCounts, dense: PixelCounts | None, draws: int
-) -> tuple[float, float, float] | None:
+) -> dict[str, tuple[float, float, float]]:
     """Of the mIoU, with its interval."""
     if dense is None or not draws:
-        return None
+        return {}
     value = own.metrics()["miou"] - dense.metrics()["miou"]
-    return value, *bootstrap(own.counts, dense.counts, draws)
+    return {NAMES["miou"]: (value, *bootstrap(own.counts, dense.counts, draws))}

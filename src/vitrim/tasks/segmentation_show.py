@@ -22,25 +22,26 @@ BACKGROUND = "background"
 
 
 @torch.no_grad()
-def segmentation_panels(model: Segmenter, image: Tensor) -> list[Panel]:
+def segmentation_panels(model: Segmenter, image: Tensor, title: str) -> list[Panel]:
     """The classes of an image's pixels, then the image after each stage of a sparse backbone.
 
     Args:
         model: in evaluation mode.
         image: (3, H, W) from 0 to 1, on the model's device.
+        title: of the first picture.
 
     Raises:
         InputError: scores are not finite.
     """
     pixels = preparation_of(model).whole(functional.to_pil_image(image.cpu())).to(image.device)
-    seen = model.padded(pixels.unsqueeze(0), None)[0]
     scores = model(pixels.unsqueeze(0))
     if not bool(scores.isfinite().all()):
         raise InputError("the segmenter's scores hold NaN or infinity; check its weights")
-    rows = [Panel(_drawn(model, image.cpu(), scores.cpu()), "found", _said(model, scores))]
+    rows = [Panel(_drawn(model, image.cpu(), scores.cpu()), title, _said(model, scores))]
     if model.sparse is None:
         return rows
-    trace = model.sparse.trace(seen)
+    seen, sizes = model.prepared(pixels.unsqueeze(0))
+    trace = model.sparse.trace(seen, sizes)
     check_scores(trace)
     picture = denormalize(seen[0], model.data_config["mean"], model.data_config["std"])
     return rows + stage_panels(picture, trace, 0, SIDE)

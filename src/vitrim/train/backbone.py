@@ -8,9 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vitrim.checkpoint import load_strict, read_weights
+from vitrim.checkpoint import WEIGHTS_FILE, load_strict, read_weights
 from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.model import SparseModel
@@ -35,8 +35,16 @@ def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
         raise ConfigError(f"timm cannot create {name!r} with {recipe.kwargs}: {error}") from error
     if recipe.weights is not None:
         path = weights_path(recipe.weights)
-        load_strict(model, read_weights(path), str(path))
+        load_strict(model, _backbone_weights(path), str(path))
     return model
+
+
+def _backbone_weights(path: Path) -> dict[str, Tensor]:
+    """By timm's names: those of a file of them, or of the backbone in a checkpoint folder."""
+    if not path.is_dir():
+        return read_weights(path)
+    prefix, whole = "backbone.", read_weights(path / WEIGHTS_FILE)
+    return {n.removeprefix(prefix): each for n, each in whole.items() if n.startswith(prefix)}
 
 
 def new_sparse(backbone: nn.Module, config: Any, recipe: Recipe) -> SparseModel:

@@ -36,7 +36,8 @@ class ModelRecipe:
     """Take timm's pretrained weights, from its cache or from where timm knows them: the one setting
     that asks the network."""
     weights: str | None = None
-    """A safetensors file with timm's names, loaded strictly; ``package:NAME`` is a shipped one."""
+    """A safetensors file with timm's names, loaded strictly, or a checkpoint folder, of which the
+    backbone is taken, whatever it was trained for; ``package:NAME`` is a shipped file."""
     init: Literal["timm", "fan_in"] = "timm"
     """New weights of linear and convolution layers: timm's, or normal with variance 1 / fan-in.
     timm's standard deviation of 0.02 suits the published widths; a much narrower model stays at

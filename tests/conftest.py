@@ -58,6 +58,28 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
 
+def tiny_eva(name: str = "eva02_tiny_patch14_224", **kwargs: Any) -> nn.Module:
+    """A small Eva: 16 patches of 8 pixels, 4 blocks, 10 classes; its weights are large enough that
+    tokens look at each other, and that logits depend on it: timm's own start near 0.
+    """
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    model = jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+    generator = seeded(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=0.2, generator=generator)
+    return model
+
+
 def tiny_lvvit(name: str = "lvvit_s", **kwargs: Any) -> nn.Module:
     """A small LV-ViT: 16 patches of 8 pixels, 4 blocks, 10 classes; its stem has seen data."""
     torch.manual_seed(0)

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import vitrim
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.conftest import (
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_eva,
+    tiny_lvvit,
+    tiny_pit,
+    tiny_swin,
+    tiny_vit,
+)
 from vitrim import (
     ASViTConfig,
     DenseConfig,
@@ -117,6 +126,9 @@ BACKBONES = {
     "registers": partial(tiny_vit, class_token=False, reg_tokens=2, global_pool="avg"),
     "class and registers": partial(tiny_vit, reg_tokens=2),
     "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
+    "rotary": partial(tiny_eva, "vit_small_patch16_dinov3"),
+    "rotary per block": partial(tiny_eva, "vit_small_patch16_rope_mixed_224"),
+    "rotary attention pool": partial(tiny_eva, "vit_pe_core_base_patch16_224"),
     "lv-vit": tiny_lvvit,
     "pit": tiny_pit,
     "swin": tiny_swin,

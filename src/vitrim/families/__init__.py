@@ -11,14 +11,15 @@ from torch import nn
 from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.base import Family
 from vitrim.families.convnext import ConvNeXt
+from vitrim.families.eva import Eva
 from vitrim.families.lvvit import LVViT
 from vitrim.families.pit import PiT
 from vitrim.families.swin import Swin
 from vitrim.families.vit import ViT
 from vitrim.tokens.calls import bare
 
-FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
-__all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
+FAMILIES: tuple[type[Family], ...] = (ViT, Eva, LVViT, PiT, Swin, ConvNeXt)
+__all__ = ["FAMILIES", "ConvNeXt", "Eva", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> Family:

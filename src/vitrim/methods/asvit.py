@@ -198,7 +198,7 @@ class ASViT(Method):
 
     name = "asvit"
     config_class = ASViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
         "swin": "it scores by class attention, and Swin has none; use dynamic_spatial, "

@@ -49,7 +49,7 @@ class Dense(Method):
 
     name = "dense"
     config_class = DenseConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[dict[str, str]] = dict.fromkeys(
         ("pit", "swin", "convnext"),
         "the last block of a pyramid is a small part of it; take the timm model as it is",

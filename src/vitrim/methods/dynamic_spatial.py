@@ -180,7 +180,7 @@ class DynamicSpatial(RatioMethod):
     families = ("swin", "convnext")
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("vit", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
+        ("vit", "eva", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
     ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}
     config: DynamicSpatialConfig
 

@@ -89,7 +89,7 @@ class DynamicViT(RatioMethod):
 
     name = "dynamicvit"
     config_class = DynamicViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "convnext"), "it drops tokens, and theirs stand in a map; use dynamic_spatial"
     ) | {"pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid"}

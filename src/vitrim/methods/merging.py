@@ -49,6 +49,7 @@ from vitrim.methods.base import RatioMethod, answer_losses, whole_answer
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.projections import width_of
 
 EPS = 1e-6  # what 16 bits can tell from 0
 
@@ -149,7 +150,7 @@ class Merging(RatioMethod):
 
     name = "merging"
     config_class = MergingConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
     ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
@@ -375,7 +376,7 @@ class Merging(RatioMethod):
         attention = family.backbone.blocks[block].attn
         width = {
             "features": family.embed_dim,
-            "keys": attention.attn_dim,
+            "keys": width_of(attention),
             "mean_keys": attention.head_dim,
         }[self.config.metric]
         sources = most_sources(patches, family.num_prefix)

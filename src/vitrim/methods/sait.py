@@ -54,6 +54,7 @@ from vitrim.methods.records import DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.projections import width_of
 
 EPS = 1e-8
 Selector = Literal["density", "threshold", "mass"]
@@ -179,7 +180,7 @@ class SaiT(Method):
 
     name = "sait"
     config_class = SaiTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
         "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
@@ -406,7 +407,7 @@ class SaiT(Method):
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""
         one_row = SCORES[self.config.score].of_class and self.has_class
-        width = family.backbone.blocks[block].attn.attn_dim
+        width = width_of(family.backbone.blocks[block].attn)
         macs = costs.attention_macs(family, block, tokens)
         macs += width * tokens * (1 if one_row else tokens)
         if self.config.merge_dropped:

@@ -145,6 +145,7 @@ class WindowMethod(SemanticMethod):
     families = ("swin",)
     refusals: ClassVar[Mapping[str, str]] = {
         "vit": "a plain transformer has no windows: use stvit",
+        "eva": "a plain transformer has no windows: use stvit",
         "lvvit": "it has no windows",
         "pit": "it has no windows",
         "convnext": "it has no attention",

@@ -103,7 +103,7 @@ class SPViT(SelectorMethod):
 
     name = "spvit"
     config_class = SPViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "its map is pooled between stages; use spvit_pyramid",
         "swin": "its map is merged between stages; use spvit_pyramid",

@@ -141,6 +141,7 @@ class SPViTPyramid(SelectorMethod):
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = {
         "vit": "a plain vision transformer has no pooling; use spvit",
+        "eva": "a plain vision transformer has no pooling; use spvit",
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrim.families.refused import PARTS
 from vitrim.tokens.attention import Score, attention_of_first, recorded_attention
 from vitrim.tokens.calls import bare, called, is_hooked, kind
 from vitrim.tokens.packed import AnyTokens, PackedTokens, packed_attention
@@ -220,5 +221,7 @@ def _not_served(
         found = kind(part(block))
         if found not in kinds:
             names = ", ".join(each.__name__ for each in kinds)
-            return f"{what} type {found.__name__} (served: {names})"
+            why = PARTS.get(found.__name__)
+            why = f": {why}" if why else ""
+            return f"{what} type {found.__name__}{why} (served: {names})"
     return None

@@ -1,10 +1,14 @@
 """Family ``convnext``: timm's ConvNeXt, run piece by piece.
 
-Served: ConvNeXt with a patch stem and its MLP on channels-last rows, in any depth, width, kernel
-size, norm, layer scale or none, output stride and head; any image size that timm itself takes. A
-map is kept channels-last: timm's own norms turn it so after the stem, and the permutations before
-and after its convolutions are views. ConvNeXt-V2 (its response norm mixes positions inside the
-MLP), MLPs as convolutions and overlapping stems are refused by name.
+Served: ConvNeXt with a patch stem and its MLP on channels-last rows or as convolutions of one
+place, in any depth, width, kernel size, norm, layer scale or none, output stride and head; any
+image size that timm itself takes. A map is kept channels-last: timm's own norms turn it so after
+the stem, and the permutations before and after its convolutions are views.
+
+Overlapping stems are refused by name, and so is ConvNeXt-V2: inside of its MLP each channel is
+divided by its norm over all positions, so that a position's features depend on those of the
+positions that a method leaves out. Over the computed ones alone it would be another function, which
+the weights never learned; over all of them, half of every MLP would be computed everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Mlp
+from timm.layers import ConvMlp, GlobalResponseNormMlp, Mlp
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
@@ -26,6 +30,11 @@ from vitrim.families.base import MapPyramid, check_channels
 from vitrim.tokens.calls import called, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid, Sizes
+
+RESPONSE_NORM = (
+    "ConvNeXt-V2's response norm divides by a norm over all positions, those too that are left out "
+    "(served: ConvNeXt, version 1, such as convnext_tiny)"
+)
 
 
 class ConvNeXt(MapPyramid):
@@ -50,10 +59,10 @@ class ConvNeXt(MapPyramid):
             for block in stage.blocks:
                 if kind(block) is not ConvNeXtBlock:
                     yield f"block type {kind(block).__name__} (served: ConvNeXtBlock)"
-                elif block.use_conv_mlp:
-                    yield "conv_mlp=True (served: MLPs of linear layers, conv_mlp=False)"
-                elif kind(block.mlp) is not Mlp:
-                    yield f"MLP type {kind(block.mlp).__name__} (served: Mlp; so no ConvNeXt-V2)"
+                elif kind(block.mlp) is GlobalResponseNormMlp:
+                    yield RESPONSE_NORM
+                elif kind(block.mlp) not in (Mlp, ConvMlp):
+                    yield f"MLP type {kind(block.mlp).__name__} (served: Mlp, ConvMlp)"
                 else:
                     continue
                 return
@@ -151,7 +160,12 @@ class ConvNeXt(MapPyramid):
         layer scale.
         """
         block = self.block(stage, index)
-        out: Tensor = block.mlp(block.norm(x))
+        if block.use_conv_mlp:  # convolutions of one place each: the rows as places of a map
+            x_1CR1 = x.flatten(0, -2).transpose(0, 1)[None, :, :, None]
+            out: Tensor = block.mlp(block.norm(x_1CR1))[0, :, :, 0].transpose(0, 1)
+            out = out.reshape(x.shape)
+        else:
+            out = block.mlp(block.norm(x))
         return out if block.gamma is None else out * block.gamma
 
     def drop_path(self, stage: int, index: int) -> nn.Module:
@@ -195,7 +209,8 @@ class ConvNeXt(MapPyramid):
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of :meth:`channel` on ``num_positions`` positions."""
-        return linear_macs(self.block(stage, index).mlp) * num_positions
+        mlp = self.block(stage, index).mlp
+        return (linear_macs(mlp) + conv_macs(mlp)) * num_positions
 
     def head_macs(self) -> int:
         return linear_macs(self.backbone.head)

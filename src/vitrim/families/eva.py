@@ -21,43 +21,17 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitrim.families.blocks import SomeTokens, block_obstacles
-from vitrim.families.vit import ViT, end_obstacles
+from vitrim.families.vit import ViT, end_obstacles, stem_obstacles
 from vitrim.tokens.plain import Tokens
 from vitrim.tokens.rotary import Rotary
 
 
-class Eva(ViT):
-    """Runs one timm ``Eva`` piece by piece; holds no weights of its own."""
-
-    name = "eva"
-    classes: ClassVar[tuple[type[nn.Module], ...]] = (TimmEva,)
-    modules: ClassVar[Sequence[str]] = ("eva",)
-    serves = "timm Eva (eva_*, eva02_*, vit_*_dinov3, vit_pe_*, vit_*_rope_*)"
-
-    @staticmethod
-    def obstacles(model: Any) -> Iterator[str]:
-        yield from end_obstacles(model)
-        attentions = EvaAttention, AttentionRope
-        yield from block_obstacles(model, (EvaBlock, EvaBlockPostNorm), attentions)
-
-    @property
-    def has_class(self) -> bool:
-        return self.backbone.cls_token is not None
-
-    @property
-    def pools_prefix(self) -> bool:
-        return bool(self.backbone.global_pool == "map")
+class WithRotary(ViT):
+    """A plain vision transformer that may have rotary positions, as its ``rope``."""
 
     @property
     def turns(self) -> bool:
         return self.backbone.rope is not None
-
-    def stem(self, images: Tensor) -> Tokens:
-        self.check_images(images)
-        model = self.backbone
-        x, angles = model._pos_embed(model.patch_embed(images))
-        rotary = None if angles is None else Rotary.of(angles)
-        return Tokens.of(model.norm_pre(x), self.num_prefix, rotary)
 
     def state(self, features: Tensor) -> Tokens:
         """Features (B, N, C) as the first ``N`` tokens of an image between two blocks."""
@@ -82,10 +56,41 @@ class Eva(ViT):
             tokens = super().run_blocks((index,), self.before(index, tokens))
         return tokens
 
-    def stem_macs(self, num_patches: int) -> int:
-        """MACs of the patch embedding, and of angles that each block has of its own: they are
-        products of places and learned frequencies.
-        """
-        macs = super().stem_macs(num_patches)
+    def rotary_macs(self, num_patches: int) -> int:
+        """MACs of angles that each block has of its own: places times learned frequencies."""
         mixed = isinstance(self.backbone.rope, RotaryEmbeddingMixed)
-        return macs + num_patches * self.depth * self.embed_dim if mixed else macs
+        return num_patches * self.depth * self.embed_dim if mixed else 0
+
+
+class Eva(WithRotary):
+    """Runs one timm ``Eva`` piece by piece; holds no weights of its own."""
+
+    name = "eva"
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (TimmEva,)
+    modules: ClassVar[Sequence[str]] = ("eva",)
+    serves = "timm Eva (eva_*, eva02_*, vit_*_dinov3, vit_pe_*, vit_*_rope_*)"
+
+    @staticmethod
+    def obstacles(model: Any) -> Iterator[str]:
+        yield from stem_obstacles(model)
+        yield from end_obstacles(model)
+        attentions = EvaAttention, AttentionRope
+        yield from block_obstacles(model, (EvaBlock, EvaBlockPostNorm), attentions)
+
+    @property
+    def has_class(self) -> bool:
+        return self.backbone.cls_token is not None
+
+    @property
+    def pools_prefix(self) -> bool:
+        return bool(self.backbone.global_pool == "map")
+
+    def stem(self, images: Tensor) -> Tokens:
+        self.check_images(images)
+        model = self.backbone
+        x, angles = model._pos_embed(model.patch_embed(images))
+        rotary = None if angles is None else Rotary.of(angles)
+        return Tokens.of(model.norm_pre(x), self.num_prefix, rotary)
+
+    def stem_macs(self, num_patches: int) -> int:
+        return super().stem_macs(num_patches) + self.rotary_macs(num_patches)

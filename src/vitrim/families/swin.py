@@ -59,30 +59,8 @@ class Swin(MapPyramid):
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if kind(model.patch_embed) not in _STEMS:
-            name = kind(model.patch_embed).__name__
-            yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
-        if kind(model.head) is not ClassifierHead:
-            yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
-        parts = {
-            "stage": (SwinTransformerStage, model.layers),
-            "downsampling": (PatchMerging, [stage.downsample for stage in model.layers[1:]]),
-            "block": (SwinTransformerBlock, [b for stage in model.layers for b in stage.blocks]),
-        }
-        for part, (served, modules) in parts.items():
-            strangers = {kind(m).__name__ for m in modules if kind(m) is not served}
-            if strangers:
-                found = ", ".join(sorted(strangers))
-                yield f"{part} type {found} (served: {served.__name__})"
-                return
-        for block in parts["block"][1]:
-            if kind(block.attn) is not WindowAttention:
-                yield f"attention type {kind(block.attn).__name__} (served: WindowAttention)"
-            elif kind(block.mlp) is not Mlp:
-                yield f"MLP type {kind(block.mlp).__name__} (served: Mlp)"
-            else:
-                continue
-            return
+        served = SwinTransformerStage, PatchMerging, SwinTransformerBlock, WindowAttention
+        yield from part_obstacles(model, *served)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -274,3 +252,24 @@ def _padded_first(block: Any, x_BHWC: Tensor) -> Tensor:
     x = x_BHWC + block.drop_path1(block._attn(x)[:, :height, :width])
     out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
     return out
+
+
+def part_obstacles(model: Any, *served: type[nn.Module]) -> Iterator[str]:
+    """What keeps a Swin transformer from being run piece by piece, whose stages, downsampling,
+    blocks and attention layers are ``served``.
+    """
+    if kind(model.patch_embed) not in _STEMS:
+        name = kind(model.patch_embed).__name__
+        yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
+    if kind(model.head) is not ClassifierHead:
+        yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
+    merging = [stage.downsample for stage in model.layers[1:]]
+    names = "stage", "downsampling", "block", "attention", "MLP"
+    blocks = [block for stage in model.layers for block in getattr(stage, "blocks", ())]
+    inside = [[getattr(b, name, None) for b in blocks] for name in ("attn", "mlp")]
+    found = zip(names, (*served, Mlp), (model.layers, merging, blocks, *inside), strict=True)
+    for name, expected, modules in found:
+        strangers = {kind(module).__name__ for module in modules if kind(module) is not expected}
+        if strangers:
+            yield f"{name} type {', '.join(sorted(strangers))} (served: {expected.__name__})"
+            return

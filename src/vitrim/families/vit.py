@@ -1,8 +1,9 @@
 """Family ``vit``: timm's VisionTransformer and its kin, run piece by piece.
 
 Served: ViT, DeiT, distilled DeiT, DeiT-III (LayerScale), QK-norm, gated attention, register tokens,
-CLIP-style pre-norm, DINOv2, SigLIP (attention pooling); class-token, average or attention pooling;
-any image size that timm itself takes. Every piece is timm's own sub-module, called as timm calls
+CLIP-style pre-norm, norms behind the branches, DINOv2, SigLIP (attention pooling), hybrids (patches
+of a convolutional network's map); class-token, average or attention pooling; any image size that
+timm itself takes. Every piece is timm's own sub-module, called as timm calls
 it, so that a model from which nothing is dropped gives timm's numbers exactly. What cannot be run
 so (other block, attention or pooling types) is refused by name.
 """
@@ -14,15 +15,15 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
+from vitrim.costs.macs import linear_macs, transformer_block_macs
 from vitrim.errors import ConfigError
-from vitrim.families import blocks
+from vitrim.families import blocks, stems
 from vitrim.families.base import Family, check_patched_images, refuse_sizes
 from vitrim.families.blocks import Between, SomeTokens, block_obstacles, given, taken
 from vitrim.families.inside import WithMaps
@@ -41,7 +42,7 @@ class ViT(Family):
 
     name = "vit"
     classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
-    modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit")
+    modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit", "vision_transformer_hybrid")
     smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
         "timm VisionTransformer and VisionTransformerDistilled with standard blocks "
@@ -50,6 +51,7 @@ class ViT(Family):
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
+        yield from stem_obstacles(model)
         yield from end_obstacles(model)
         if getattr(model, "distilled_training", False):
             yield "distilled_training=True (its forward returns two logits; switch it off)"
@@ -393,7 +395,7 @@ class ViT(Family):
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""
-        return num_patches * conv_macs(self.backbone.patch_embed.proj)
+        return stems.stem_macs(self.backbone.patch_embed, num_patches)
 
     def block_macs(self, index: int, num_tokens: Any) -> Any:
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
@@ -466,11 +468,15 @@ def _plain_in_graphs(pool: Any) -> Iterator[None]:
         pool.fused_attn = True
 
 
+def stem_obstacles(model: Any) -> Iterator[str]:
+    """What keeps the patch embedding of a plain vision transformer from being run here."""
+    if kind(model.patch_embed) not in stems.SERVED:
+        served = ", ".join(each.__name__ for each in stems.SERVED)
+        yield f"patch embedding {kind(model.patch_embed).__name__} (served: {served})"
+
+
 def end_obstacles(model: Any) -> Iterator[str]:
-    """What keeps the stem and the pooling of a plain vision transformer from being run here."""
-    if kind(model.patch_embed) is not PatchEmbed:
-        name = kind(model.patch_embed).__name__
-        yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
+    """What keeps the pooling of a plain vision transformer from being run on fewer tokens."""
     if model.global_pool not in _POOLS:
         yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
 

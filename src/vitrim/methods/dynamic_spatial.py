@@ -120,6 +120,7 @@ class Form:
 
 FORMS = {
     "swin": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False),
+    "swin_v2": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False),  # ours
     "convnext": Form(norm_eps=1e-6, scales_fast_path=True, one_residual=True),
 }
 
@@ -172,15 +173,16 @@ class SpatialOutput(TrainingOutput):
 
 
 class DynamicSpatial(RatioMethod):
-    """The method on Swin and ConvNeXt."""
+    """The method on Swin, both versions, and ConvNeXt."""
 
     name = "dynamic_spatial"
     config_class = DynamicSpatialConfig
     needs_training = "dynamic_spatial-swin-t"
-    families = ("swin", "convnext")
+    families = ("swin", "swin_v2", "convnext")
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("vit", "eva", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
+        ("vit", "eva", "naflex", "lvvit"),
+        "it needs a map in stages; use dynamicvit, the same idea on tokens",
     ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}
     config: DynamicSpatialConfig
 

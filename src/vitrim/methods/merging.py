@@ -150,9 +150,10 @@ class Merging(RatioMethod):
 
     name = "merging"
     config_class = MergingConfig
-    families = ("vit", "eva", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
+        ("swin", "swin_v2", "convnext"),
+        "tokens that became one have no place in a map; use dynamic_spatial",
     ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
     usual_stages = 6
     actions = ("merge", "drop")

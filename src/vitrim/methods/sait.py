@@ -180,9 +180,10 @@ class SaiT(Method):
 
     name = "sait"
     config_class = SaiTConfig
-    families = ("vit", "eva", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin_v2": "it scores by attention among all tokens; use dynamic_spatial",
         "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
     }

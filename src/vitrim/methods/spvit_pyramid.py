@@ -139,9 +139,11 @@ class SPViTPyramid(SelectorMethod):
     needs_training = "spvit_pyramid-pit-s"
     families = ("pit", "swin")
     follows_schedules = False
-    refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain vision transformer has no pooling; use spvit",
-        "eva": "a plain vision transformer has no pooling; use spvit",
+    refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("vit", "eva", "naflex"), "a plain vision transformer has no pooling; use spvit"
+    ) | {
+        "swin_v2": "its attention compares directions, and package tokens were made for products; "
+        "use dynamic_spatial",
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }

@@ -112,6 +112,7 @@ class STViT(SemanticMethod):
         "pit": "its semantic tokens have no place in a map, which PiT pools; use spvit_pyramid",
         "convnext": "it has no attention; use dynamic_spatial",
         "swin": "use stvit_swin, or stvit_r, whose map survives",
+        "swin_v2": "it has windows; use dynamic_spatial",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use",
     }

@@ -175,7 +175,7 @@ def test_gradient_checkpointing_changes_nothing():
         "beit_base_patch16_224",
         "cait_xxs24_224",
         "vit_relpos_small_patch16_224",
-        "swinv2_cr_tiny_224",
+        "xcit_nano_12_p8_224",
         "resnet18",
     ],
 )

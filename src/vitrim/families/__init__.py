@@ -17,11 +17,21 @@ from vitrim.families.naflex import NaFlex
 from vitrim.families.pit import PiT
 from vitrim.families.refused import MODULES
 from vitrim.families.swin import Swin
-from vitrim.families.swin_v2 import SwinV2
+from vitrim.families.swin_v2 import SwinV2, SwinV2Cr
 from vitrim.families.vit import ViT
 from vitrim.tokens.calls import bare
 
-FAMILIES: tuple[type[Family], ...] = (ViT, Eva, NaFlex, LVViT, PiT, Swin, SwinV2, ConvNeXt)
+FAMILIES: tuple[type[Family], ...] = (
+    ViT,
+    Eva,
+    NaFlex,
+    LVViT,
+    PiT,
+    Swin,
+    SwinV2,
+    SwinV2Cr,
+    ConvNeXt,
+)
 __all__ = [
     "FAMILIES",
     "ConvNeXt",
@@ -32,6 +42,7 @@ __all__ = [
     "PiT",
     "Swin",
     "SwinV2",
+    "SwinV2Cr",
     "ViT",
     "family_of",
 ]

@@ -279,6 +279,10 @@ class MapPyramid(Pyramid):
         """``run(x)`` as a block's own forward: whoever hooked the block sees it."""
         return called(self.block(stage, index), run, x_BHWC)
 
+    def finish(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
+        """What a block does to each position behind both of its parts; for most, nothing."""
+        return x_BHWC
+
     @property
     @abstractmethod
     def reduction(self) -> int:

@@ -34,7 +34,6 @@ MODULES: Mapping[str, str] = {
     "nest": _POOLED,
     "pvt_v2": _POOLED,
     "qwen3_vit": "an encoder of a language model, which wants all patches in order; use vit",
-    "swin_transformer_v2_cr": "its maps pass norms of their own between blocks; use swin_v2",
     "tiny_vit": _CONVOLUTIONS,
     "tnt": "every patch token has tokens of its pixels beside it; use deit",
     "twins": _CONVOLUTIONS,

@@ -14,9 +14,9 @@ Stages are counted from 0. A stage's downsampling comes before its blocks, as ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,16 +55,22 @@ class Swin(MapPyramid):
     stages_name = "layers"
     classes = (SwinTransformer,)
     modules = ("swin_transformer", "conv_stem_swin")
+    smallest: ClassVar[Mapping[str, Any]] = {"depths": (1, 1, 1, 1)}
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
         served = SwinTransformerStage, PatchMerging, SwinTransformerBlock, WindowAttention
-        yield from part_obstacles(model, *served)
+        yield from part_obstacles(model, model.layers, _STEMS, *served)
+
+    @property
+    def _levels(self) -> Any:
+        """Timm's stages."""
+        return getattr(self.backbone, self.stages_name)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        return tuple(len(stage.blocks) for stage in self.backbone.layers)
+        return tuple(len(stage.blocks) for stage in self._levels)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -76,7 +82,7 @@ class Swin(MapPyramid):
         return "norm", "head"
 
     def block(self, stage: int, index: int) -> Any:
-        return self.backbone.layers[stage].blocks[index]
+        return self._levels[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
         return int(self.block(stage, 0).dim)
@@ -113,7 +119,7 @@ class Swin(MapPyramid):
 
     def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
         """What a stage's blocks start from: merged patches, or the same map in stage 0."""
-        return fmap.with_x(self.backbone.layers[stage].downsample(fmap.x_BHWC))
+        return fmap.with_x(self._levels[stage].downsample(fmap.x_BHWC))
 
     def run_block(
         self, stage: int, index: int, fmap: FeatureMap, pad_first: bool = False
@@ -128,7 +134,7 @@ class Swin(MapPyramid):
         run = partial(called, block, partial(_padded_first, block)) if pad_first else block
         if real_BHW is not None:
             run = partial(called, block, partial(_of_real, block, real_BHW))
-        if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
+        if self._levels[stage].grad_checkpointing and torch.is_grad_enabled():
             return fmap.with_x(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
         return fmap.with_x(run(fmap.x_BHWC))
 
@@ -202,7 +208,7 @@ class Swin(MapPyramid):
 
     def merge_macs(self, stage: int, num_positions: Any) -> Any:
         """MACs of a stage's downsampling to ``num_positions`` positions (a number or a tensor)."""
-        return linear_macs(self.backbone.layers[stage].downsample) * num_positions
+        return linear_macs(self._levels[stage].downsample) * num_positions
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix`, padding to whole windows included."""
@@ -254,20 +260,22 @@ def _padded_first(block: Any, x_BHWC: Tensor) -> Tensor:
     return out
 
 
-def part_obstacles(model: Any, *served: type[nn.Module]) -> Iterator[str]:
-    """What keeps a Swin transformer from being run piece by piece, whose stages, downsampling,
-    blocks and attention layers are ``served``.
+def part_obstacles(
+    model: Any, levels: Any, stems: Sequence[type[nn.Module]], *served: type[nn.Module]
+) -> Iterator[str]:
+    """What keeps a Swin transformer from being run piece by piece, of whose ``levels`` the stages,
+    downsampling, blocks and attention layers are ``served``.
     """
-    if kind(model.patch_embed) not in _STEMS:
-        name = kind(model.patch_embed).__name__
-        yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
+    if kind(model.patch_embed) not in stems:
+        names = ", ".join(stem.__name__ for stem in stems)
+        yield f"patch embedding {kind(model.patch_embed).__name__} (served: {names})"
     if kind(model.head) is not ClassifierHead:
         yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
-    merging = [stage.downsample for stage in model.layers[1:]]
-    names = "stage", "downsampling", "block", "attention", "MLP"
-    blocks = [block for stage in model.layers for block in getattr(stage, "blocks", ())]
+    merging = [stage.downsample for stage in levels[1:]]
+    blocks = [block for stage in levels for block in getattr(stage, "blocks", ())]
     inside = [[getattr(b, name, None) for b in blocks] for name in ("attn", "mlp")]
-    found = zip(names, (*served, Mlp), (model.layers, merging, blocks, *inside), strict=True)
+    parts = "stage", "downsampling", "block", "attention", "MLP"
+    found = zip(parts, (*served, Mlp), (levels, merging, blocks, *inside), strict=True)
     for name, expected, modules in found:
         strangers = {kind(module).__name__ for module in modules if kind(module) is not expected}
         if strangers:

@@ -16,6 +16,8 @@ This library's, by experiments on real weights without training (``results/tried
 * Few blocks merge, and many tokens at once: each block that merges takes time for it, whatever it
   merges, and few lose no accuracy.
 
+Keys with rotary positions are compared as attention compares them, turned by their places.
+
 Where the code of ToMe is wrong (LayerScale and QK-norm are passed over by its blocks), this is not:
 blocks are timm's own. Heads that pool the patch tokens weigh each by its size.
 

@@ -408,9 +408,8 @@ class SaiT(Method):
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""
         one_row = SCORES[self.config.score].of_class and self.has_class
-        width = width_of(family.backbone.blocks[block].attn)
         macs = costs.attention_macs(family, block, tokens)
-        macs += width * tokens * (1 if one_row else tokens)
+        macs += width_of(family.backbone.blocks[block].attn) * tokens * (1 if one_row else tokens)
         if self.config.merge_dropped:
             prefix = family.num_prefix
             macs += costs.matching_macs(family, tokens - prefix, kept - prefix)

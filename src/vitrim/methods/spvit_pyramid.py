@@ -140,11 +140,9 @@ class SPViTPyramid(SelectorMethod):
     families = ("pit", "swin")
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("vit", "eva", "naflex"), "a plain vision transformer has no pooling; use spvit"
+        ("vit", "eva", "naflex", "lvvit"), "it has no pooling between its blocks; use spvit"
     ) | {
-        "swin_v2": "its attention compares directions, and package tokens were made for products; "
-        "use dynamic_spatial",
-        "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
+        "swin_v2": "its attention compares directions, ours of packages not; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     config: SPViTPyramidConfig

@@ -19,6 +19,7 @@ through reading notes. What the sources leave open, and our ruling:
 * pooling: ``"max"`` is what the released code does (for Swin). ``"intra_inter"`` is our reading,
   not verified, of the learned pooling that the paper describes, whose equations we could not check.
 * the residual of the second layer: the text as noted adds P, the released code adds the query.
+* rotary positions: a semantic token is turned as the patch in the middle of its region; ours.
 * training: the recipe for DeiT is in no source; ours are ``stvit-deit-*`` and ``stvit-adapt``.
 
 From a dense class-token model every block maps one to one (the generation layers split the rows of

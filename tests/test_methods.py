@@ -11,7 +11,18 @@ import pytest
 import torch
 
 import vitrim
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.conftest import (
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_eva,
+    tiny_lvvit,
+    tiny_naflex,
+    tiny_pit,
+    tiny_swin,
+    tiny_swin_v2,
+    tiny_vit,
+)
 from vitrim import (
     ASViTConfig,
     DenseConfig,
@@ -117,10 +128,15 @@ BACKBONES = {
     "registers": partial(tiny_vit, class_token=False, reg_tokens=2, global_pool="avg"),
     "class and registers": partial(tiny_vit, reg_tokens=2),
     "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
+    "rotary": partial(tiny_eva, "vit_small_patch16_dinov3"),
+    "rotary per block": partial(tiny_eva, "vit_small_patch16_rope_mixed_224"),
+    "naflex": tiny_naflex,
     "lv-vit": tiny_lvvit,
     "pit": tiny_pit,
     "swin": tiny_swin,
+    "swin v2": tiny_swin_v2,
     "convnext": tiny_convnext,
+    "convolutions as mlp": partial(tiny_convnext, conv_mlp=True),
 }
 """Name: makes a tiny backbone for images of 32 x 32 pixels, with 10 classes."""
 
@@ -247,7 +263,7 @@ def test_training_follows_its_generator(case, backbone):
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    flexible = {"convnext": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
+    flexible = {"convnext": {}, "naflex": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
     options = flexible.get(FAMILIES[backbone], {"dynamic_img_size": True})
     sparse = sparse_model(case, backbone, **options)
     logits = sparse(images(2, size=48))

@@ -198,9 +198,10 @@ class ASViT(Method):
 
     name = "asvit"
     config_class = ASViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin_v2": "it scores by class attention, and Swin has none; use dynamic_spatial",
         "swin": "it scores by class attention, and Swin has none; use dynamic_spatial, "
         "spvit_pyramid, stvit_swin or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",

@@ -145,6 +145,7 @@ def _is_plain(linear: Any) -> bool:
 
 
 def in_features(linear: nn.Module) -> int:
-    """Channels that a linear layer, or the one that a wrapper holds, takes."""
-    sizes = (getattr(part, "in_features", None) for part in linear.modules())
+    """Channels that a linear layer or a convolution, or the one that a wrapper holds, takes."""
+    names = ("in_features", "in_channels")
+    sizes = (getattr(part, name, None) for part in linear.modules() for name in names)
     return next(size for size in sizes if isinstance(size, int))

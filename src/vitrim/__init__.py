@@ -19,7 +19,7 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
         from vitrim import tasks
         from vitrim.budget import Calibration
         from vitrim.budgets.calibrate import calibrate
-        from vitrim.convert import load_official
+        from vitrim.convert import from_transformers, load_official
         from vitrim.features import FeaturesOnly, SimplePyramid
         from vitrim.methods.asvit import ASViTConfig
         from vitrim.methods.dense import DenseConfig
@@ -68,6 +68,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "from_pretrained",
+    "from_transformers",
     "load_official",
     "sparsify",
     "tasks",

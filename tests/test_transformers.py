@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.data import create_transform
-from torch import nn
 
 from tests.conftest import images, jitter
 from vitrim import (
-    ConfigError,
-    DenseConfig,
-    DynamicViTConfig,
-    MergingConfig,
-    UnsupportedBackboneError,
-    from_pretrained,
     from_transformers,
 )
 
@@ -80,7 +72,9 @@ def made(name):
 
 
 def tower_of(model):
-    return next((getattr(model, n) for n in ("vit", "deit", "vision_model") if hasattr(model, n)), model)
+    return next(
+        (getattr(model, n) for n in ("vit", "deit", "vision_model") if hasattr(model, n)), model
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -24,7 +25,8 @@ USUAL: dict[str, dict[str, Any]] = {
     "dinov2": _IMAGENET | _CROPPED,
     "dinov2_with_registers": _IMAGENET | _CROPPED,
     "clip_vision_model": _OPENAI | _CROPPED | {"crop_pct": 1.0},
-    "siglip_vision_model": _HALF | {"interpolation": "bicubic", "crop_pct": 1.0}
+    "siglip_vision_model": _HALF
+    | {"interpolation": "bicubic", "crop_pct": 1.0}
     | {"crop_mode": "squash"},
 }
 """As the published models of a kind have it (their ``preprocessor_config.json``), in timm's words,
@@ -74,6 +76,31 @@ def data_of_processor(processor: Any) -> dict[str, Any]:
         "crop_mode": "squash" if squash else "center",
     }
     check_preprocessing(data, ConfigError, f"the {type(processor).__name__}")
+    return data
+
+
+def data_of_open_clip(prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of open_clip's ``preprocess_cfg``.
+
+    Raises:
+        ConfigError: timm has no word for what it does.
+    """
+    size, modes = prepared["size"], {"shortest": "center", "squash": "squash"}
+    height, width = (size, size) if isinstance(size, int) else size
+    mode = prepared.get("resize_mode", "shortest")
+    if mode not in modes:
+        raise ConfigError(
+            f"resize_mode {mode!r} of open_clip has no word in timm; known: {', '.join(modes)}"
+        )
+    data = {
+        "input_size": (3, height, width),
+        "mean": _three(prepared["mean"]),
+        "std": _three(prepared["std"]),
+        "interpolation": prepared.get("interpolation", "bicubic"),
+        "crop_pct": 1.0,
+        "crop_mode": modes[mode],
+    }
+    check_preprocessing(data, ConfigError, "open_clip's preprocess_cfg")
     return data
 
 

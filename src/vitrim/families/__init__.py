@@ -11,11 +11,11 @@ from torch import nn
 from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.base import Family
 from vitrim.families.convnext import ConvNeXt
+from vitrim.families.foreign import advice, check_bare
 from vitrim.families.lvvit import LVViT
 from vitrim.families.pit import PiT
 from vitrim.families.swin import Swin
 from vitrim.families.vit import ViT
-from vitrim.tokens.calls import bare
 
 FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
 __all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
@@ -27,11 +27,8 @@ def family_of(backbone: nn.Module) -> Family:
     Raises:
         UnsupportedBackboneError: no family can run it without changing its numbers.
     """
+    check_bare(backbone)
     name = type(backbone).__name__
-    if bare(backbone) is not backbone:
-        raise UnsupportedBackboneError(
-            "this model is compiled; make the model sparse first, and compile the sparse model"
-        )
     for family in FAMILIES:
         if family.accepts(backbone):
             obstacles = list(family.obstacles(backbone))
@@ -40,6 +37,8 @@ def family_of(backbone: nn.Module) -> Family:
                     f"this {name} cannot be made sparse: {'; '.join(obstacles)}"
                 )
             return family(backbone)
+    if (hint := advice(backbone)) is not None:
+        raise UnsupportedBackboneError(f"{name} is no timm model. {hint}")
     served = "; ".join(f"{family.name}: {family.serves}" for family in FAMILIES)
     raise UnsupportedBackboneError(
         f"{name} is not a backbone that vitrim knows, and running it by guesswork could change its "

@@ -56,7 +56,8 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
 @cache
 def backbone_arguments() -> frozenset[str]:
     """What a file may say of how a backbone is made: what the classes of all families take,
-    and ``plain_vit``."""
+    and ``plain_vit``.
+    """
     classes = [cls for family in FAMILIES for cls in family.classes]
     taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     return frozenset(taken - {"self", "args", "kwargs", "device", "dtype"} | ARGUMENTS | {_OVERLAY})

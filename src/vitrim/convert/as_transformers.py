@@ -84,26 +84,24 @@ class SparseForImageClassification(PreTrainedModel):  # type: ignore[misc]
                 "last_hidden_state and pooler_output"
             )
         images = pixel_values.to(next(self.sparse.parameters()).dtype)
-        output = SparseOutput()
-        if self.logits_only:
-            output.logits = self.sparse(images)
-        else:
-            self._fill(output, images)
-        if labels is not None and output.logits is not None:
-            output.loss = self.loss_function(labels, output.logits, self.config)
+        found = self._logits(images) if self.logits_only else self._everything(images)
+        if labels is not None and "logits" in found:
+            found["loss"] = self.loss_function(labels, found["logits"], self.config)
+        output = SparseOutput(**found)
         return output if return_dict is not False else output.to_tuple()
 
-    def _fill(self, output: SparseOutput, images: Tensor) -> None:
+    def _logits(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.sparse(images)}
+
+    def _everything(self, images: Tensor) -> dict[str, Tensor]:
         backbone = self.sparse.backbone
         # As transformers' CLIP does: what it norms before its blocks, it hands on before the last.
         norm = isinstance(getattr(backbone, "norm_pre", None), nn.Identity)
-        found = self.sparse.embeddings(images, norm)
-        output.last_hidden_state = torch.cat([found.prefix, found.patches], 1)
-        output.pooler_output = found.pooled
-        if self.pooler is not None:
-            output.pooler_output = self.pooler(output.last_hidden_state)
-        if backbone.num_classes:
-            output.logits = found.logits
+        embeddings = self.sparse.embeddings(images, norm)
+        hidden = torch.cat([embeddings.prefix, embeddings.patches], 1)
+        pooled = embeddings.pooled if self.pooler is None else self.pooler(hidden)
+        found = {"last_hidden_state": hidden, "pooler_output": pooled}
+        return found | {"logits": embeddings.logits} if backbone.num_classes else found
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
         """Write vitrim's checkpoint, which ``vitrim.from_pretrained`` reads."""

@@ -19,6 +19,7 @@ from vitrim.errors import MissingExtraError, UnsupportedBackboneError
 from vitrim.families import FAMILIES
 from vitrim.families.foreign import check_bare
 from vitrim.model import SparseModel, sparsify
+from vitrim.tokens.calls import kind
 
 
 def sparsify_inside(
@@ -60,7 +61,12 @@ def sparsify_inside(
             seen, advice = "it is a vision tower itself", _itself(model)
         raise UnsupportedBackboneError(f"in this {type(model).__name__} there is {seen}; {advice}")
     parent, _, name = found[0].rpartition(".")
-    holder, tower = model.get_submodule(parent), model.get_submodule(found[0])
+    try:
+        holder, tower = model.get_submodule(parent), model.get_submodule(found[0])
+    except AttributeError as error:
+        raise UnsupportedBackboneError(
+            f"this {type(model).__name__} has no module {path!r}; leave the path out to look for it"
+        ) from error
     instead: nn.Module
     if is_tower(tower):
         sparse = converted(tower, config, processor, image_size, generator)
@@ -83,7 +89,7 @@ def sparsify_inside(
 def _towers(model: nn.Module, path: str = "") -> Iterator[str]:
     """Names of the vision towers in ``model``; what is inside of one is not looked at."""
     served = {cls for family in FAMILIES for cls in family.classes}
-    if isinstance(model, SparseModel) or type(model) in served or _is_converted(model):
+    if isinstance(model, SparseModel) or kind(model) in served or _is_converted(model):
         yield path
         return
     for name, child in model.named_children():

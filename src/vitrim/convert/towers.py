@@ -151,7 +151,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name in _WHOLE:
             weights[_WHOLE[name]] = tensor
         else:
-            weights[f"{_WHOLE.get(inside, inside)}.{last}"] = tensor
+            weights[name if block else f"{_WHOLE.get(inside, inside)}.{last}"] = tensor
     for name, parts in joined.items():
         weights[name] = torch.cat([parts[place] for place in sorted(parts)])
     return weights

@@ -24,7 +24,9 @@ FLOORS = {
     "models": 4,
     "families": 4,
     "methods": 5,
+    "modes": 1,
     "budget": 6,
+    "hub": 6,
     "features": 6,
     "as_timm": 6,
     "model": 6,
@@ -41,7 +43,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 31_792
+LINES = 33_016
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

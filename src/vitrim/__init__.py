@@ -19,7 +19,12 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
         from vitrim import tasks
         from vitrim.budget import Calibration
         from vitrim.budgets.calibrate import calibrate
-        from vitrim.convert import load_official
+        from vitrim.convert import (
+            as_transformers,
+            from_transformers,
+            load_official,
+            sparsify_inside,
+        )
         from vitrim.features import FeaturesOnly, SimplePyramid
         from vitrim.methods.asvit import ASViTConfig
         from vitrim.methods.dense import DenseConfig
@@ -66,9 +71,12 @@ __all__ = [
     "UnsupportedBackboneError",
     "VitrimError",
     "__version__",
+    "as_transformers",
     "calibrate",
     "from_pretrained",
+    "from_transformers",
     "load_official",
     "sparsify",
+    "sparsify_inside",
     "tasks",
 ]

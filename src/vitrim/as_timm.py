@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitrim.errors import ConfigError
 from vitrim.families import Family
+from vitrim.families.base import Pyramid
 from vitrim.families.inside import WithoutHead
 from vitrim.features import FeaturesOnly, is_empty, one_for_none, taken_indices
 from vitrim.methods.base import Method
@@ -37,6 +38,21 @@ _THE_BACKBONES = frozenset(
     )
 )
 """What is the backbone's own; what it does not have, the sparse model has not either."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What one forward of a plain vision transformer says of images."""
+
+    logits: Tensor
+    """(B, classes); where there is no classifier, :attr:`pooled`."""
+    pooled: Tensor
+    """(B, C): what the classifier reads, pooled of the tokens that are kept."""
+    prefix: Tensor
+    """(B, P, C): class, distillation and register tokens."""
+    patches: Tensor
+    """(B, N, C): all patches, row by row. A dropped one is as it was when it was dropped, a merged
+    one as the token that it is in."""
 
 
 class TimmModel(nn.Module):
@@ -119,6 +135,34 @@ class TimmModel(nn.Module):
         indices = self._taken(indices)
         output = self._maps(partial(self._settled().features, family), images, indices, None)
         return output.levels, family.pool(output.state)
+
+    def embeddings(self, images: Tensor, norm: bool = True) -> Embeddings:
+        """What other models, searches and probes go on from, in one forward.
+
+        Args:
+            images: (B, channels, H, W).
+            norm: whether prefix tokens and patches have passed the final norm, as in timm's
+                ``forward_features``.
+
+        Raises:
+            ConfigError: the method gives no maps, or the backbone is a pyramid.
+        """
+        if is_empty(images):
+            one = self.embeddings(one_for_none(images), norm)
+            return Embeddings(one.logits[:0], one.pooled[:0], one.prefix[:0], one.patches[:0])
+        family, method = self.family, self._settled()
+        if isinstance(family, Pyramid):
+            raise ConfigError(
+                f"embeddings are of plain vision transformers; of {family.name!r}, "
+                "embedded_features gives the maps and what the classifier reads"
+            )
+        make = method.train_features if self.training else method.features
+        output = self._maps(partial(make, family), images, family.level_indices, None)
+        prefix_BPC = output.state.prefix_BPC[:, : family.num_prefix]
+        x_BNC = torch.cat([prefix_BPC, output.levels[0].flatten(2).transpose(1, 2)], 1)
+        x_BNC = self.backbone.norm(x_BNC) if norm else x_BNC
+        logits, pooled = family.head(output.state), family.pool(output.state)
+        return Embeddings(logits, pooled, *x_BNC.tensor_split([family.num_prefix], 1))
 
     def _maps(
         self, make: Callable[..., FeatureOutput], images: Tensor, indices: Any, sizes: Sizes

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitrim.budget import Calibration
-from vitrim.config import from_plain, read_json, require
+from vitrim.config import from_plain, read_json, require, shown
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families.described import describe_backbone, describe_data
 from vitrim.methods import method_by_name
@@ -333,6 +333,22 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
             )
         time.sleep(0.05)  # somebody replaces one after the other
     return description, weights
+
+
+def read_labels(description: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """The names of the classes in a ``config.json``; None where it has none.
+
+    Raises:
+        CheckpointError: they are no texts, or more or fewer than the classes.
+    """
+    labels = description.get("labels")
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"damaged: labels is {shown(labels)}; a list of texts is due")
+    if len(labels) != num_classes:
+        raise CheckpointError(f"damaged: there are {len(labels)} labels for {num_classes} classes")
+    return tuple(labels)
 
 
 def read_calibration(description: Mapping[str, Any]) -> tuple[Calibration, ...]:

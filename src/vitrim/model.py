@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from vitrim.features import is_empty, one_for_none
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
+from vitrim.modes import eval_mode, evaluating
 from vitrim.tokens.calls import is_hooked
 from vitrim.tokens.plain import Grid, Sizes
 
@@ -81,6 +81,8 @@ class SparseModel(TimmModel):
         self.method.train(backbone.training)
         self.origin: str | None = None
         self.data_config: dict[str, Any] = {}
+        self.labels: tuple[str, ...] | None = None
+        """Names of the classes, where the model brings some."""
         self.calibration = ()
         self._newborn = _samples(self.method)
 
@@ -350,10 +352,16 @@ class SparseModel(TimmModel):
             "calibration": [to_plain(record) for record in records],
             "origin": origin or self.origin,
             "metrics": metrics or {},
+            "labels": self._labels(),
         }
         description = checkpoint.described(self.backbone, self.data_config, known)
         still._check_rebuilt(description, weights)
         checkpoint.write(folder, description, weights)
+
+    def _labels(self) -> list[str] | None:
+        """The names of the classes, if they are still those of the classifier."""
+        labels = list(self.labels or ())
+        return labels if labels and len(labels) == self.num_classes else None
 
     def _check_rebuilt(self, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Raise :class:`CheckpointError` unless a checkpoint would be read back as this model."""
@@ -409,27 +417,6 @@ def _samples(method: Method) -> dict[str, Tensor]:
     }
 
 
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is as it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    modes = [(module, training) for module, training in modes if training]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation and inference mode; afterwards every module is as it was."""
-    with eval_mode(*models), torch.inference_mode():
-        yield
-
-
 def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
     """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
 
@@ -449,6 +436,7 @@ def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> Sp
     model = _made(description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options)
     model.origin = description.get("origin")
     model.data_config = description["data"]
+    model.labels = checkpoint.read_labels(description, model.num_classes)
     if not method_options:  # other settings, other costs
         model.calibration = checkpoint.read_calibration(description)
     return model.eval()

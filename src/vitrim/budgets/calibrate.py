@@ -15,7 +15,8 @@ from torch import Tensor
 from vitrim.budget import TOLERANCE, Calibration, Curve, Spread, check_budget
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
-from vitrim.model import SparseModel, evaluating
+from vitrim.model import SparseModel
+from vitrim.modes import evaluating
 from vitrim.tokens.plain import Sizes
 from vitrim.tools.evaluate import check_answers
 

@@ -22,7 +22,8 @@ from vitrim.errors import ConfigError, InputError
 from vitrim.families import ViT, family_of
 from vitrim.latency.table import LatencyTable, predict
 from vitrim.methods import method_of_config
-from vitrim.model import SparseModel, evaluating, sparsify
+from vitrim.model import SparseModel, sparsify
+from vitrim.modes import evaluating
 from vitrim.tokens.plain import Grid
 
 EFFECT_IMAGES = 64

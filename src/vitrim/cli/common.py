@@ -205,8 +205,9 @@ def num_classes_of(model: nn.Module) -> int:
 
 
 def class_names_of(model: nn.Module, dataset: Any = None) -> Sequence[str] | None:
-    """Names of the classes: the data's, or ImageNet's for a thousand outputs."""
+    """Names of the classes: the data's, the model's, or ImageNet's for a thousand outputs."""
     classes: Sequence[str] | None = getattr(dataset, "classes", None)
+    classes = getattr(model, "labels", None) if classes is None else classes
     if classes is None and num_classes_of(model) == 1000:
         from timm.data.imagenet_info import ImageNetInfo
 

@@ -27,7 +27,8 @@ from vitrim.cli.tasks import candidates as task_candidates
 from vitrim.errors import ConfigError, InputError
 from vitrim.features import FeaturesOnly, TimmPyramid
 from vitrim.methods import method_by_name
-from vitrim.model import SparseModel, evaluating, sparsify
+from vitrim.model import SparseModel, sparsify
+from vitrim.modes import evaluating
 from vitrim.runtime import check_finite as check_logits
 from vitrim.tools.benchmark import benchmark
 from vitrim.tools.evaluate import check_answers

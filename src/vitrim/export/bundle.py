@@ -28,7 +28,8 @@ from vitrim.errors import ConfigError, InputError
 from vitrim.export import formats
 from vitrim.families import Family, family_of
 from vitrim.features import FeaturesOnly
-from vitrim.model import SparseModel, evaluating
+from vitrim.model import SparseModel
+from vitrim.modes import evaluating
 from vitrim.runtime import (
     BUNDLE_FILE,
     FORMAT,

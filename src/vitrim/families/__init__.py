@@ -12,6 +12,7 @@ from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.base import Family
 from vitrim.families.convnext import ConvNeXt
 from vitrim.families.eva import Eva
+from vitrim.families.foreign import advice, check_bare
 from vitrim.families.lvvit import LVViT
 from vitrim.families.naflex import NaFlex
 from vitrim.families.pit import PiT
@@ -19,7 +20,6 @@ from vitrim.families.refused import MODULES
 from vitrim.families.swin import Swin
 from vitrim.families.swin_v2 import SwinV2, SwinV2Cr
 from vitrim.families.vit import ViT
-from vitrim.tokens.calls import bare
 
 FAMILIES: tuple[type[Family], ...] = (
     ViT,
@@ -54,11 +54,8 @@ def family_of(backbone: nn.Module) -> Family:
     Raises:
         UnsupportedBackboneError: no family can run it without changing its numbers.
     """
+    check_bare(backbone)
     name = type(backbone).__name__
-    if bare(backbone) is not backbone:
-        raise UnsupportedBackboneError(
-            "this model is compiled; make the model sparse first, and compile the sparse model"
-        )
     for family in FAMILIES:
         if family.accepts(backbone):
             obstacles = list(family.obstacles(backbone))
@@ -67,6 +64,8 @@ def family_of(backbone: nn.Module) -> Family:
                     f"this {name} cannot be made sparse: {'; '.join(obstacles)}"
                 )
             return family(backbone)
+    if (hint := advice(backbone)) is not None:
+        raise UnsupportedBackboneError(f"{name} is no timm model. {hint}")
     served = "; ".join(f"{family.name}: {family.serves}" for family in FAMILIES)
     module = type(backbone).__module__
     why = MODULES.get(module.rpartition(".")[2]) if module.startswith("timm.") else None

@@ -22,6 +22,7 @@ from torch import nn
 from vitrim.config import closest, require
 from vitrim.errors import CheckpointError
 from vitrim.families import FAMILIES
+from vitrim.models.plain_vit import ARGUMENTS
 
 _OVERLAY = "pretrained_cfg_overlay"
 _LARGEST = 2**16
@@ -54,12 +55,14 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
 
 @cache
 def backbone_arguments() -> frozenset[str]:
-    """What a file may say of how a backbone is made: what the classes of all families take."""
+    """What a file may say of how a backbone is made: what the classes of all families take,
+    and ``plain_vit``.
+    """
     classes = [cls for family in FAMILIES for cls in family.classes]
     taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
     taken |= {name for family in FAMILIES for name in family.arguments}
     taken -= {"self", "args", "kwargs", "device", "dtype", "cfg"}
-    return frozenset(taken | {_OVERLAY})
+    return frozenset(taken | ARGUMENTS | {_OVERLAY})
 
 
 def check_arguments(kwargs: Any, where: str = "backbone.kwargs") -> None:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from vitrim.models.conv_stem_swin import SwinConvStem
 from vitrim.models.lvvit import LVVisionTransformer
+from vitrim.models.plain_vit import plain_vit
 
-__all__ = ["LVVisionTransformer", "SwinConvStem"]
+__all__ = ["LVVisionTransformer", "SwinConvStem", "plain_vit"]

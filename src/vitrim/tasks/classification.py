@@ -23,7 +23,8 @@ from vitrim.families import family_of
 from vitrim.families.described import describe_backbone, describe_data
 from vitrim.layers import losses
 from vitrim.methods.records import DenseOutput
-from vitrim.model import SparseModel, eval_mode, from_pretrained
+from vitrim.model import SparseModel, from_pretrained
+from vitrim.modes import eval_mode
 from vitrim.tasks.base import Score, Share, Task
 from vitrim.tasks.labelled import TrainLoader, validation_loader
 from vitrim.tools.evaluate import check_logits, check_scores, check_weights

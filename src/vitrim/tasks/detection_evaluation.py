@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vitrim.errors import InputError
-from vitrim.model import evaluating
+from vitrim.modes import evaluating
 from vitrim.tasks.coco_metrics import CocoRecords, Result, bootstrap, coco_results
 from vitrim.tasks.detection import Detector
 from vitrim.tasks.detection_data import DetectionLoader

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.errors import InputError, TrainingError
-from vitrim.model import eval_mode
+from vitrim.modes import eval_mode
 from vitrim.tasks.base import Score, Share
 from vitrim.tasks.coco_metrics import Result, coco_metrics, coco_results
 from vitrim.tasks.config import DetectionConfig

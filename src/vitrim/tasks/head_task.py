@@ -20,7 +20,7 @@ from vitrim.config import require
 from vitrim.errors import ConfigError, InputError
 from vitrim.families.described import describe_data
 from vitrim.methods.base import Method
-from vitrim.model import eval_mode
+from vitrim.modes import eval_mode
 from vitrim.tasks.base import Share, Task
 from vitrim.tasks.model import TaskModel
 from vitrim.tasks.opened import from_pretrained

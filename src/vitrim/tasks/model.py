@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vitrim.config import require, shown
 from vitrim.families import Family, family_of
 from vitrim.methods.records import FeatureOutput
-from vitrim.model import SparseModel, eval_mode
+from vitrim.model import SparseModel
+from vitrim.modes import eval_mode
 from vitrim.tasks import saved
 from vitrim.tokens.plain import Grid, Sizes
 

@@ -18,7 +18,8 @@ from vitrim import checkpoint
 from vitrim.config import from_plain, shown, to_plain
 from vitrim.errors import CheckpointError, ConfigError
 from vitrim.families import described
-from vitrim.model import SparseModel, evaluating
+from vitrim.model import SparseModel
+from vitrim.modes import evaluating
 
 Make = Callable[[nn.Module], Any]
 """From a backbone to the model on it, with new weights."""

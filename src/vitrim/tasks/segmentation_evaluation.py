@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from vitrim.errors import InputError
-from vitrim.model import evaluating
+from vitrim.modes import evaluating
 from vitrim.tasks.evaluation import DENSE, Costs, TaskEvaluation
 from vitrim.tasks.segmentation import Segmenter
 from vitrim.tasks.segmentation_batches import SegmentationLoader

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitrim.config import require
 from vitrim.errors import ConfigError, InputError, TrainingError
-from vitrim.model import eval_mode
+from vitrim.modes import eval_mode
 from vitrim.tasks.base import Score, Share
 from vitrim.tasks.head_task import HeadTask
 from vitrim.tasks.scenes import LABEL_NAMES, is_scenes

@@ -18,7 +18,8 @@ from vitrim.budget import Spread
 from vitrim.costs.macs import counting
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
-from vitrim.model import SparseModel, Trace, evaluating
+from vitrim.model import SparseModel, Trace
+from vitrim.modes import evaluating
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[int], None]

@@ -381,10 +381,12 @@ _RUNTIMES: dict[str, Callable[[Path, int | None, dict[str, Any]], Started]] = {
 
 
 class UnreadableImageError(InputError):
-    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
+    """An image file, or one of another ``kind``, is damaged, or is none; ``name`` is the file and
+    ``reason`` is why.
+    """
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be read as an image: {reason}")
+    def __init__(self, name: str, reason: str, kind: str = "an image") -> None:
+        super().__init__(f"{name} cannot be read as {kind}: {reason}")
         self.name = name
         self.reason = reason
 
@@ -403,12 +405,17 @@ def decode(file: BinaryIO) -> Image.Image:
     raise nearly anything.
     """
     with Image.open(file, formats=IMAGE_FORMATS) as opened:
-        if max(opened.size) > MOST_ELONGATED * min(opened.size):
-            raise ValueError(
-                f"it has {opened.width} x {opened.height} pixels; one side may be "
-                f"{MOST_ELONGATED} times as long as the other, at most"
-            )
+        check_proportions(*opened.size)
         return opened.convert("RGB")
+
+
+def check_proportions(width: int, height: int) -> None:
+    """Raise :class:`ValueError` for an image that is very long and thin."""
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise ValueError(
+            f"it has {width} x {height} pixels; one side may be {MOST_ELONGATED} times as long as "
+            "the other, at most"
+        )
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -48,5 +48,5 @@ class Sampling:
         share = ((np.arange(self.clips) + 0.5) / self.clips)[:, None]
         if training:
             share = np.array([[random.random() for _ in range(self.frames)]])
-        places = (np.arange(self.frames) + share) * length / self.frames
-        return np.minimum(places.astype(int), length - 1)
+        places = ((np.arange(self.frames) + share) * length / self.frames).astype(int)
+        return np.minimum(places, length - 1)

@@ -1,7 +1,7 @@
 """Models on clips: video models on several views of a video, image models frame by frame.
 
-    frame_wise = vitrim.tasks.video.FrameWise(vitrim.from_pretrained("runs/deit_s"), frames=8)
-    logits = frame_wise(clips)  # (B, 3, 8, H, W): the mean over the frames
+frame_wise = vitrim.tasks.video.FrameWise(vitrim.from_pretrained("runs/deit_s"), frames=8)
+logits = frame_wise(clips)  # (B, 3, 8, H, W): the mean over the frames
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from vitrim.config import require
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
-from vitrim.model import SparseModel, Trace, eval_mode
-from vitrim.tools.evaluate import dense_macs
+from vitrim.model import SparseModel, Trace
+
+FRAMES_OF_IMAGES = 8
+"""Of a clip, where an image model looks at it and nobody says how many."""
 
 
 def takes_clips(model: nn.Module) -> bool:
     """Whether ``model`` takes clips (B, 3, T, H, W), and not images."""
-    if not isinstance(model, SparseModel | OnClips):
-        try:
-            return bool(getattr(family_of(model), "takes_clips", False))
-        except UnsupportedBackboneError:
-            return False
-    return bool(getattr(model, "takes_clips", False))
+    if isinstance(model, SparseModel | OnClips):
+        return model.takes_clips
+    try:
+        return family_of(model).clip_frames is not None
+    except UnsupportedBackboneError:  # a model that runs, but not piece by piece
+        return False
 
 
 def on_clips(model: nn.Module, frames: int) -> nn.Module:
@@ -93,14 +95,14 @@ class FrameWise(OnClips):
         """Logits (B, classes) of clips (B, 3, T, H, W)."""
         images = self._frames_of(clips)
         logits: Tensor = self.model(images)
-        return logits.unflatten(0, (len(clips), self.frames)).mean(1)
+        return logits.reshape(len(clips), self.frames, -1).mean(1)
 
     @torch.no_grad()
     def trace(self, clips: Tensor) -> Trace:
-        trace = self.inner.trace(self._frames_of(clips))
+        trace: Trace = self.inner.trace(self._frames_of(clips))
         parts = (len(clips), self.frames)
-        logits, macs = (x.unflatten(0, parts) for x in (trace.logits, trace.macs))
-        return replace(trace, logits=logits.mean(1), macs=macs.sum(1))
+        logits = trace.logits.reshape(*parts, -1).mean(1)
+        return replace(trace, logits=logits, macs=trace.macs.reshape(parts).sum(1))
 
     def _frames_of(self, clips: Tensor) -> Tensor:
         if clips.ndim != 5 or clips.shape[2] != self.frames:
@@ -109,15 +111,15 @@ class FrameWise(OnClips):
             )
         return folded(clips)
 
-    def dense_macs(self, size: tuple[int, int]) -> int:
-        """MACs of a clip of frames of (height, width), with nothing dropped."""
-        return self.frames * dense_macs_of(self.inner, size)
+    def dense_macs(self, size: tuple[int, ...]) -> int:
+        """MACs of a clip of (frames, height, width), with nothing dropped."""
+        return self.frames * dense_macs_of(self.inner, size[1:])
 
-    def macs(self, size: tuple[int, int]) -> int | None:
+    def macs(self, size: tuple[int, ...]) -> int | None:
         """MACs of a clip; None where they depend on the images."""
         if not isinstance(self.inner, SparseModel):
             return self.dense_macs(size)
-        macs = self.inner.macs(size)
+        macs = self.inner.macs((size[1], size[2]))
         return None if macs is None else self.frames * macs
 
 
@@ -138,13 +140,13 @@ class Views(OnClips):
     @torch.no_grad()
     def trace(self, views: Tensor) -> Trace:
         model: Any = self.model
-        traces = [model.trace(view) for view in views.unbind(1)]
+        traces: list[Trace] = [model.trace(view) for view in views.unbind(1)]
         logits = mean_of_views([trace.logits for trace in traces])
         macs = torch.stack([trace.macs for trace in traces]).mean(0)
         return replace(traces[0], logits=logits, macs=macs)
 
-    def dense_macs(self, size: tuple[int, int]) -> int:
-        """MACs of a view of frames of (height, width), with nothing dropped."""
+    def dense_macs(self, size: tuple[int, ...]) -> int:
+        """MACs of a view of (frames, height, width), with nothing dropped."""
         if isinstance(self.model, OnClips):
             model: Any = self.model
             return int(model.dense_macs(size))
@@ -159,9 +161,9 @@ def mean_of_views(logits: list[Tensor]) -> Tensor:
     return logs.logsumexp(0) - torch.tensor(float(len(logits))).log()
 
 
-def dense_macs_of(model: Any, size: tuple[int, int]) -> int:
-    """MACs of a model's backbone on one image, or clip of the model's length, of such frames."""
+def dense_macs_of(model: nn.Module, size: tuple[int, ...]) -> int:
+    """MACs of a model, with nothing dropped, on one image or clip of this size."""
     if isinstance(model, SparseModel):
-        return model.dense_macs(size)
-    family = family_of(model)
-    return family.dense_macs(family.grid(size))
+        model = model.backbone
+    device = next(model.parameters()).device
+    return dense_macs(model, torch.zeros(1, 3, *size, device=device))

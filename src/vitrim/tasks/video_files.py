@@ -7,7 +7,7 @@ or addresses (playlists, patterns, concatenations) are not even looked at.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -97,7 +97,7 @@ class VideoFile:
         return len(self._times)
 
     def read(
-        self, numbers: Collection[int], change: Callable[[Image.Image], Value]
+        self, numbers: Iterable[int], change: Callable[[Image.Image], Value]
     ) -> dict[int, Value]:
         """Frames by their numbers, upright, each changed as soon as it is decoded.
 

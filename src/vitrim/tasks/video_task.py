@@ -30,12 +30,9 @@ from vitrim.tasks.clips import ClipReader, held_out_reader, open_clips
 from vitrim.tasks.config import VideoConfig
 from vitrim.tasks.labelled import TrainLoader, training_transform
 from vitrim.tasks.moving_digits import is_moving_digits
-from vitrim.tasks.video import Views, folded, on_clips, takes_clips
+from vitrim.tasks.video import FRAMES_OF_IMAGES, Views, folded, on_clips, takes_clips
 from vitrim.train.data import EvalLoader, check_label_space, digits_data_config
 from vitrim.train.recipe import Recipe
-
-FRAMES_OF_IMAGES = 8
-"""Of a clip, where an image model looks at it and nobody says how many."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +84,7 @@ class VideoTask(Task):
         reader = ClipReader(
             sampling, training_transform(recipe.augment, self.data_config), training=True
         )
-        clips = open_clips(
-            data.train, reader, labelled=data.labels, length=data.length, **options
-        )
+        clips = open_clips(data.train, reader, labelled=data.labels, length=data.length, **options)
         _warn_of_flips(recipe, getattr(clips, "classes", None))
         loader = TrainLoader(recipe, self.data_config, num_classes, share, clips)
         if data.val is None:
@@ -152,8 +147,8 @@ def _check_flips(recipe: Recipe) -> None:
     mirrored = recipe.augment.hflip > 0 and not recipe.augment.none
     require(
         not (mirrored and is_moving_digits(recipe.data.train)),
-        f"augment.hflip is {recipe.augment.hflip:g}, and the label of moving digits is a direction, "
-        "which a mirror turns round; set augment.hflip = 0",
+        f"augment.hflip is {recipe.augment.hflip:g}, and moving digits are told apart by their "
+        "direction, which a mirror turns round; set augment.hflip = 0",
     )
 
 

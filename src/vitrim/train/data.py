@@ -12,21 +12,19 @@ An image that cannot be read is named, counted and left out; it is never replace
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
-from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from vitrim.config import closest, read_text
-from vitrim.errors import ConfigError, InputError
+from vitrim.config import closest
+from vitrim.errors import InputError
 from vitrim.runtime import open_image
 from vitrim.train.class_folders import (
     IMAGE_SUFFIXES,
@@ -39,7 +37,6 @@ from vitrim.train.class_folders import (
 )
 from vitrim.train.digits import MEAN, SMALLEST_SIDE, STD, ClutteredDigits
 from vitrim.train.samples import (
-    UNLABELLED,
     FolderReader,
     ReaderDataset,
     SkipUnreadable,

@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MOST_VALUES = 2**30
 """Of the images of one call."""
+MOST_FRAMES = 1024
+"""Of a clip."""
 MOST_PIXELS = 4096
 """A side of a prepared image."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -254,7 +256,8 @@ def check_preprocessing(
 ) -> None:
     """Check what says how images are prepared, in timm's words: ``input_size`` (channels, height,
     width), ``mean`` and ``std`` of each channel in pixel values from 0 to 1, and, where they are
-    given, ``interpolation``, ``crop_pct`` and ``crop_mode``. Messages call it ``where``.
+    given, ``interpolation``, ``crop_pct``, ``crop_mode`` and ``frames`` (of clips). Messages call
+    it ``where``.
 
     Raises:
         error: a value is absent, of another kind, or out of range.
@@ -289,6 +292,9 @@ def check_preprocessing(
     require("crop_pct", _is_number(share) and 0.1 <= share <= 1, "a number from 0.1 to 1")
     known = data.get("crop_mode", "center") in ("center", "border", "squash")
     require("crop_mode", known, "center, border or squash")
+    frames = data.get("frames", 1)
+    known = _is_whole(frames) and 1 <= frames <= MOST_FRAMES
+    require("frames", known, f"a whole number from 1 to {MOST_FRAMES}")
 
 
 def _is_whole(value: Any) -> bool:

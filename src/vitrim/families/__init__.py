@@ -14,11 +14,22 @@ from vitrim.families.convnext import ConvNeXt
 from vitrim.families.lvvit import LVViT
 from vitrim.families.pit import PiT
 from vitrim.families.swin import Swin
+from vitrim.families.video_swin import VideoSwin
 from vitrim.families.vit import ViT
 from vitrim.tokens.calls import bare
 
-FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
-__all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
+FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt, VideoSwin)
+__all__ = [
+    "FAMILIES",
+    "ConvNeXt",
+    "Family",
+    "LVViT",
+    "PiT",
+    "Swin",
+    "ViT",
+    "VideoSwin",
+    "family_of",
+]
 
 
 def family_of(backbone: nn.Module) -> Family:

@@ -184,6 +184,7 @@ class SaiT(Method):
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
         "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
+        "video_swin": "it is of images; use stvit_video",
     }
     serves_dense = True
     follows_schedules = True

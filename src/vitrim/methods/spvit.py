@@ -108,6 +108,7 @@ class SPViT(SelectorMethod):
         "pit": "its map is pooled between stages; use spvit_pyramid",
         "swin": "its map is merged between stages; use spvit_pyramid",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
+        "video_swin": "it is of images; use stvit_video",
     }
     needs_training = "spvit-adapt"
     config: SPViTConfig

@@ -143,6 +143,7 @@ class SPViTPyramid(SelectorMethod):
         "vit": "a plain vision transformer has no pooling; use spvit",
         "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
+        "video_swin": "it is of images; use stvit_video",
     }
     config: SPViTPyramidConfig
 

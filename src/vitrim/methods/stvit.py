@@ -114,6 +114,7 @@ class STViT(SemanticMethod):
         "swin": "use stvit_swin, or stvit_r, whose map survives",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use",
+        "video_swin": "it is of images: use stvit_video",
     }
     needs_training = "stvit-adapt"
     follows_schedules = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.cli import common
-from vitrim.cli.show import Found, ShownImage, strip_name, write_page
+from vitrim.cli.show import Found, ShownImage, png, strip_name, write_page
 from vitrim.errors import ConfigError, InputError, printable
 from vitrim.model import SparseModel, evaluating
 from vitrim.runtime import UnreadableImageError
 from vitrim.tasks.clips import VIDEOS, held_out_reader, is_clips, open_clips
-from vitrim.tasks.moving_digits import NAME, SIDE, is_moving_digits
+from vitrim.tasks.moving_digits import NAME, is_moving_digits
 from vitrim.tasks.sampling import Sampling
 from vitrim.tasks.video import FRAMES_OF_IMAGES, Views, folded, on_clips, takes_clips
 from vitrim.tools import visualize
 from vitrim.tools.evaluate import check_answers, check_logits
 from vitrim.train.data import EvalLoader, check_label_space, digits_data_config
 
-_MOST_SHOWN = 8
-"""Frames of a strip."""
+MOST_CALIBRATED = 64
+"""Videos that a budget is calibrated on, where that needs any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,8 @@ class ClipData:
         cls,
         model: nn.Module,
         source: str,
-        options: ClipOptions,
         *,
+        options: ClipOptions,
         batch: int,
         workers: int,
         limit: int | None,
@@ -162,12 +161,7 @@ def read_clips(
     sampling = replace(options.sampling(model, config), clips=1, crops=1)
     found = Found(config, common.class_names_of(model))
     for source in sources:
-        dataset = open_clips(
-            f"{NAME}/test" if source == NAME else source,
-            held_out_reader(config, sampling),
-            labelled=False,
-            image_size=config["input_size"][-1],
-        )
+        dataset = _unlabelled(source, config, sampling)
         total = len(dataset)
         count = min(limit, total)
         for index in (place * total // count for place in range(count)):
@@ -186,3 +180,58 @@ def read_clips(
             f"videos ({VIDEOS.named}), such as {found.unreadable[0]}"
         )
     return found
+
+
+def draw_clips(
+    model: SparseModel, found: Found, folder: Path, advance: Callable[[int], None]
+) -> None:
+    """Write a strip of frames per video, and ``page.html`` with all of them, once all are drawn."""
+    device, strips, files = next(model.parameters()).device, [], {}
+    mean, std = found.data_config["mean"], found.data_config["std"]
+    for number, shown in enumerate(found.images, 1):
+        clips = shown.pixels.unsqueeze(0).to(device)
+        trace = model.trace(clips if model.takes_clips else folded(clips))
+        check_answers(trace)
+        frames = [visualize.denormalize(frame, mean, std) for frame in shown.pixels.unbind(1)]
+        row = visualize.clip_panels(frames, trace, class_names=found.class_names, truth=shown.truth)
+        files[strip_name(number, shown.name)] = png(row)
+        strips.append((Path(shown.name).name, row))
+        advance(number)
+    means = "what each frame's tokens are after the last stage"
+    if model.takes_clips:
+        means = "each colour is a semantic token, on the places that it looks at most"
+    note = f"{model.method.name} on {model.backbone.__class__.__name__}: {means}."
+    write_page(folder, files, "What the model looks at", note, strips)
+
+
+def clip_batch(
+    model: nn.Module,
+    source: str | None,
+    options: ClipOptions,
+    count: int,
+    size: tuple[int, int] | None,
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Clips of ``source`` to time ``model`` on, None where it is None, and the shape of one."""
+    config = clip_config(model, source or "")
+    sampling = options.sampling(model, config)
+    channels, *sides = config["input_size"]
+    shape = (channels, sampling.frames, *(size or sides))
+    if source is None:
+        return None, shape
+    dataset = _unlabelled(source, config, sampling)
+    loader = EvalLoader(dataset, 1, limit=count)
+    clips = [views[:, 0] for views, _ in loader]
+    common.name_unreadable(tuple(file.name for file in loader.unreadable))
+    if not clips:
+        raise InputError(f"{source} has not one readable video")
+    return torch.cat(clips), shape
+
+
+def _unlabelled(source: str, config: dict[str, Any], sampling: Sampling) -> Any:
+    """The videos of a source of any layout."""
+    return open_clips(
+        f"{NAME}/test" if source == NAME else source,
+        held_out_reader(config, sampling),
+        labelled=False,
+        image_size=config["input_size"][-1],
+    )

@@ -17,6 +17,7 @@ from vitrim.config import require
 from vitrim.errors import InputError, UnsupportedBackboneError
 from vitrim.families import family_of
 from vitrim.model import SparseModel, Trace
+from vitrim.tools.evaluate import dense_macs
 
 FRAMES_OF_IMAGES = 8
 """Of a clip, where an image model looks at it and nobody says how many."""

@@ -166,7 +166,7 @@ def evaluate_settings(
     reference = sparse.backbone if dense is True else dense or None
     dense_answers = None if reference is None else _Answers("dense")
     runs = {name: _Run() for name in settings}
-    size: tuple[int, ...] | None = None
+    size: Any = None
     restore = sparse.snapshot()
     check_weights("sparse", sparse)
     if reference is not None:
@@ -255,7 +255,7 @@ def evaluate_dense(
     )
 
 
-def size_of(images: Tensor) -> tuple[int, ...]:
+def size_of(images: Tensor) -> Any:
     """Height and width of images (B, channels, H, W); of clips (B, ..., channels, T, H, W) their
     length too.
     """

@@ -271,6 +271,8 @@ class VideoSwin(MapPyramid):
         module: nn.Module = self.block(stage, index).stochastic_depth
         return module
 
+    attention_drop_path = drop_path
+
     def head(self, clip: ClipMap) -> Tensor:
         """Logits (B, classes): final norm, pooling and classifier."""
         logits: Tensor = self.backbone.head(self.pool(clip))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -62,7 +61,7 @@ class VideoFile:
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "", "fflags": "+genpts"}
         try:
             self._container = av.open(file, options=options, metadata_errors="ignore")
-        except (av.error.FFmpegError, UnsupportedOperation) as error:
+        except (OSError, ValueError, av.error.FFmpegError) as error:
             raise ValueError(_what_else(file)) from error
         try:
             self._open()

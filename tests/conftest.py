@@ -163,6 +163,24 @@ def tiny_convnext(name: str = "convnext_tiny", **kwargs: Any) -> nn.Module:
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
 
+def tiny_video_swin(name: str = "vitrim_video_swin_digits", **kwargs: Any) -> nn.Module:
+    """A small Video Swin: maps of 4 frames of 32, 16, 8 and 4 positions a side, windows of 2 frames
+    of 4 x 4, 10 classes.
+    """
+    torch.manual_seed(0)
+    sizes = {
+        "frames": 8,
+        "img_size": 32,
+        "patch_size": (2, 1, 1),
+        "embed_dim": 8,
+        "depths": (1, 1, 6, 1),
+        "num_heads": (1, 1, 2, 2),
+        "window_size": (2, 4, 4),
+        "num_classes": 10,
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
 def norm_operations(model: nn.Module) -> list[int]:
     """Filled by the forwards that follow: five operations for each value that a LayerNorm reads,
     as published costs of Swin and its kin count them beside multiply-accumulates.
@@ -206,6 +224,11 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def images(batch: int = 2, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=seeded(seed))
+
+
+def clips(batch: int = 2, size: tuple[int, ...] = (8, 32, 32), seed: int = 0) -> Tensor:
+    """Clips of (frames, height, width)."""
+    return torch.randn(batch, 3, *size, generator=seeded(seed))
 
 
 def golden(name: str) -> dict[str, Any]:

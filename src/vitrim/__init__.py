@@ -37,6 +37,7 @@ if find_spec("torch"):  # without it vitrim.runtime is there alone, for exported
         from vitrim.methods.stvit import STViTConfig
         from vitrim.methods.stvit_r import STViTRConfig
         from vitrim.methods.stvit_swin import STViTSwinConfig
+        from vitrim.methods.stvit_video import STViTVideoConfig
         from vitrim.model import SparseModel, Trace, from_pretrained, sparsify
     except KeyboardInterrupt:
         if Path(*sys.argv[:1]).stem in ("vitrim", "-m"):  # the command, which ends without a word
@@ -63,6 +64,7 @@ __all__ = [
     "STViTConfig",
     "STViTRConfig",
     "STViTSwinConfig",
+    "STViTVideoConfig",
     "SaiTConfig",
     "SimplePyramid",
     "SparseModel",

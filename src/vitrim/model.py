@@ -122,6 +122,11 @@ class SparseModel(TimmModel):
         return self._family
 
     @property
+    def takes_clips(self) -> bool:
+        """Whether it takes clips (B, channels, frames, height, width) in place of images."""
+        return self._family.clip_frames is not None
+
+    @property
     def calibration(self) -> tuple[Calibration, ...]:
         """Budgets that :func:`vitrim.calibrate` met, with the weights that it found."""
         return self._calibration
@@ -166,7 +171,7 @@ class SparseModel(TimmModel):
             return self.trace(one_for_none(images)).of_nothing()
         family, method = self.family, self._settled()
         with torch.no_grad(), eval_mode(self):
-            grid = family.grid((images.shape[-2], images.shape[-1]))
+            grid = family.grid(family.size_of(images))
             recorder = Recorder(grid)
             run = partial(method.infer, method.padded(family, sizes), recorder=recorder)
             logits = self.through(run, images)
@@ -377,7 +382,7 @@ class SparseModel(TimmModel):
                 f"no checkpoint could hold this model: {error}\n{advice}"
             ) from error
         parameter = next(self.backbone.parameters())
-        size = (2, self.family.in_channels, *self.family.image_size)
+        size = (2, self.family.in_channels, *self.family.probe_size)
         images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(parameter)
         with evaluating(self, twin):
             try:
@@ -456,7 +461,7 @@ def _made(
         backbone = described.create_backbone(description["backbone"], len(weights))
         model = SparseModel(backbone, config)
         checkpoint.check_fit(model.state_dict(), weights, source)
-        described.check_runs(backbone, (1, model.family.in_channels, *model.family.image_size))
+        described.check_runs(backbone, (1, model.family.in_channels, *model.family.probe_size))
     model.load_state_dict(weights, assign=True)
     described.fill_buffers(model.backbone, description["backbone"])
     return model

@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MOST_VALUES = 2**30
 """Of the images of one call."""
+MOST_FRAMES = 1024
+"""Of a clip."""
 MOST_PIXELS = 4096
 """A side of a prepared image."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -254,7 +256,8 @@ def check_preprocessing(
 ) -> None:
     """Check what says how images are prepared, in timm's words: ``input_size`` (channels, height,
     width), ``mean`` and ``std`` of each channel in pixel values from 0 to 1, and, where they are
-    given, ``interpolation``, ``crop_pct`` and ``crop_mode``. Messages call it ``where``.
+    given, ``interpolation``, ``crop_pct``, ``crop_mode`` and ``frames`` (of clips). Messages call
+    it ``where``.
 
     Raises:
         error: a value is absent, of another kind, or out of range.
@@ -289,6 +292,9 @@ def check_preprocessing(
     require("crop_pct", _is_number(share) and 0.1 <= share <= 1, "a number from 0.1 to 1")
     known = data.get("crop_mode", "center") in ("center", "border", "squash")
     require("crop_mode", known, "center, border or squash")
+    frames = data.get("frames", 1)
+    known = _is_whole(frames) and 1 <= frames <= MOST_FRAMES
+    require("frames", known, f"a whole number from 1 to {MOST_FRAMES}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -381,10 +387,12 @@ _RUNTIMES: dict[str, Callable[[Path, int | None, dict[str, Any]], Started]] = {
 
 
 class UnreadableImageError(InputError):
-    """An image file is damaged, or is no image; ``name`` is the file and ``reason`` is why."""
+    """An image file, or one of another ``kind``, is damaged, or is none; ``name`` is the file and
+    ``reason`` is why.
+    """
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} cannot be read as an image: {reason}")
+    def __init__(self, name: str, reason: str, kind: str = "an image") -> None:
+        super().__init__(f"{name} cannot be read as {kind}: {reason}")
         self.name = name
         self.reason = reason
 
@@ -403,12 +411,17 @@ def decode(file: BinaryIO) -> Image.Image:
     raise nearly anything.
     """
     with Image.open(file, formats=IMAGE_FORMATS) as opened:
-        if max(opened.size) > MOST_ELONGATED * min(opened.size):
-            raise ValueError(
-                f"it has {opened.width} x {opened.height} pixels; one side may be "
-                f"{MOST_ELONGATED} times as long as the other, at most"
-            )
+        check_proportions(*opened.size)
         return opened.convert("RGB")
+
+
+def check_proportions(width: int, height: int) -> None:
+    """Raise :class:`ValueError` for an image that is very long and thin."""
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise ValueError(
+            f"it has {width} x {height} pixels; one side may be {MOST_ELONGATED} times as long as "
+            "the other, at most"
+        )
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vitrim.errors import MissingExtraError, VitrimError, printable
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        if words[:1] == ["predict"]:  # which needs neither torch nor the packages of the others
+        if words[:1] == ["predict"] and not _asks_torch(words[1:2]):
             from vitrim import runtime
 
             runtime.main(words[1:])
@@ -33,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _asks_torch(model: Sequence[str]) -> bool:
+    """Whether ``vitrim predict`` is to run a checkpoint; a bundle needs neither torch nor the
+    packages of the other commands.
+    """
+    return bool(model) and (Path(model[0]) / "model.safetensors").is_file()
 
 
 class _Printable(logging.Formatter):

@@ -15,15 +15,19 @@ from torch import nn
 from vitrim.budgets.calibrate import MAX_IMAGES
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of, meet
+from vitrim.cli.clips import MOST_CALIBRATED, ClipData, ClipOptions, is_video
 from vitrim.cli.images import calibration_loader
 from vitrim.cli.options import (
     AgainstOption,
     DeviceOption,
+    FramesOption,
     ImagesAtOnceOption,
     JsonOption,
     ModelArgument,
     RatioOption,
     SplitOption,
+    StrideOption,
+    ViewsOption,
     WeightsOption,
     WorkersOption,
 )
@@ -51,8 +55,8 @@ def eval_command(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder with one folder of images per class, a tar of it, a timm reader name, "
-            "or digits, the embedded set."
+            help="Folder with one folder of images, or of videos, per class, a tar or a CSV of it, "
+            "a timm reader name, or an embedded set: digits, moving-digits."
         ),
     ],
     weights: WeightsOption = None,
@@ -95,6 +99,9 @@ def eval_command(
         ),
     ] = None,
     against: AgainstOption = None,
+    frames: FramesOption = None,
+    stride: StrideOption = None,
+    views: ViewsOption = None,
     device: DeviceOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -103,7 +110,8 @@ def eval_command(
     With --macs or --keep-ratio one checkpoint is tried at several settings, on the same images.
     A timm name, with or without --weights, measures that dense model alone. For a detector it is
     average precision (COCO's) of boxes and masks, for a segmenter the mean IoU on a folder of
-    images and PNG labels, and the cost of its backbone.
+    images and PNG labels, and the cost of its backbone. Videos, in class folders or a CSV of paths
+    and labels, are for models of clips, and for models of images, which see frames of them.
     """
     from vitrim.train.data import check_label_space, eval_loader
 
@@ -119,7 +127,9 @@ def eval_command(
     common.refuse(
         {"--calibrate-on": calibrate_on and not budgets}, "it is for --macs, which is not"
     )
+    clip_options = ClipOptions(frames, stride, views)
     if (task := open_task(model)) is not None:
+        common.refuse(clip_options.given, f"{model} is a {task.kind}; leave that out")
         common.refuse(
             {"--class-map": class_map, "--crop-pct": crop_pct, "--plot": plot},
             f"{model} is a {task.kind}; leave that out",
@@ -141,17 +151,29 @@ def eval_command(
         {"--annotations": annotations, "--against": against},
         f"{model} is a classifier; leave that out (its dense weights: --weights FILE)",
     )
-    batch = batch or _BATCH
     subject = common.load_model(model, weights if not Path(model).is_dir() else None).to(where)
     _check_together(model, subject, ratios, budgets, plot)
 
     source, num_classes = common.data_source(data), common.num_classes_of(subject)
-    config = common.data_config_of(subject, source)
-    if crop_pct is not None:
-        config["crop_pct"] = crop_pct
-    options = {"num_classes": num_classes, "class_map": class_map, "split": split}
-    loader = eval_loader(source, config, batch, workers, limit, **options)
-    check_label_space(loader.dataset, num_classes)
+    clips: ClipData | None = None
+    if is_video(subject, data):
+        common.refuse({"--split": split}, f"{data} holds videos; leave that out")
+        reading = {"batch": batch or _TASK_BATCH, "workers": workers, "class_map": class_map}
+        open_videos = partial(
+            *(ClipData.open, subject), options=clip_options, crop_pct=crop_pct, **reading
+        )
+        clips = open_videos(source, limit=limit)
+        loader: Any = clips.loader
+    else:
+        common.refuse(clip_options.given, f"{data} holds images; leave that out")
+        batch = batch or _BATCH
+        config = common.data_config_of(subject, source)
+        if crop_pct is not None:
+            config["crop_pct"] = crop_pct
+        options = {"num_classes": num_classes, "class_map": class_map, "split": split}
+        loader = eval_loader(source, config, batch, workers, limit, **options)
+        check_label_space(loader.dataset, num_classes)
+    judged = (lambda model: model) if clips is None else clips.judged
 
     results: dict[str, Evaluation | DenseEvaluation] = {}
     choices: dict[str, _Choice] = {}
@@ -166,22 +188,34 @@ def eval_command(
         reference = _reference(subject, weights, where)
         if budgets:
             basis = source if calibrate_on is None else common.data_source(calibrate_on)
-            images = calibration_loader(
-                subject, basis, MAX_IMAGES, batch, workers, crop_pct=crop_pct, split=split
-            )
+            if clips is None:
+                images = calibration_loader(
+                    *(subject, basis, MAX_IMAGES, batch or _BATCH, workers),
+                    crop_pct=crop_pct,
+                    split=split,
+                )
+            else:
+                images = [*open_videos(basis, limit=MOST_CALIBRATED).singles(subject)]
             choices = _at_budgets(subject, budgets, images, data, calibrate_on)
         else:
             choices = _at_ratios(subject, ratios)
         settings = {name: choice.set for name, choice in choices.items()}
         with common.progress("evaluating", _length(loader, limit)) as advance:
             results |= evaluate_settings(
-                subject, loader, settings, dense=reference, dtype=precision, progress=advance
+                judged(subject),
+                loader,
+                settings,
+                dense=reference if reference is True else judged(reference),
+                dtype=precision,
+                progress=advance,
             )
     else:
         with common.progress("evaluating", _length(loader, limit)) as advance:
-            results["dense"] = evaluate_dense(subject, loader, dtype=precision, progress=advance)
+            results["dense"] = evaluate_dense(
+                judged(subject), loader, dtype=precision, progress=advance
+            )
 
-    _print_evaluations(results)
+    _print_evaluations(results, "videos" if clips else "images")
     rows = [
         {"name": name, **(choices[name].facts if name in choices else {}), **found.to_dict()}
         for name, found in results.items()
@@ -256,9 +290,9 @@ def _at_budgets(
     }
 
 
-def _print_evaluations(results: Mapping[str, Evaluation | DenseEvaluation]) -> None:
+def _print_evaluations(results: Mapping[str, Evaluation | DenseEvaluation], what: str) -> None:
     console = common.out()
-    console.print(tables.evaluation_table(results))
+    console.print(tables.evaluation_table(results, what))
     sparse = {name: found for name, found in results.items() if isinstance(found, Evaluation)}
     if sparse:
         console.print(tables.stage_table(sparse))

@@ -10,12 +10,21 @@ from torch import Tensor
 
 from vitrim import runtime
 from vitrim.cli import common, tables
+from vitrim.cli.clips import ClipOptions, predict
 from vitrim.cli.images import prepared_images
-from vitrim.cli.options import DenseWeightsOption, JsonOption, ShareOption
+from vitrim.cli.options import (
+    DenseWeightsOption,
+    FramesOption,
+    JsonOption,
+    ShareOption,
+    StrideOption,
+    ViewsOption,
+)
 from vitrim.errors import ConfigError, VitrimError
 from vitrim.export import bundle as exporting
 from vitrim.features import FeaturesOnly
 from vitrim.model import SparseModel
+from vitrim.tools.benchmark import limited_threads
 
 
 class DifferentAnswerError(VitrimError):
@@ -102,17 +111,32 @@ def export_command(
 
 
 def predict_command(
-    bundle: Annotated[Path, typer.Argument(help="Folder written by vitrim export.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 3,
+    model: Annotated[
+        Path, typer.Argument(metavar="BUNDLE|CHECKPOINT", help="Folder written by vitrim.")
+    ],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Images; videos for a checkpoint's model of clips."),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Classes to name per file.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    frames: FramesOption = None,
+    stride: StrideOption = None,
+    views: ViewsOption = None,
 ) -> None:
-    """Classify images with an exported bundle; neither torch nor timm is needed.
+    """Classify images with an exported bundle, or images and videos with a checkpoint.
 
-    ``vitrim.cli.main`` takes this command before it loads either; here it is for the help.
+    A bundle needs neither torch nor timm: ``vitrim.cli.main`` runs it before it loads either. A
+    model of images looks at frames of a video.
     """
-    options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
-    runtime.main([str(bundle), *map(str, images), *options])
+    if not (model / "model.safetensors").is_file():
+        options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
+        runtime.main([str(model), *map(str, files), *options])
+        return
+    with limited_threads(threads):
+        loaded = common.load_model(str(model))
+        for line in predict(loaded, files, ClipOptions(frames, stride, views), top):
+            common.out().print(line, soft_wrap=True)
 
 
 def _refuse_other_answers(found: exporting.Check, output: Path) -> None:

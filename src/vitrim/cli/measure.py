@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import MacsOption, budgets_of
+from vitrim.cli.clips import ClipOptions, clip_batch, draw_clips, is_video, read_clips
 from vitrim.cli.images import prepared_images
 from vitrim.cli.options import (
     AgainstOption,
     DeviceOption,
+    FramesOption,
     JsonOption,
     ModelArgument,
     RatioOption,
     ShareOption,
+    StrideOption,
 )
 from vitrim.cli.tasks import bench_task, open_task
 from vitrim.cli.tasks import candidates as task_candidates
@@ -30,6 +34,7 @@ from vitrim.methods import method_by_name
 from vitrim.model import SparseModel, sparsify
 from vitrim.modes import evaluating
 from vitrim.runtime import check_finite as check_logits
+from vitrim.tasks.video import on_clips, takes_clips
 from vitrim.tools.benchmark import benchmark
 from vitrim.tools.evaluate import check_answers
 
@@ -69,13 +74,18 @@ def bench_command(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 15,
     seconds: Annotated[float, typer.Option(min=0, help="Length of a turn.")] = 0.3,
     against: AgainstOption = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clips of so many frames; the model's, if it takes clips."),
+    ] = None,
     device: DeviceOption = None,
     json: JsonOption = None,
 ) -> None:
     """Speed of a sparse model against the dense timm model, in interleaved rounds.
 
     Efficiency is the measured speed-up over the one that the MACs promise. Of detectors and
-    segmenters the backbone alone is timed, and then the whole.
+    segmenters the backbone alone is timed, and then the whole. Models of clips, and with --frames
+    models of images on the frames of clips, are timed on clips.
     """
     common.check_writable(json)
     batches = common.numbers(batch, int, "--batch")
@@ -83,7 +93,7 @@ def bench_command(
     ratios = common.numbers(keep_ratio, float, "--keep-ratio") if keep_ratio else []
     if (task := open_task(model)) is not None:
         common.refuse(
-            {"--method": method, "--data": data, "--features": features},
+            {"--method": method, "--data": data, "--features": features, "--frames": frames},
             f"{model} is a {task.kind}, whose backbone and whole are timed on noise; leave that "
             "out",
         )
@@ -105,9 +115,14 @@ def bench_command(
     size = _size(image_size)
     candidates = _candidates(model, method, ratios, budgets_of(macs), size, features)
     sparse = next((m for m in candidates.values() if isinstance(m, SparseModel)), None)
-    shape = _image_shape(sparse or candidates["dense"], size)
+    shape: tuple[int, ...] = _image_shape(sparse or candidates["dense"], size)
     images = None
-    if data is not None:
+    if frames is not None or takes_clips(candidates["dense"]):
+        common.refuse({"--features": features}, "they are of images; leave that out")
+        first, count = sparse or candidates["dense"], _MOST_BATCHES * max(batches)
+        images, shape = clip_batch(first, data, ClipOptions(frames), count, size)
+        candidates = {name: on_clips(each, shape[1]) for name, each in candidates.items()}
+    elif data is not None:
         batch_size = max(batches)
         count = _MOST_BATCHES * batch_size
         images = prepared_images(sparse or candidates["dense"], data, count, batch_size)
@@ -213,17 +228,22 @@ def show_command(
     model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE|FOLDER...", help="Images, folders of images, or digits."),
+        typer.Argument(
+            metavar="IMAGE|VIDEO|FOLDER...",
+            help="Images, folders of images, digits, or videos, folders of videos, moving-digits.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")],
     keep_ratio: Annotated[float | None, typer.Option(help="Instead of the checkpoint's.")] = None,
     macs: ShareOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many images per source.")] = 24,
     against: AgainstOption = None,
+    frames: FramesOption = None,
+    stride: StrideOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Draw which patches each stage keeps: PNG files and one page.html. Of detectors and segmenters
-    what they find is drawn too, dense beside sparse.
+    what they find is drawn too, dense beside sparse; of videos a strip of frames.
     """
     from vitrim.cli.show import draw, read_images
     from vitrim.cli.task_show import draw_task, read_task_images
@@ -232,10 +252,14 @@ def show_command(
         raise InputError(f"{output} is a file; give a folder")
     if keep_ratio is not None and macs is not None:
         raise ConfigError("both --keep-ratio and --macs are given; give one of them")
+    clip_options = ClipOptions(frames, stride)
+    reads: Any = read_images
+    draws: Any = draw
     if (task := open_task(model)) is not None:
         ratios, budgets = ([each] if each is not None else [] for each in (keep_ratio, macs))
         shown: Any = task_candidates(task, ratios, budgets, against)
-        found = read_task_images(task, sources, limit)
+        found, draws = read_task_images(task, sources, limit), draw_task
+        common.refuse(clip_options.given, f"{model} is of images; leave that out")
     else:
         common.refuse({"--against": against}, f"{model} is a classifier; leave that out")
         shown = common.require_sparse(common.load_model(model), model)
@@ -243,12 +267,17 @@ def show_command(
             shown.set_keep_ratio(keep_ratio)
         if macs is not None:
             shown.set_budget(macs)
-        found = read_images(shown, sources, limit)
+        if is_video(shown, sources[0]):
+            reads, draws = partial(read_clips, options=clip_options), draw_clips
+        else:
+            common.refuse(clip_options.given, f"{sources[0]} holds images; leave that out")
+        found = reads(shown, sources, limit)
     where = common.device_of(device)
     for each in shown.values() if task is not None else (shown,):
         each.to(where)
     with common.progress("drawing", len(found.images)) as advance:
-        (draw if task is None else draw_task)(shown, found, output, advance)
+        draws(shown, found, output, advance)
     common.name_unreadable(tuple(found.unreadable))
-    images = "1 image" if len(found.images) == 1 else f"{len(found.images)} images"
+    what = "video" if draws is draw_clips else "image"
+    images = f"1 {what}" if len(found.images) == 1 else f"{len(found.images)} {what}s"
     common.out().print(f"{images} drawn: {output / 'page.html'}", soft_wrap=True)

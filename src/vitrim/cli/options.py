@@ -63,3 +63,24 @@ DenseArgument = Annotated[
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")
 ]
+FramesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Of videos: frames of a clip; the model's, or 8 for one of images, if not.",
+    ),
+]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Of videos: frames from one of a clip to the next, 0 for all over the video; what the "
+        "model was trained with, or 0 for one of images, if not.",
+    ),
+]
+ViewsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLIPSxCROPS", help="Of videos: views that are averaged, such as 4x3; 1x1, if not."
+    ),
+]

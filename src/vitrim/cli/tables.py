@@ -41,11 +41,13 @@ def fact_table(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(results: Mapping[str, Evaluation | DenseEvaluation]) -> Table:
+def evaluation_table(
+    results: Mapping[str, Evaluation | DenseEvaluation], what: str = "images"
+) -> Table:
     """Dense and sparse accuracy and cost; one row per model."""
     first = next(iter(results.values()))
     table = plain_table(
-        f"Accuracy on {first.images:,} images",
+        f"Accuracy on {first.images:,} {what}",
         "model",
         "top-1\n%",
         "top-5\n%",

@@ -19,6 +19,7 @@ from vitrim.families.pit import PiT
 from vitrim.families.refused import MODULES
 from vitrim.families.swin import Swin
 from vitrim.families.swin_v2 import SwinV2, SwinV2Cr
+from vitrim.families.video_swin import VideoSwin
 from vitrim.families.vit import ViT
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -31,6 +32,7 @@ FAMILIES: tuple[type[Family], ...] = (
     SwinV2,
     SwinV2Cr,
     ConvNeXt,
+    VideoSwin,
 )
 __all__ = [
     "FAMILIES",
@@ -44,6 +46,7 @@ __all__ = [
     "SwinV2",
     "SwinV2Cr",
     "ViT",
+    "VideoSwin",
     "family_of",
 ]
 

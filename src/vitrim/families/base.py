@@ -40,6 +40,9 @@ class Family(ABC):
     keeps_map: ClassVar[bool] = False
     """Whether its blocks run on a map, from which nothing can be taken out, and not on tokens."""
 
+    arguments: ClassVar[frozenset[str]] = frozenset()
+    """What timm's makers of its backbones take beside what :attr:`classes` do."""
+
     classes: ClassVar[tuple[type[nn.Module], ...]]
     """Of its backbones; subclasses with forwards of their own are others."""
 
@@ -52,6 +55,13 @@ class Family(ABC):
     @abstractmethod
     def obstacles(model: Any) -> Iterator[str]:
         """What keeps an accepted ``model`` from being run piece by piece; empty when it can."""
+
+    @classmethod
+    def describe(cls, model: Any) -> tuple[str, dict[str, Any]] | None:
+        """The timm name and the arguments that make such a model, read off it; None: timm's own
+        record says them.
+        """
+        return None
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
@@ -82,6 +92,23 @@ class Family(ABC):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels that the backbone was created for."""
+
+    @property
+    def clip_frames(self) -> int | None:
+        """Frames of the clips that the backbone is meant for; None: it takes images. Where it takes
+        clips (B, channels, frames, height, width), every size and every grid of it begins with
+        frames.
+        """
+        return None
+
+    @property
+    def probe_size(self) -> tuple[int, int]:
+        """Size of random images on which two models are compared."""
+        return self.image_size
+
+    def size_of(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of a batch of images."""
+        return images.shape[-2], images.shape[-1]
 
     @abstractmethod
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -38,6 +39,10 @@ def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
     Raises:
         CheckpointError: timm does not know how the model was made.
     """
+    for family in FAMILIES:
+        found = family.describe(backbone) if family.accepts(backbone) else None
+        if found is not None:
+            return {"name": found[0], "kwargs": found[1]}
     config = getattr(backbone, "pretrained_cfg", None) or {}
     name = config.get("architecture")
     if not name:
@@ -109,12 +114,23 @@ def _is_setting(value: Any) -> bool:
 
 
 def describe_data(backbone: nn.Module) -> dict[str, Any]:
-    """How images are prepared for ``backbone`` (timm's data config)."""
-    config: dict[str, Any] = resolve_model_data_config(backbone)
+    """How images are prepared for ``backbone`` (timm's data config), and for one that takes clips,
+    how many ``frames`` they have.
+    """
+    config: dict[str, Any] = resolve_model_data_config(_recorded(backbone))
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if size is not None:  # timm's answer does not follow create_model(..., img_size=...)
         config["input_size"] = (config["input_size"][0], *size)
-    return config
+    frames = next((f(backbone).clip_frames for f in FAMILIES if f.accepts(backbone)), None)
+    return config if frames is None else config | {"frames": frames}
+
+
+def _recorded(backbone: nn.Module) -> Any:
+    """What has timm's record of a backbone: itself, or, where another library made it, its like."""
+    if hasattr(backbone, "pretrained_cfg"):
+        return backbone
+    config = get_pretrained_cfg(describe_backbone(backbone)["name"])
+    return SimpleNamespace(pretrained_cfg=config.to_dict())
 
 
 def create_backbone(description: Mapping[str, Any], num_tensors: int | None = None) -> nn.Module:

@@ -152,6 +152,11 @@ class Swin(MapPyramid):
         out: Tensor = block.mlp(block.norm2(x))
         return out
 
+    def attention_drop_path(self, stage: int, index: int) -> nn.Module:
+        """What drops the first half of a block for whole images in training."""
+        module: nn.Module = self.block(stage, index).drop_path1
+        return module
+
     def drop_path(self, stage: int, index: int) -> nn.Module:
         """What drops the second half of a block for whole images in training."""
         module: nn.Module = self.block(stage, index).drop_path2

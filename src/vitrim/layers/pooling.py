@@ -117,13 +117,13 @@ def _max_of_regions(map_BCHW: Tensor, shape: tuple[int, int]) -> Tensor:
         length = map_BCHW.shape[axis]
         slices = [
             map_BCHW.narrow(axis, start, end - start).amax(axis)
-            for start, end in _bounds(length, parts)
+            for start, end in bounds(length, parts)
         ]
         map_BCHW = torch.stack(slices, axis)
     return _sequence(map_BCHW)
 
 
-def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
+def bounds(length: int, parts: int) -> list[tuple[int, int]]:
     """Where the regions of adaptive pooling start and end along an axis."""
     return [(part * length // parts, -((part + 1) * length // -parts)) for part in range(parts)]
 
@@ -134,8 +134,8 @@ def _regions(map_BCHW: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, 
     """
     inside, centres, sizes = [], [], []
     for length, parts in zip(map_BCHW.shape[2:], shape, strict=True):
-        bounds = torch.tensor(_bounds(length, parts), device=map_BCHW.device)
-        start, end = bounds.unbind(1)
+        ends = torch.tensor(bounds(length, parts), device=map_BCHW.device)
+        start, end = ends.unbind(1)
         place = torch.arange(length, device=map_BCHW.device)
         inside.append((place >= start[:, None]) & (place < end[:, None]))
         centres.append((start + end) / length - 1)

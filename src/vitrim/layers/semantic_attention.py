@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 
 from vitrim.costs.macs import linear_macs
@@ -68,12 +67,13 @@ class WindowRecord:
 
 
 def window_cross_attention(
-    attention: WindowAttention,
+    attention: Any,
     query_BWQC: Tensor,
     memory_BMC: Tensor,
     keys: Keys,
     bias_HQK: Tensor | None = None,
     project_once: bool = True,
+    inside: Any = None,
 ) -> tuple[Tensor, WindowRecord]:
     """A Swin attention layer used between windows: its projections, split by rows, and no shift.
 
@@ -85,28 +85,34 @@ def window_cross_attention(
         bias_HQK: added to the logits of every window.
         project_once: project each row of the memory once; else again for each window that looks at
             it, which gives the same numbers.
+        inside: ``fused_attn``, ``scale``, ``attn_drop``, ``proj_drop`` and ``training`` of a layer
+            that is not timm's; None reads them off ``attention``.
 
     Returns:
         the layer's output (B, W, Q, C), and its inner values.
     """
     records: list[WindowRecord] = []
+    inner = attention if inside is None else inside
 
     def run(query_BWQC: Tensor) -> Tensor:
-        context, record = _contexts(attention, query_BWQC, memory_BMC, keys, bias_HQK, project_once)
+        context, record = _contexts(
+            attention, query_BWQC, memory_BMC, keys, bias_HQK, project_once, inner
+        )
         records.append(record)
-        projected: Tensor = attention.proj_drop(attention.proj(context))
+        projected: Tensor = inner.proj_drop(attention.proj(context))
         return projected
 
     return called(attention, run, query_BWQC), records[0]
 
 
 def _contexts(
-    attention: WindowAttention,
+    attention: Any,
     query_BWQC: Tensor,
     memory_BMC: Tensor,
     keys: Keys,
     bias_HQK: Tensor | None,
     project_once: bool,
+    inner: Any,
 ) -> tuple[Tensor, WindowRecord]:
     """(B, W, Q, C): what the heads find, one behind the other."""
     batch, windows, queries, _ = query_BWQC.shape
@@ -133,8 +139,8 @@ def _contexts(
     elif mask is not None and len(mask) > 1:
         spread = mask.expand(batch, *mask.shape).flatten(0, 1)
     spread = None if spread is None else spread.expand(-1, -1, queries, -1)
-    context = attend(attention, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spread)
-    record = WindowRecord(q, k, mask, keys, scale_of(attention, q))
+    context = attend(inner, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spread)
+    record = WindowRecord(q, k, mask, keys, scale_of(inner, q))
     return context.transpose(1, 2).reshape(batch, windows, queries, width), record
 
 
@@ -147,7 +153,7 @@ def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | N
 
 
 def window_cross_attention_macs(
-    attention: WindowAttention, num_queries: Any, num_rows: Any, num_keys: Any
+    attention: Any, num_queries: Any, num_rows: Any, num_keys: Any
 ) -> Any:
     """MACs of :func:`window_cross_attention`.
 

@@ -17,6 +17,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from vitrim.config import require
+from vitrim.layers.pooling import bounds
 from vitrim.tokens.plain import Grid
 
 
@@ -69,6 +70,17 @@ class Windows:
         rows, columns = (
             sum(token * size // self.side < length for token in range(tokens))
             for length, size, tokens in zip(self.grid, self.size, self.tokens, strict=True)
+        )
+        return rows, columns
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """The row and the column of a window that each row and column of its semantic tokens stands
+        for: the middle of what is pooled, rounded down.
+        """
+        rows, columns = (
+            [(start + end - 1) // 2 for start, end in bounds(length, self.side)]
+            for length in self.size
         )
         return rows, columns
 

@@ -21,6 +21,7 @@ from vitrim.methods.spvit_pyramid import SPViTPyramid
 from vitrim.methods.stvit import STViT
 from vitrim.methods.stvit_r import STViTR
 from vitrim.methods.stvit_swin import STViTSwin
+from vitrim.methods.stvit_video import STViTVideo
 
 Kind = TypeVar("Kind", bound=Method)
 
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         SPViTPyramid,
         STViT,
         STViTSwin,
+        STViTVideo,
         STViTR,
     )
 }

@@ -6,6 +6,9 @@ query, and neither keys nor values of the other tokens: see
 for 8 % fewer MACs in DeiT-T, DeiT-S and DeiT-B alike. Heads that read the patch tokens (pooling,
 LV-ViT's second classifier) need the whole block, and run it; ``vitrim info`` says so.
 
+A model of clips has no such block either. It runs as torchvision runs it, and gets what that
+library has not: checkpoints, recipes, exports.
+
 This library's own; nothing is learned, and there is nothing to turn.
 """
 
@@ -20,7 +23,6 @@ from torch import Tensor
 
 from vitrim import costs
 from vitrim.config import check_weights, normalise
-from vitrim.families import ViT
 from vitrim.methods.base import Method, answer_losses, whole_answer
 from vitrim.methods.records import DenseOutput, Told, TrainingOutput
 from vitrim.tokens.plain import Grid
@@ -45,11 +47,11 @@ class DenseConfig:
 
 
 class Dense(Method):
-    """A plain vision transformer, or LV-ViT, with all its tokens."""
+    """A plain vision transformer, LV-ViT, or Video Swin, with all its tokens."""
 
     name = "dense"
     config_class = DenseConfig
-    families = ("vit", "eva", "naflex", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit", "video_swin")
     refusals: ClassVar[dict[str, str]] = dict.fromkeys(
         ("pit", "swin", "swin_v2", "convnext"),
         "the last block of a pyramid is a small part of it; take the timm model as it is",
@@ -58,7 +60,7 @@ class Dense(Method):
     config: DenseConfig
 
     def __init__(
-        self, family: ViT, config: DenseConfig, generator: torch.Generator | None = None
+        self, family: Any, config: DenseConfig, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -68,22 +70,24 @@ class Dense(Method):
     def kinds(cls) -> tuple[DenseConfig, ...]:
         return ()
 
-    def counts(self, family: ViT, grid: Grid) -> tuple[int, ...]:
+    def counts(self, family: Any, grid: Grid) -> tuple[int, ...]:
         return ()
 
-    def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
+    def infer(self, family: Any, images: Tensor, recorder: Told | None = None) -> Tensor:
+        if family.keeps_map:
+            return family.head(family.dense(images))
         return family.answer(0, family.stem(images), self.config.exact_last_block)
 
     def train_forward(
         self,
-        family: ViT,
+        family: Any,
         images: Tensor,
         generator: torch.Generator | None = None,
         recorder: Told | None = None,
     ) -> TrainingOutput:
         return TrainingOutput(family.head(family.dense(images)))
 
-    def teach(self, family: ViT, images: Tensor) -> DenseOutput:
+    def teach(self, family: Any, images: Tensor) -> DenseOutput:
         return whole_answer(family, images)
 
     def losses(
@@ -91,5 +95,12 @@ class Dense(Method):
     ) -> dict[str, Tensor]:
         return answer_losses(self, output, target, teacher)
 
-    def steps(self, family: ViT, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+    def whole_last_block(self, family: Any) -> str | None:
+        if family.keeps_map:
+            return "the classifier reads the mean of all positions"
+        return super().whole_last_block(family)
+
+    def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
+        if family.keeps_map:
+            return family.dense_steps(grid)
         return costs.plain_steps(family, grid, self.config.exact_last_block)

@@ -161,7 +161,10 @@ class Merging(RatioMethod):
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "swin_v2", "convnext"),
         "tokens that became one have no place in a map; use dynamic_spatial",
-    ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
+    ) | {
+        "pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid",
+        "video_swin": "it is of images; use stvit_video",
+    }
     usual_stages = 6
     actions = ("merge", "drop")
     config: MergingConfig

@@ -1,24 +1,43 @@
 """What the forms of STViT share: semantic tokens stand for the patches.
 
 Chang et al., "Making Vision Transformers Efficient from A Token Sparsification View", CVPR 2023
-(arXiv 2303.08685); see ``stvit.py``, ``stvit_swin.py`` and ``stvit_r.py``.
+(arXiv 2303.08685); see ``stvit.py``, ``stvit_swin.py``, ``stvit_video.py`` and ``stvit_r.py``.
 """
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.errors import ConfigError
-from vitrim.layers.semantic_windows import Windows, tokens_side, windows_of
+from vitrim.layers.pooling import POOLINGS
+from vitrim.layers.semantic_attention import Keys, WindowRecord
+from vitrim.layers.semantic_keys import own_and_near
+from vitrim.layers.semantic_windows import (
+    Windows,
+    global_centres,
+    resized_centres,
+    tokens_side,
+    windows_of,
+)
 from vitrim.methods.base import Method, answer_parts, with_total
-from vitrim.methods.records import DenseOutput, FeatureOutput, PooledOutput, StageTrace
+from vitrim.methods.records import (
+    DenseOutput,
+    Dial,
+    FeatureOutput,
+    PooledOutput,
+    Recorder,
+    StageTrace,
+)
 from vitrim.tokens.plain import Grid, Sizes
 
 STAGE = 2
@@ -150,13 +169,17 @@ class WindowMethod(SemanticMethod):
         "lvvit": "it has no windows",
         "pit": "it has no windows",
         "convnext": "it has no attention",
+        "video_swin": "it is of images: use stvit_video",
     }
     window: Grid
     """Rows and columns of a window."""
 
     def _windows(self, family: Any, grid: Grid) -> Windows:
         """The windows of the map of :data:`STAGE`, of an image of ``grid`` patches."""
-        map_grid = family.stage_grid(grid, STAGE)
+        return self._windows_on(family.stage_grid(grid, STAGE))
+
+    def _windows_on(self, map_grid: Grid) -> Windows:
+        """The same, given the map's rows and columns."""
         return windows_of(map_grid, self.window, self.config.window_tokens)
 
     def variants(self, ratios: Sequence[float]) -> list[Any]:
@@ -169,3 +192,215 @@ class WindowMethod(SemanticMethod):
 
     def _with_sides(self, sides: Iterable[int]) -> list[Any]:
         return [replace(self.config, window_tokens=side * side) for side in sides]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig(WindowConfig):
+    """What the forms whose semantic tokens take the map's place for good are set by."""
+
+    base_layers: int | None = None
+    """Blocks of the third stage on the whole map, before the generation layers; None brings the
+    blocks before these to a share of all, see ``base_share`` of the form. Ours."""
+    centres_in_residual: bool = True
+    """Whether the second generation layer's residual holds G too, as in the released code."""
+
+    def __post_init__(self) -> None:
+        WindowConfig.__post_init__(self)
+        base = self.base_layers
+        require(base is None or base >= 0, f"base_layers is {base}; expected 0 or more")
+
+
+class GenerationMethod(WindowMethod):
+    """A method whose two generation layers make semantic tokens in the windows of a map, or of the
+    map of each frame: they take its place for the rest of the third stage and the stages behind it.
+
+    Maps are (..., rows, columns, C), windows of them (..., W, S, C); what comes before is the batch
+    and, of clips, the frames.
+    """
+
+    base_share: ClassVar[tuple[int, int]]
+    """Of all blocks, those before the generation layers, as a fraction."""
+    config: GenerationConfig
+
+    def __init__(
+        self, family: Any, config: GenerationConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        depths = family.depths
+        require(len(depths) > STAGE, f"the backbone has {len(depths)} stages; expected 3 or more")
+        before, depth = sum(depths[:STAGE]), depths[STAGE]
+        base, (part, whole) = config.base_layers, self.base_share
+        if base is None:
+            base = min(max(0, part * sum(depths) // whole - before), max(0, depth - 2))
+        require(
+            base + 2 <= depth,
+            f"{base} base layers and 2 generation layers do not fit in the {depth} blocks of the "
+            "third stage; lower base_layers",
+        )
+        self.config = config
+        self.base_layers = base
+        self.stages = (before + base + 2,)
+        dim = family.stage_dim(STAGE)
+        self.window = self._largest_window(family)
+        self.centres_grid = self._windows(family, family.grid()).tokens
+        self.pooling = POOLINGS[config.pooling](dim)
+        self.pooling.reset_parameters(generator)
+        self.centres_SC: nn.Parameter | None = None
+        if config.global_centres:
+            self.centres_SC = global_centres(self.centres_grid, dim, generator)
+        self.layer_scales = nn.ParameterDict()
+        if config.layer_scale is not None:
+            for stage, index in self._semantic_blocks(family):
+                scales = torch.full((2, family.stage_dim(stage)), config.layer_scale)
+                self.layer_scales[f"{stage}_{index}"] = nn.Parameter(scales)
+
+    def _largest_window(self, family: Any) -> Grid:
+        """Rows and columns of a window of the third stage, where the map is as large."""
+        window: Grid = family.block(STAGE, 0).window_size
+        return window
+
+    def _semantic_blocks(self, family: Any) -> list[tuple[int, int]]:
+        """Stage and index of the blocks that run on semantic tokens, generation layers first."""
+        firsts = {STAGE: self.base_layers}
+        return [
+            (stage, index)
+            for stage in range(STAGE, len(family.depths))
+            for index in range(firsts.get(stage, 0), family.depths[stage])
+        ]
+
+    def infer(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Tensor:
+        logits: Tensor = family.head(self._run(family, images, recorder))
+        return logits
+
+    def train_forward(
+        self, family: Any, images: Tensor, generator: torch.Generator | None = None
+    ) -> PooledOutput:
+        semantic = self._run(family, images)
+        return PooledOutput(family.head(semantic), family.pool(semantic))
+
+    @abstractmethod
+    def _run(self, family: Any, images: Tensor, recorder: Recorder | None = None) -> Any:
+        """The map of semantic tokens after the last block."""
+
+    def _base(self, family: Any, images: Tensor) -> Any:
+        """The map that semantic tokens are made of."""
+        state = family.stem(images)
+        for stage in range(STAGE):
+            state = family.run_stage(stage, state)
+        state = family.enter_stage(STAGE, state)
+        for index in range(self.base_layers):
+            state = family.run_block(STAGE, index, state)
+        return state
+
+    def _reach(self, windows: Windows) -> Grid:
+        return windows.reach(self.config.key_window, 10 / 7)
+
+    def _generate(
+        self, family: Any, x: Tensor, windows: Windows, first_residual: bool = True
+    ) -> tuple[Tensor, WindowRecord]:
+        """The map of semantic tokens of a map, and the last generation layer's attention;
+        ``first_residual`` says whether the first one's residual holds the centres.
+        """
+        first, second = self.base_layers, self.base_layers + 1
+        each, positions = x.shape[:-3], x.flatten(-3, -2)
+        keys = own_and_near(windows, self._reach(windows), x.device)
+        centres = windows.pool(x.flatten(0, -4), self.pooling).unflatten(0, each)
+        memory = torch.cat([centres.flatten(-3, -2), positions], -2)
+        residual = centres if first_residual else None
+        semantic, _ = self._cross_block(family, first, centres, residual, memory, keys)
+        query = residual = semantic
+        if self.centres_SC is not None:
+            made = resized_centres(self.centres_SC, self.centres_grid, windows.tokens)
+            query = semantic + windows.split_tokens(made)
+            residual = query if self.config.centres_in_residual else semantic
+        memory = torch.cat([semantic.flatten(-3, -2), positions], -2)
+        semantic, record = self._cross_block(family, second, query, residual, memory, keys)
+        rows, columns = windows.visible_tokens
+        tokens = windows.join_tokens(semantic.flatten(0, -4))[:, :rows, :columns]
+        return tokens.unflatten(0, each), record
+
+    def _cross_block(
+        self,
+        family: Any,
+        index: int,
+        query: Tensor,
+        residual: Tensor | None,
+        memory: Tensor,
+        keys: Keys,
+        stage: int = STAGE,
+    ) -> tuple[Tensor, WindowRecord]:
+        """A block of the backbone between the windows of ``query`` and the rows of ``memory``;
+        without a ``residual`` its attention alone is what its second half starts from.
+        """
+        scales = self._scales(stage, index, query)
+        records: list[WindowRecord] = []
+
+        def run(query: Tensor) -> Tensor:
+            x, record = family.attend(stage, index, query, memory, keys)
+            records.append(record)
+            x = scales[0] * x
+            if residual is not None:
+                x = residual + family.attention_drop_path(stage, index)(x)
+            return self._second_half(family, stage, index, x, scales[1])
+
+        return family.in_name_of(stage, index, run, query), records[0]
+
+    def _second_half(self, family: Any, stage: int, index: int, x: Tensor, scale: Tensor) -> Tensor:
+        """The MLP of a block with its residual."""
+        out: Tensor = x + family.drop_path(stage, index)(scale * family.channel(stage, index, x))
+        return out
+
+    def _scales(self, stage: int, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What multiplies the two branches of a block."""
+        if self.config.layer_scale is None:
+            one = torch.ones((), device=like.device, dtype=like.dtype)
+            return one, one
+        first, second = self.layer_scales[f"{stage}_{index}"]
+        return first, second
+
+    def _generation_macs(self, family: Any, windows: Windows) -> Any:
+        """MACs of making the semantic tokens of one map."""
+        positions, made = math.prod(windows.grid), windows.num_tokens
+        keys = self.config.window_tokens + math.prod(self._reach(windows))
+        total: Any = self.pooling.macs(math.prod(windows.whole), made)
+        for index in (self.base_layers, self.base_layers + 1):
+            total += family.attend_macs(STAGE, index, made, made + positions, keys)
+            total += family.channel_macs(STAGE, index, made)
+        return total
+
+    def _base_macs(self, family: Any, grid: Grid) -> int:
+        """MACs of the third stage before the generation layers."""
+        blocks = (family.block_macs(STAGE, index, grid) for index in range(self.base_layers))
+        total: int = family.downsample_macs(STAGE, grid) + sum(blocks)
+        return total
+
+    def _steps(self, family: Any, grid: Grid, count: Any, macs: Any) -> list[costs.Step]:
+        """The steps, given how many semantic tokens go on, and MACs from the third stage on."""
+        dense = costs.dense_levels(family, grid)[:STAGE]
+        stages, before = range(STAGE, len(family.depths)), (self.base_layers,)
+        semantic = costs.sparse_levels(self.name, stages, count, macs, before=before)
+        return costs.pyramid_steps(family, grid, [*dense, semantic])
+
+    def dial(self) -> Dial:
+        """The number of semantic tokens per window, in steps, where nothing was learned for one.
+
+        Raises:
+            ConfigError: global centres or a learned pooling belong to the present number.
+        """
+        config = self.config
+        require(
+            not config.global_centres and config.pooling != "intra_inter",
+            f"this {self.name} learned to make {config.window_tokens} semantic tokens per window; "
+            "to change their number later, make it sparse with global_centres=False and pooling "
+            '"max" or "avg"',
+        )
+        most = min(self.window) ** 2
+        return Dial("window_tokens", config.window_tokens, 1.0, float(most))
+
+    def turn(self, value: float) -> None:
+        dial = self.dial()
+        require(math.isfinite(value), f"window_tokens is {value}; expected a number")
+        if round(value) != dial.value:
+            sides = range(1, min(self.window) + 1)
+            side = min(sides, key=lambda side: abs(side * side - value))
+            self.config = replace(self.config, window_tokens=side * side)

@@ -145,6 +145,7 @@ class SPViTPyramid(SelectorMethod):
     ) | {
         "swin_v2": "its attention compares directions, ours of packages not; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
+        "video_swin": "it is of images; use stvit_video",
     }
     config: SPViTPyramidConfig
 

@@ -70,7 +70,7 @@ class Classification(Task):
     def check(self, model: nn.Module) -> None:
         check_weights("trained", model)
         noise = torch.Generator().manual_seed(0)
-        images = torch.randn(2, *self.data_config["input_size"], generator=noise)
+        images = torch.randn(2, *input_shape(self.data_config), generator=noise)
         images = images.to(next(model.parameters()).device)
         if isinstance(model, SparseModel):
             trace = model.trace(images)
@@ -233,6 +233,13 @@ def data_config_of(task: Classification, recipe: Recipe) -> dict[str, Any]:
     if recipe.data.crop_pct is not None:
         config["crop_pct"] = recipe.data.crop_pct
     return config
+
+
+def input_shape(data_config: dict[str, Any]) -> tuple[int, ...]:
+    """(channels, H, W) of an image, or (channels, T, H, W) of a clip."""
+    channels, height, width = data_config["input_size"]
+    frames = data_config.get("frames")
+    return (channels, height, width) if frames is None else (channels, frames, height, width)
 
 
 @torch.no_grad()

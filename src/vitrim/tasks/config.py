@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from vitrim.config import closest, from_plain, normalise, require, to_plain
 from vitrim.errors import ConfigError
+from vitrim.tasks.sampling import Sampling
 from vitrim.tasks.segmentation_config import SegmentationConfig
 
 
@@ -135,10 +136,36 @@ class DetectionConfig(DetectorConfig):
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoConfig:
+    """Videos with one class each. A model of images is trained on single frames, and judged by the
+    mean over a clip's.
+    """
+
+    frames: int | None = None
+    """Of a clip; None takes the model's, of an image model 8."""
+    stride: int = 2
+    """Frames of the video from one of a clip to the next; 0 spreads a clip's frames evenly over
+    all of the video."""
+    clips: int = 1
+    """Per video at validation, spread evenly over it."""
+    crops: int = 1
+    """Of each of these along its longer side: 1, in the middle, or 3. The papers take 4 clips and 3
+    crops for a model's final number."""
+
+    def __post_init__(self) -> None:
+        self.sampling(self.frames or 1)
+
+    def sampling(self, frames: int) -> Sampling:
+        """Which frames make a clip of ``frames``."""
+        return Sampling(frames, self.stride, self.clips, self.crops)
+
+
 CONFIGS: dict[str, type] = {
     "classification": ClassificationConfig,
     "detection": DetectionConfig,
     "segmentation": SegmentationConfig,
+    "video": VideoConfig,
 }
 """Config class by name of the task."""
 

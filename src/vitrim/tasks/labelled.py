@@ -48,7 +48,8 @@ def training_transform(recipe: AugmentRecipe, data_config: dict[str, Any]) -> Tr
 class Mixer:
     """Mixup, CutMix and label smoothing by timm, for batches of any size.
 
-    It draws from the global generators: call it inside :func:`vitrim.train.samples.seeded`.
+    It draws from the global generators: call it inside :func:`vitrim.train.samples.seeded`. All
+    frames of a clip (C, T, H, W) are mixed alike.
     """
 
     def __init__(self, recipe: AugmentRecipe, num_classes: int) -> None:
@@ -67,6 +68,9 @@ class Mixer:
         """Mixed images, and class numbers or (where mixed or smoothed) soft targets."""
         if self._mixup is None:
             return images, self._smooth(labels) if self.smoothing else labels
+        if images.ndim == 5:
+            mixed, targets = self(images.flatten(1, 2), labels)
+            return mixed.view_as(images), targets
         even = len(images) - len(images) % 2  # timm mixes pairs; an odd last image stays as it is
         mixed, targets = self._mixup(images[:even].clone(), labels[:even])
         if even == len(images):
@@ -87,6 +91,7 @@ class TrainLoader(SampleLoader):
         data_config: how images are prepared (timm's).
         num_classes: outputs of the model.
         share: of this process.
+        dataset: of the training samples; None opens the recipe's images.
 
     Raises:
         InputError: the data cannot be used, or do not fill one global step.
@@ -98,9 +103,10 @@ class TrainLoader(SampleLoader):
         data_config: dict[str, Any],
         num_classes: int,
         share: Share = ALONE,
+        dataset: Any = None,
     ) -> None:
         data = recipe.data
-        dataset = open_dataset(
+        dataset = dataset or open_dataset(
             data.train,
             training_transform(recipe.augment, data_config),
             training=True,

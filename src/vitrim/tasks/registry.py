@@ -20,4 +20,8 @@ def task_class(name: str) -> type[Task]:
         from vitrim.tasks.segmentation_task import SegmentationTask
 
         return SegmentationTask
+    if name == "video":
+        from vitrim.tasks.video_task import VideoTask
+
+        return VideoTask
     raise ConfigError(f"there is no task {name!r}")

@@ -27,7 +27,7 @@ from torchvision.transforms import ColorJitter
 from vitrim.errors import InputError
 from vitrim.runtime import UnreadableImageError, open_file, open_image
 from vitrim.tasks.left_out import LeftOut
-from vitrim.train.data import images_in
+from vitrim.train.class_folders import files_in
 
 IGNORED = -100
 """Of pixels that have no class; what torch's cross entropy leaves out."""
@@ -123,10 +123,10 @@ class SegmentationFolder(Dataset[Any]):
         for folder in (root, label_root):
             if not folder.is_dir():
                 raise InputError(f"the folder {folder} does not exist")
-        found = [(path, path.relative_to(root).with_suffix("")) for path in images_in(root)]
+        found = [(path, path.relative_to(root).with_suffix("")) for path in files_in(root)]
         known = {
             path.relative_to(label_root).with_suffix(""): path
-            for path in images_in(label_root)
+            for path in files_in(label_root)
             if path.suffix.lower() == ".png"
         }
         self.pairs = [(path, known[stem]) for path, stem in found if stem in known]

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from vitrim.config import closest
 from vitrim.errors import ConfigError, InputError
 from vitrim.features import FeaturesOnly, TimmPyramid
-from vitrim.model import SparseModel
-from vitrim.tools.evaluate import dense_macs
+from vitrim.tools.evaluate import dense_macs, size_of
 from vitrim.tools.hardware import hardware, synchronise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,7 +88,7 @@ class Row:
 
 def benchmark(
     candidates: Mapping[str, nn.Module],
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     *,
     batches: Sequence[int] = (1, 16),
     dtypes: Sequence[str] = ("fp32", "bf16"),
@@ -112,7 +111,7 @@ def benchmark(
 
     Args:
         candidates: models by name; the first is the base of the comparison.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width), or (channels, frames, height, width) of clips.
         batches: numbers of images per call.
         dtypes: ``"fp32"`` and ``"bf16"`` (weights and images cast).
         rounds: how often each candidate has its turn.
@@ -174,9 +173,10 @@ def macs_per_image(model: nn.Module, images: Tensor) -> float:
         return FeaturesOnly(model.backbone).traced_macs(images)
     if isinstance(model, FeaturesOnly):
         return model.traced_macs(images)
-    if isinstance(model, SparseModel):
-        macs = model.macs((images.shape[-2], images.shape[-1]))
-        return float(model.trace(images).macs.mean()) if macs is None else macs
+    if hasattr(model, "trace"):
+        sparse: Any = model
+        macs: int | None = sparse.macs(size_of(images))
+        return float(sparse.trace(images).macs.mean()) if macs is None else macs
     return dense_macs(model, images[:1])
 
 
@@ -331,7 +331,7 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 def _inputs(
     images: Tensor | None,
     batch: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Tensor]:
@@ -341,8 +341,8 @@ def _inputs(
         return [torch.randn((batch, *image_shape), generator=generator).to(device, dtype)]
     if tuple(images.shape[1:]) != tuple(image_shape):
         raise InputError(
-            f"images have shape {tuple(images.shape)}; expected (any, {image_shape[0]}, "
-            f"{image_shape[1]}, {image_shape[2]})"
+            f"images have shape {tuple(images.shape)}; expected (any, "
+            f"{', '.join(map(str, image_shape))})"
         )
     count = min(len(images) // batch, _MOST_BATCHES)
     if count == 0:

@@ -143,7 +143,7 @@ def evaluate(
 
 
 def evaluate_settings(
-    sparse: SparseModel,
+    sparse: Any,
     loader: Batches,
     settings: Mapping[str, Setting],
     *,
@@ -156,7 +156,7 @@ def evaluate_settings(
     The model's settings and mode are restored afterwards. Errors are those of :func:`evaluate`.
 
     Args:
-        sparse: any sparse model.
+        sparse: any sparse model, or what runs one on the frames or views of clips.
         loader: as in :func:`evaluate`.
         settings: what sets the model, by name, such as
             ``{"0.5": lambda: sparse.set_keep_ratio(0.5)}``.
@@ -167,7 +167,7 @@ def evaluate_settings(
     reference = sparse.backbone if dense is True else dense or None
     dense_answers = None if reference is None else _Answers("dense")
     runs = {name: _Run() for name in settings}
-    size: tuple[int, int] | None = None
+    size: Any = None
     restore = sparse.snapshot()
     check_weights("sparse", sparse)
     if reference is not None:
@@ -175,7 +175,7 @@ def evaluate_settings(
     try:
         with evaluating(sparse, *([] if reference is None else [reference])):
             for images, target in _batches(loader, sparse, progress):
-                size = (images.shape[-2], images.shape[-1])
+                size = size_of(images)
                 with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
                     if reference is not None and dense_answers is not None:
                         dense_answers.add(reference(images), target)
@@ -256,19 +256,29 @@ def evaluate_dense(
     )
 
 
+def size_of(images: Tensor) -> Any:
+    """Height and width of images (B, channels, H, W); of clips (B, ..., channels, T, H, W) their
+    length too.
+    """
+    return tuple(images.shape[-2:] if images.ndim == 4 else images.shape[-3:])
+
+
 def dense_macs(model: nn.Module, images: Tensor) -> int:
-    """MACs of one of ``images`` in a dense model: by formula where a family runs the model, else
-    counted while the model runs.
+    """MACs of one of ``images`` in a dense model: by formula where a family runs the model, or the
+    model knows them itself, else counted while the model runs.
 
     Raises:
         InputError: the model does not take the images.
     """
+    known: Any = getattr(model, "dense_macs", None)
+    if known is not None and not isinstance(model, SparseModel):
+        return int(known(size_of(images)))
     try:
         family = family_of(model)
     except UnsupportedBackboneError:
         return counted_macs(model, images)
     family.check_images(images)
-    return family.dense_macs(family.grid((images.shape[-2], images.shape[-1])))
+    return family.dense_macs(family.grid(size_of(images)))
 
 
 def counted_macs(model: nn.Module, images: Tensor) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vitrim.methods.records import StageTrace
 from vitrim.model import Trace
 from vitrim.tokens.plain import Grid
 
@@ -81,7 +82,7 @@ def panels(
         truth: the true class; None when it is not known.
         side: pixels of the longer side of each picture, about (patches stay whole pixels).
     """
-    answer = _prediction(trace, i, class_names, truth)
+    answer = _prediction(trace.logits[i], class_names, truth)
     first = Panel(_enlarged(image, trace.grid, side), "input", answer)
     return [first, *stage_panels(image, trace, i, side)]
 
@@ -110,6 +111,55 @@ def stage_panels(image: Image.Image, trace: Trace, i: int, side: int = 320) -> l
             picture = merged(large, group.view(rows, columns))
         found.append(Panel(picture, title, caption))
     return found
+
+
+def clip_panels(
+    frames: Sequence[Image.Image],
+    trace: Trace,
+    *,
+    class_names: Sequence[str] | None = None,
+    truth: int | None = None,
+    most: int = 8,
+    side: int = 200,
+) -> list[Panel]:
+    """The first frame of a clip, then frames after the last stage, evenly over the clip: who looks
+    at what, or what an image model keeps of each.
+
+    Args:
+        frames: what the model saw, with the normalisation undone.
+        trace: of the clip, or, of an image model, of its frames as a batch; the answer is the mean
+            of theirs.
+        class_names: to name the prediction; None gives its number.
+        truth: the true class; None when it is not known.
+        most: frames that are shown.
+        side: pixels of the longer side of each picture, about.
+    """
+    answer = _prediction(trace.logits.float().mean(0), class_names, truth)
+    grid = (trace.grid[-2], trace.grid[-1])
+    first = Panel(_enlarged(frames[0], grid, side), "first frame", answer)
+    looks = [stage for stage in trace.stages if len(stage.grid) == 3]
+    if looks:
+        return [first, *_looks_of_frames(frames, looks[0], most, side)]
+    places = sorted({place * len(frames) // most for place in range(most)})
+    found = [(place, stage_panels(frames[place], trace, place, side)[-1:]) for place in places]
+    return [first, *(replace(panel, title=f"frame {n + 1}") for n, row in found for panel in row)]
+
+
+def _looks_of_frames(
+    frames: Sequence[Image.Image], stage: StageTrace, most: int, side: int
+) -> Iterator[Panel]:
+    """What the semantic tokens of some maps of a clip look at; a map is of several frames."""
+    assert stage.assignment is not None
+    maps, rows, columns = stage.grid
+    looks_STN = stage.assignment[0].unflatten(1, (maps, rows * columns))  # type: ignore[no-untyped-call]
+    for number in sorted({place * maps // most for place in range(most)}):
+        place, end = number * len(frames) // maps, (number + 1) * len(frames) // maps
+        looks_SN = looks_STN[:, number]
+        own = looks_SN[looks_SN.sum(1) > 0]  # the others are of other frames
+        picture = _enlarged(frames[place], (rows, columns), side)
+        title = f"frames {place + 1} to {end}" if end - place > 1 else f"frame {end}"
+        caption = f"{len(own)} tokens for {rows * columns} places"
+        yield Panel(assignment(picture, own, (rows, columns)), title, caption)
 
 
 def _enlarged(image: Image.Image, grid: Grid, side: int) -> Image.Image:
@@ -279,8 +329,8 @@ def lay_out(row: Sequence[Panel]) -> Image.Image:
     return canvas
 
 
-def _prediction(trace: Trace, i: int, class_names: Sequence[str] | None, truth: int | None) -> str:
-    probability = trace.logits[i].float().softmax(0)
+def _prediction(logits_C: Tensor, class_names: Sequence[str] | None, truth: int | None) -> str:
+    probability = logits_C.float().softmax(0)
     best = int(probability.argmax())
     text = f"{_class_name(best, class_names)}, {100 * float(probability[best]):.0f}% sure"
     if truth is not None and truth != best:

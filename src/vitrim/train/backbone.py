@@ -57,7 +57,7 @@ def new_sparse(backbone: nn.Module, config: Any, recipe: Recipe) -> SparseModel:
 
 
 def _init_fan_in(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
 
 

@@ -12,25 +12,31 @@ An image that cannot be read is named, counted and left out; it is never replace
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
-from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
-from vitrim.config import closest, read_text
-from vitrim.errors import ConfigError, InputError
+from vitrim.config import closest
+from vitrim.errors import InputError
 from vitrim.runtime import open_image
+from vitrim.train.class_folders import (
+    IMAGE_SUFFIXES,
+    IMAGES,
+    class_numbers,
+    first_of,
+    folder_samples,
+    label_order,
+    natural,
+)
 from vitrim.train.digits import MEAN, SMALLEST_SIDE, STD, ClutteredDigits
 from vitrim.train.samples import (
-    UNLABELLED,
     FolderReader,
     ReaderDataset,
     SkipUnreadable,
@@ -41,7 +47,6 @@ from vitrim.train.samples import (
     is_hidden,
 )
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS = ("hfds", "hfids", "tfds", "torch", "wds")
 
 
@@ -107,13 +112,8 @@ def open_dataset(
             f"folder with one folder of images per class, a .tar of it, 'digits', or a reader name "
             f"({', '.join(kinds)})"
         )
-    if not labelled:
-        images = images_in(path)
-        if not images:
-            raise InputError(f"the data folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        reader = FolderReader([(image, UNLABELLED) for image in images])
-        return ReaderDataset(reader, transform, None)
-    return _open_folder(path, transform, num_classes, class_map)
+    samples, classes = folder_samples(path, IMAGES, labelled, num_classes, class_map)
+    return ReaderDataset(FolderReader(samples), transform, classes)
 
 
 def is_digits(source: str) -> bool:
@@ -141,7 +141,7 @@ def _open_reader(
             root=None if root is None else os.fspath(root),
             split=split,
             search_split=False,
-            class_map=_class_numbers(class_map) if class_map else None,  # type: ignore[arg-type]
+            class_map=class_numbers(class_map) if class_map else None,  # type: ignore[arg-type]
             is_training=training,
             seed=seed,
         )
@@ -178,32 +178,6 @@ def _without_hidden(dataset: ImageFolder, transform: Transform | None) -> Reader
     return ReaderDataset(FolderReader(samples), transform, classes)
 
 
-def _open_folder(
-    path: Path,
-    transform: Transform | None,
-    num_classes: int | None,
-    class_map: str | os.PathLike[str] | None,
-) -> ReaderDataset:
-    folders = [entry for entry in path.iterdir() if entry.is_dir() and entry.name[0] != "."]
-    folders.sort(key=lambda folder: _natural(folder.name))
-    if not folders:
-        found = "images but no class folders" if any(images_in(path)) else "nothing to read"
-        raise InputError(
-            f"the data folder {path} holds {found}; expected one folder of images per class"
-        )
-    images = {folder: images_in(folder) for folder in folders}
-    empty = [folder.name for folder in folders if not images[folder]]
-    if empty:
-        raise InputError(
-            f"{len(empty)} class folder(s) of {path} hold no image: {_first(empty)}. Add images "
-            f"({', '.join(IMAGE_SUFFIXES)}) or remove the folder; labels would shift otherwise"
-        )
-    classes = _label_order([folder.name for folder in folders], num_classes, class_map)
-    number = {name: label for label, name in enumerate(classes)}
-    samples = [(image, number[folder.name]) for folder in folders for image in images[folder]]
-    return ReaderDataset(FolderReader(samples), transform, classes)
-
-
 def _open_tar(
     path: Path,
     transform: Transform | None,
@@ -216,67 +190,11 @@ def _open_tar(
         raise InputError(f"the archive {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     if not labelled:
         return ReaderDataset(reader, transform, None)
-    folders = sorted({reader.folder(index) for index in range(len(reader))}, key=_natural)
-    classes = _label_order(folders, num_classes, class_map)
+    folders = sorted({reader.folder(index) for index in range(len(reader))}, key=natural)
+    classes = label_order(folders, num_classes, class_map)
     number = {name: label for label, name in enumerate(classes)}
     reader.labels = [number[reader.folder(index)] for index in range(len(reader))]
     return ReaderDataset(reader, transform, classes)
-
-
-def _label_order(
-    folders: list[str], num_classes: int | None, class_map: str | os.PathLike[str] | None
-) -> list[str]:
-    """Class names in label order: from the map, from ImageNet-1k, or the folders themselves."""
-    if class_map is not None:
-        classes = list(_class_numbers(class_map))
-        unknown = sorted(set(folders) - set(classes))
-        if unknown:
-            raise InputError(f"{class_map} lacks {len(unknown)} class folder(s): {_first(unknown)}")
-        return classes
-    if num_classes == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        imagenet = list(ImageNetInfo("imagenet-1k").label_names())
-        if set(folders) <= set(imagenet):
-            return imagenet
-    return folders
-
-
-def _class_numbers(class_map: str | os.PathLike[str]) -> dict[str, int]:
-    try:
-        lines = read_text(Path(class_map)).split("\n")
-    except ConfigError as error:
-        raise InputError(f"the class map {class_map} cannot be read: {error}") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names or len(set(names)) != len(names):
-        raise InputError(f"the class map {class_map} is empty or names a class twice")
-    return {name: label for label, name in enumerate(names)}
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Image files under ``folder`` at any depth, in natural order; hidden ones are left out. Links
-    are followed, as timm does, but none upwards, and each folder is read once.
-    """
-    files: list[Path] = []
-    start, seen = folder.resolve(), set[Path]()
-    for name, folders, inside in os.walk(folder, followlinks=True):
-        here = Path(name)
-        above = {start, *start.parents, here.resolve(), *here.resolve().parents}
-        found = {(here / inner).resolve(): inner for inner in folders if not is_hidden(inner)}
-        folders[:] = [inner for real, inner in found.items() if real not in seen | above]
-        seen |= found.keys()
-        images = [here / inner for inner in inside if not is_hidden(inner)]
-        files += [path for path in images if path.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(files, key=lambda path: _natural(str(path)))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts ``class_2`` before ``class_10``, as timm orders class folders."""
-    parts = re.split(r"(\d+)", name.lower())
-    whole = (part.lstrip("0") if number % 2 else part for number, part in enumerate(parts))
-    return [(len(part) if number % 2 else 0, part) for number, part in enumerate(whole)]
-
-
-def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (" ..." if len(names) > count else "")
 
 
 def check_label_space(dataset: Any, num_classes: int) -> None:
@@ -289,7 +207,7 @@ def check_label_space(dataset: Any, num_classes: int) -> None:
     if classes is None or len(classes) == num_classes:
         return
     raise InputError(
-        f"the data have {len(classes)} classes ({_first(list(map(str, classes)), 3)}) and the "
+        f"the data have {len(classes)} classes ({first_of(list(map(str, classes)), 3)}) and the "
         f"model has {num_classes} outputs; use data of the model's classes, give class_map= (a "
         "text file with all class folders in label order) if they are a subset, or a model whose "
         "num_classes fits"

@@ -144,7 +144,7 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         left, top = rng.integers(0, ink.width - side + 1, size=2)
         piece = ink.crop((left, top, left + side, top + side))
         x, y = (int(v) for v in rng.integers(-2, self.image_size - side + 3, size=2))
-        image.paste(_ink_colour(rng), (x, y), piece)
+        image.paste(ink_colour(rng), (x, y), piece)
 
     def _draw_stroke(self, image: Image.Image, rng: np.random.Generator) -> None:
         start = rng.uniform(0, self.image_size, size=2)
@@ -152,7 +152,7 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         end = start + length * np.array([np.cos(angle), np.sin(angle)])
         line = (float(start[0]), float(start[1]), float(end[0]), float(end[1]))
         width = int(rng.integers(1, 4))
-        ImageDraw.Draw(image).line(line, fill=_ink_colour(rng), width=width)
+        ImageDraw.Draw(image).line(line, fill=ink_colour(rng), width=width)
 
     def _paste_digit(
         self, image: Image.Image, ground: Image.Image, rng: np.random.Generator
@@ -176,7 +176,7 @@ class ClutteredDigits(Dataset[tuple[Any, int]]):
         """
         left, top = place
         image.paste(ground.crop((left, top, left + ink.width, top + ink.height)), place)
-        image.paste(_ink_colour(rng), place, ink)
+        image.paste(ink_colour(rng), place, ink)
         mask = np.zeros((self.image_size, self.image_size), dtype=bool)
         mask[top : top + ink.height, left : left + ink.width] = np.asarray(ink) > 96
         return mask
@@ -196,7 +196,7 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _ink_colour(rng: np.random.Generator) -> tuple[int, int, int]:
+def ink_colour(rng: np.random.Generator) -> tuple[int, int, int]:
     """A light colour, for digit and distractors alike, on photographs that are dimmed below it."""
     red, green, blue = rng.integers(190, 256, size=3)
     return int(red), int(green), int(blue)

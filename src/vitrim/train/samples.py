@@ -123,12 +123,23 @@ class ReaderDataset(Dataset[tuple[Any, int]]):
         reader: gives ``(open file, label)`` by index, and ``filename(index)``.
         transform: applied to the RGB image.
         classes: class names in label order, or None where they are not known.
+        read: from an open file to what is transformed.
+        kind: what messages say that a file should be.
     """
 
-    def __init__(self, reader: Any, transform: Transform | None, classes: Sequence[str] | None):
+    def __init__(
+        self,
+        reader: Any,
+        transform: Transform | None,
+        classes: Sequence[str] | None,
+        read: Callable[[Any], Any] = decode,
+        kind: str = "an image",
+    ) -> None:
         self.reader = reader
         self.transform = transform
         self.classes = classes
+        self.read = read
+        self.kind = kind
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -137,10 +148,11 @@ class ReaderDataset(Dataset[tuple[Any, int]]):
         try:
             file, label = self.reader[index]
             with file:
-                image = decode(file)
+                image = self.read(file)
             value = image if self.transform is None else self.transform(image)
-        except Exception as error:  # image decoders raise nearly anything on damaged bytes
-            raise UnreadableImageError(self.name(index), str(error) or repr(error)) from error
+        except Exception as error:  # decoders raise nearly anything on damaged bytes
+            reason = str(error) or repr(error)
+            raise UnreadableImageError(self.name(index), reason, self.kind) from error
         return value, UNLABELLED if label is None else int(label)
 
     def name(self, index: int) -> str:

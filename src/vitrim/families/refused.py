@@ -41,7 +41,6 @@ MODULES: Mapping[str, str] = {
     "vision_transformer_sam": "it attends in windows of its map, with a bias for every pair of "
     "tokens; use vit, or swin where a map is wanted",
     "visformer": _CONVOLUTIONS,
-    "vitamin": _CONVOLUTIONS,
     "volo": "its outlookers spread every place over its neighbours; use deit",
     "xcit": "it attends among channels, and convolutions follow; use deit",
 }

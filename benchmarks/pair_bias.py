@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor
 
-IMAGES, ROUNDS = 16, 9
+IMAGES, ROUNDS = 16, 7
 
 
 def gathered(bias_1HNN: Tensor, index_BK: Tensor) -> Tensor:

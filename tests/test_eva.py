@@ -134,8 +134,8 @@ def test_angles_are_looked_up_and_made_once(monkeypatch):
     sparse = sparsify(model, DynamicViTConfig(stages=(1, 2), keep_ratio=0.6))
     made, embed = [], model.rope.get_embed
 
-    def counted(*arguments):
-        made.append(embed(*arguments))
+    def counted(**options):
+        made.append(embed(**options))
         return made[-1]
 
     monkeypatch.setattr(model.rope, "get_embed", counted)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,7 @@ from vitrim.tokens.projections import linears_of
 from vitrim.tokens.slices import in_slices
 
 SomeTokens = TypeVar("SomeTokens", bound=AnyTokens)
-_MLPS = (Mlp, GluMlp, SwiGLU)
+_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm)
 """Blocks whose norms stand behind their branches."""
 Between = Callable[[AnyTokens, Tensor], AnyTokens]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from timm.layers import AttentionRope, RotaryEmbeddingMixed
+from timm.layers import AttentionRope
 from timm.models.eva import Eva as TimmEva
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
@@ -56,11 +56,6 @@ class WithRotary(ViT):
             tokens = super().run_blocks((index,), self.before(index, tokens))
         return tokens
 
-    def rotary_macs(self, num_patches: int) -> int:
-        """MACs of angles that each block has of its own: places times learned frequencies."""
-        mixed = isinstance(self.backbone.rope, RotaryEmbeddingMixed)
-        return num_patches * self.depth * self.embed_dim if mixed else 0
-
 
 class Eva(WithRotary):
     """Runs one timm ``Eva`` piece by piece; holds no weights of its own."""
@@ -91,6 +86,3 @@ class Eva(WithRotary):
         x, angles = model._pos_embed(model.patch_embed(images))
         rotary = None if angles is None else Rotary.of(angles)
         return Tokens.of(model.norm_pre(x), self.num_prefix, rotary)
-
-    def stem_macs(self, num_patches: int) -> int:
-        return super().stem_macs(num_patches) + self.rotary_macs(num_patches)

@@ -72,5 +72,4 @@ class NaFlex(WithRotary):
 
     def stem_macs(self, num_patches: int) -> int:
         projection = self.backbone.embeds.proj
-        each = linear_macs(projection) + conv_macs(projection)
-        return num_patches * each + self.rotary_macs(num_patches)
+        return num_patches * (linear_macs(projection) + conv_macs(projection))

@@ -11,6 +11,8 @@ _PAIRS = (
     "half of what dropping saves (results/tried.md); use a ViT, or eva, whose positions are rotary"
 )
 
+_SIDE_BY_SIDE = "attention and MLP run side by side, and one layer makes both"
+
 MODULES: Mapping[str, str] = {
     "beit": _PAIRS,
     "cait": "its heads mix their attention maps before and after the softmax, so that whole maps "
@@ -41,14 +43,14 @@ MODULES: Mapping[str, str] = {
     "vision_transformer_sam": "it attends in windows of its map, with a bias for every pair of "
     "tokens; use vit, or swin where a map is wanted",
     "visformer": _CONVOLUTIONS,
-    "vitamin": _CONVOLUTIONS,
     "volo": "its outlookers spread every place over its neighbours; use deit",
     "xcit": "it attends among channels, and convolutions follow; use deit",
 }
 """The other modules of timm with vision transformers and their kin in them."""
 
 PARTS: Mapping[str, str] = {
-    "ParallelScalingBlock": "attention and MLP run side by side, and one layer makes both",
+    "ParallelScalingBlock": _SIDE_BY_SIDE,
+    "DiffParallelScalingBlock": _SIDE_BY_SIDE,
     "ParallelThingsBlock": "several attentions run side by side",
     "DiffAttention": "it subtracts two attention maps of each head",
 }

@@ -104,7 +104,7 @@ class SwinV2Cr(SwinV2):
 
     def check_images(self, images: Tensor) -> None:
         check_channels(images, self.backbone.in_chans)
-        embed, size = self.backbone.patch_embed, tuple(images.shape[2:])
+        embed, size = self.backbone.patch_embed, (images.shape[2], images.shape[3])
         if (embed.strict_img_size and size != embed.img_size) or min(self.grid(size)) < 1:
             raise InputError(
                 f"images are {size[0]} x {size[1]} pixels; this backbone takes "

@@ -43,7 +43,12 @@ class ViT(Family):
 
     name = "vit"
     classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
-    modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit", "vision_transformer_hybrid")
+    modules: ClassVar[Sequence[str]] = (
+        "vision_transformer",
+        "deit",
+        "vision_transformer_hybrid",
+        "vitamin",
+    )
     smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
         "timm VisionTransformer and VisionTransformerDistilled with standard blocks "
@@ -184,7 +189,7 @@ class ViT(Family):
         """
         block = bare(self.backbone.blocks[index])
         query, memory = self.before(index, query), self.before(index, memory)
-        angles = None if query.rotary is None else (query.angles, memory.angles)
+        angles = query.angles, memory.angles
         records: list[AttentionRecord] = []
         scale1, scale2 = scales or (None, None)
 

@@ -143,7 +143,7 @@ class SPViTPyramid(SelectorMethod):
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("vit", "eva", "naflex", "lvvit"), "it has no pooling between its blocks; use spvit"
     ) | {
-        "swin_v2": "its attention compares directions, ours of packages not; use dynamic_spatial",
+        "swin_v2": "package tokens are no part of its cosine attention; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
         "video_swin": "it is of images; use stvit_video",
     }

@@ -191,7 +191,7 @@ def cross_attention(
     query_BSC: Tensor,
     memory_BNC: Tensor,
     bias_N: Tensor | None = None,
-    angles: tuple[Tensor, Tensor] | None = None,
+    angles: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, AttentionRecord]:
     """A self-attention layer used between two sequences: the same projections, split by rows.
 
@@ -201,7 +201,7 @@ def cross_attention(
         memory_BNC: what is looked at, likewise; it gives keys and values.
         bias_N: added to the logits of each key, such as the logarithm of the number of tokens that
             a key stands for.
-        angles: by which queries and keys are turned, see :func:`recorded_attention`.
+        angles: that turn queries, and keys; see :func:`recorded_attention`.
 
     Returns:
         the layer's output (B, S, C), and its inner values.
@@ -221,14 +221,13 @@ def _cross_attention(
     query_BSC: Tensor,
     memory_BNC: Tensor,
     bias_N: Tensor | None,
-    angles: tuple[Tensor, Tensor] | None,
+    angles: tuple[Tensor | None, Tensor | None],
 ) -> AttentionRecord:
     (q,) = project(attention, query_BSC, 0, 1)
     k, v = project(attention, memory_BNC, 1, 3)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    of_queries, of_keys = angles or (None, None)
-    q = placed(attention, attention.q_norm, q, v, of_queries)
-    k = placed(attention, attention.k_norm, k, v, of_keys)
+    q = placed(attention, attention.q_norm, q, v, angles[0])
+    k = placed(attention, attention.k_norm, k, v, angles[1])
     bias = None if bias_N is None else bias_N.to(q.dtype).expand(q.shape[2], -1)
     context = attend(attention, q, k, v, bias)
     return AttentionRecord(q, k, v, context, scale_of(attention, q), 0, False, bias=bias)

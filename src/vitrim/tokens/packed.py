@@ -238,7 +238,7 @@ class PackedTokens:
     def angles(self) -> Tensor | None:
         """(rows, H, 2 D), H may be 1: what :attr:`rotary` says of these tokens."""
         rows = self.layout.patch_row_N, self.layout.num_rows
-        return self.rotary and self.rotary.of_rows(self.index_N, *rows)
+        return None if self.rotary is None else self.rotary.of_rows(self.index_N, *rows)
 
     @property
     @_not_compiled

@@ -96,7 +96,9 @@ class Tokens:
     @property
     def angles(self) -> Tensor | None:
         """(B, H, P + N, 2 D), H may be 1: what :attr:`rotary` says of these tokens."""
-        return self.rotary and self.rotary.of_images(self.index_BN, self.num_prefix)
+        if self.rotary is None:
+            return None
+        return self.rotary.of_images(self.index_BN, self.num_prefix)
 
     @property
     def bias(self) -> Tensor | None:

@@ -3,7 +3,8 @@
 ``python benchmarks/dense.py train`` writes the embedded scenes, trains a Mask R-CNN and an UperNet
 on a small dense Swin and ConvNeXt (recipes ``scenes-HEAD-FAMILY``), goes on from each with every
 method (``scenes-HEAD-METHOD-FAMILY``) and, for as many steps, without one, and measures them all on
-unseen scenes: about two hours on one core, and a finished part is not repeated. ``... speed`` times
+unseen scenes (``evaluate`` does that alone): about two hours on one core, and a finished part is
+not repeated. ``... speed`` times
 them on those scenes, and the backbones of the papers on 800 x 1280 pixels; the machine should do
 nothing else then. Each part writes ``results/dense.json`` and the tables of ``dense.md``.
 
@@ -44,7 +45,7 @@ HEADS = {"mask_rcnn": ("box AP", "mask AP"), "upernet": ("mIoU",)}
 """The scores of each head that are compared."""
 FAMILIES = ("swin", "convnext")
 METHODS = ("dynamic_spatial", "spvit_pyramid", "stvit_r")
-SCENES = 300
+SCENES = 200
 """Unseen ones that are measured on."""
 BEFORE = "dense, before"
 """The dense model that the others went on from."""
@@ -179,12 +180,20 @@ def backbone_alone(backbone: nn.Module) -> nn.Module:
     return pyramid if pyramid.is_sparse else TimmPyramid(pyramid)
 
 
-def timed(candidates: dict[str, nn.Module], images: Tensor) -> list[dict[str, Any]]:
+def timed(
+    candidates: dict[str, nn.Module], images: Tensor, rounds: int = 9
+) -> list[dict[str, Any]]:
     """Rows of interleaved rounds on two threads, beside the first candidate."""
     shape = (images.shape[1], images.shape[2], images.shape[3])
     batches = [batch for batch in TIMED_BATCHES if batch <= len(images)]
     rows = benchmark(
-        candidates, shape, batches=batches, dtypes=("fp32",), rounds=9, threads=2, images=images
+        candidates,
+        shape,
+        batches=batches,
+        dtypes=("fp32",),
+        rounds=rounds,
+        threads=2,
+        images=images,
     )
     for row in rows:
         print(shown(row), flush=True)
@@ -210,7 +219,7 @@ def time_published() -> list[dict[str, Any]]:
         sparse = vitrim.sparsify(dense, config)
         candidates = {DENSE: backbone_alone(dense), "sparse": backbone_alone(sparse)}
         images = torch.randn(1, 3, *PUBLISHED_SIZE, generator=torch.Generator().manual_seed(0))
-        found += [{"published": name, **row} for row in timed(candidates, images)]
+        found += [{"published": name, **row} for row in timed(candidates, images, 5)]
     return found
 
 
@@ -218,7 +227,7 @@ def _detectors(models: dict[str, Any], scenes: Path) -> Any:
     from vitrim.tasks.detection_data import DetectionLoader, open_coco
     from vitrim.tasks.detection_evaluation import evaluate_detectors
 
-    folder = open_coco(str(scenes), classes=models[DENSE].classes, masks=True)
+    folder = open_coco(str(scenes), None, classes=models[DENSE].classes, masks=True)
     return evaluate_detectors(models, DetectionLoader(folder, 8, 0), draws=300)
 
 
@@ -349,7 +358,7 @@ def _quartiles(found: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "speed", "tables"))
+    parser.add_argument("what", choices=("train", "evaluate", "speed", "tables"))
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "dense")
     parser.add_argument("--heads", nargs="*", default=list(HEADS))
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
@@ -357,8 +366,9 @@ def main() -> None:
     content: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     content["command"] = "python benchmarks/dense.py train; python benchmarks/dense.py speed"
     cases = [Case(options.runs, h, f) for h in options.heads for f in options.families]
-    for case in cases if options.what == "train" else ():
-        case.train()
+    for case in cases if options.what in ("train", "evaluate") else ():
+        if options.what == "train":
+            case.train()
         others = [
             row
             for row in content.get("scores", [])

@@ -6,7 +6,7 @@ measurement; the search brackets the budget and closes in on it, a handful of pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -88,7 +88,7 @@ def calibrate(
         max_images: look at no more than these.
         prepare: of a detector or segmenter ``model`` whose backbone is calibrated:
             ``model.prepared``. Then the loader's images are what that model itself takes, of any
-            sizes, and no padding is counted as kept.
+            sizes; each is looked at alone, and no padding is counted as kept.
         progress: told in words what each pass found.
 
     Returns:
@@ -200,11 +200,7 @@ def _collect(
     parameter = next(sparse.backbone.parameters())
     batches: list[Batch] = []
     room, num_bytes = max_images, 0
-    for batch in loader:
-        images = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        sizes: Sizes = None
-        if prepare is not None and len(images):
-            images, sizes = prepare(_on(parameter.device, images[:room]))
+    for images, sizes in _seen(loader, prepare, parameter.device):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise InputError(
@@ -227,9 +223,19 @@ def _collect(
     return batches
 
 
-def _on(device: torch.device, images: Any) -> Any:
-    """A tensor of images, or a list of them, on ``device``."""
-    return images.to(device) if isinstance(images, Tensor) else [x.to(device) for x in images]
+def _seen(
+    loader: Iterable[Any], prepare: Prepare | None, device: torch.device
+) -> Iterator[tuple[Any, Sizes]]:
+    """The images of each batch, or what ``prepare`` makes of each image alone."""
+    for batch in loader:
+        images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if prepare is None:
+            yield images, None
+            continue
+        for one in range(len(images)):
+            alone = images[one : one + 1]
+            on_device = alone.to(device) if isinstance(alone, Tensor) else [alone[0].to(device)]
+            yield prepare(on_device)
 
 
 def _measure(sparse: SparseModel, batches: Sequence[Batch]) -> Tensor:

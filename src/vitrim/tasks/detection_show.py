@@ -14,7 +14,7 @@ from vitrim.tools.visualize import Panel, denormalize, stage_panels, token_colou
 
 SIDE = 320
 """Of the longer side of a picture in pixels, about."""
-_INK = (28, 32, 40)
+_INK, _PAPER = (28, 32, 40), (255, 255, 255)
 
 
 @torch.no_grad()
@@ -46,7 +46,8 @@ def _drawn(model: Detector, image: Tensor, found: dict[str, Tensor]) -> Image.Im
     scale = SIDE / max(image.shape[1:])
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     canvas = (functional.resize(image, size, antialias=True).clamp(0, 1) * 255).byte()
-    colours = token_colours(len(found["boxes"]))
+    known = token_colours(model.config.num_classes)
+    colours = [known[label] for label in found["labels"].tolist()]
     if "masks" in found and colours:
         masks = functional.resize(found["masks"].squeeze(1), size) > 0.5
         canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)
@@ -56,8 +57,9 @@ def _drawn(model: Detector, image: Tensor, found: dict[str, Tensor]) -> Image.Im
     picture: Image.Image = functional.to_pil_image(canvas)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(SIDE // 20)
     for box, label, colour in zip(boxes.tolist(), found["labels"].tolist(), colours, strict=True):
-        place, name = (box[0] + 2, box[1]), class_name(model, label)
-        draw.rectangle(draw.textbbox(place, name, font), colour)
+        place, name = (box[0] + 3, box[1] + 1), class_name(model, label)
+        left, top, right, bottom = draw.textbbox(place, name, font)
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), _PAPER, colour)
         draw.text(place, name, _INK, font)
     return picture
 

@@ -27,6 +27,7 @@ FLOORS = {
     "modes": 1,
     "budget": 6,
     "hub": 6,
+    "rebuilt": 6,
     "features": 6,
     "as_timm": 6,
     "model": 6,

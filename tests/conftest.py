@@ -58,6 +58,43 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
 
 
+def tiny_eva(name: str = "eva02_tiny_patch14_224", **kwargs: Any) -> nn.Module:
+    """A small Eva: 16 patches of 8 pixels, 4 blocks, 10 classes; its weights are large enough that
+    tokens look at each other, and that logits depend on it: timm's own start near 0.
+    """
+    torch.manual_seed(0)
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
+    model = jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+    generator = seeded(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=0.2, generator=generator)
+    return model
+
+
+def tiny_naflex(name: str = "naflexvit_base_patch16_gap", **kwargs: Any) -> nn.Module:
+    """A small NaFlexVit for images of 32 x 32: 16 patches of 8 pixels, 4 blocks, 10 classes."""
+    torch.manual_seed(0)
+    sizes = {
+        "patch_size": 8,
+        "pos_embed_grid_size": (4, 4),
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 10,
+        "pretrained_cfg_overlay": {"input_size": (3, 32, 32)},
+    }
+    return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
 def tiny_lvvit(name: str = "lvvit_s", **kwargs: Any) -> nn.Module:
     """A small LV-ViT: 16 patches of 8 pixels, 4 blocks, 10 classes; its stem has seen data."""
     torch.manual_seed(0)
@@ -91,6 +128,11 @@ def tiny_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> nn.M
         "drop_path_rate": 0.0,
     }
     return jitter(timm.create_model(name, **(sizes | kwargs))).eval()
+
+
+def tiny_swin_v2(name: str = "swinv2_tiny_window8_256", **kwargs: Any) -> nn.Module:
+    """The same of the second version, whose attention compares directions."""
+    return tiny_swin(name, **kwargs)
 
 
 def tiny_pit(name: str = "pit_s_224", **kwargs: Any) -> nn.Module:

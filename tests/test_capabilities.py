@@ -6,20 +6,39 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.conftest import (
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_eva,
+    tiny_lvvit,
+    tiny_naflex,
+    tiny_pit,
+    tiny_swin,
+    tiny_swin_v2,
+    tiny_vit,
+)
 from vitrim import UnsupportedBackboneError, capabilities, sparsify
+from vitrim.cli.schedule import dense_model
 from vitrim.families import FAMILIES
 from vitrim.methods import METHODS
+from vitrim.train.backbone import create_dense
+from vitrim.train.recipe import ModelRecipe
 
+MODELS = Path(__file__).parents[1] / "results" / "models.md"
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- capabilities -->", "<!-- end of capabilities -->"
 BACKBONES = {
     "vit": tiny_vit,
+    "eva": tiny_eva,
+    "naflex": tiny_naflex,
     "lvvit": tiny_lvvit,
     "pit": tiny_pit,
     "swin": lambda: tiny_swin(depths=(2, 2, 6, 2)),
+    "swin_v2": lambda: tiny_swin_v2(depths=(2, 2, 6, 2)),
     "convnext": tiny_convnext,
 }
 TABLE = capabilities.capabilities()
@@ -64,7 +83,8 @@ def test_reasons_name_methods_that_work_there():
 
 def test_markdown():
     lines = capabilities.capability_markdown().splitlines()
-    assert lines[0] == "| method | " + " | ".join(family.name for family in FAMILIES) + " |"
+    names = dict.fromkeys(family.name for family in FAMILIES)
+    assert lines[0] == f"| method | {' | '.join(names)} |"
     assert len([line for line in lines if line.startswith("| `")]) == len(METHODS)
     assert sum(line.count(" yes ") for line in lines) == sum(
         reason is None for row in TABLE.values() for reason in row.values()
@@ -76,3 +96,41 @@ def test_the_readme_shows_it():
     assert START in text
     table = text.split(START)[1].split(END)[0]
     assert table.strip() == capabilities.capability_markdown()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return capabilities.support()
+
+
+def test_what_is_served_of_timm(found):
+    """The table of models is what building each of them says; see results/models.md."""
+    text = MODELS.read_text(encoding="utf-8")
+    if f"timm {timm.__version__} " in text:  # others have other names
+        assert text.split(START)[1].split(END)[0].strip() == capabilities.support_markdown(found)
+    modules = {each.module: each for each in found}
+    assert len(modules) == len(found)
+    assert len(modules["eva"].served) == 65
+    assert sum(len(each.served) for each in found) >= 330
+
+
+def test_what_is_refused_says_why_and_what_to_use(found):
+    for each in found:
+        for name, why in each.refused.items():
+            assert "served: " in why or "; use " in why, (name, why)
+
+
+def test_support_is_known_without_a_download(monkeypatch):
+    """Before any weight is fetched, and with models that have none."""
+
+    def fetched(*arguments, **options):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fetched)
+    assert capabilities.why_not("vit_small_patch16_dinov3.lvd1689m") is None
+    assert "; use " in capabilities.why_not("beitv2_base_patch16_224")
+    with pytest.raises(UnsupportedBackboneError, match="beitv2_base_patch16_224"):
+        dense_model("beitv2_base_patch16_224", None)
+    recipe = ModelRecipe(name="cait_xxs24_224", pretrained=True)
+    with pytest.raises(UnsupportedBackboneError, match="attention maps"):
+        create_dense(recipe, 0)

@@ -564,6 +564,8 @@ def test_list_capabilities(capsys):
         ("lvvit*", ["lvvit_m", "lvvit_s"]),
         ("swin*tiny*", ["swin_s3_tiny_224", "swin_tiny_patch4_window7_224"]),
         ("conv*_tiny", ["conv_stem_swin_tiny", "convnext_tiny"]),
+        ("swinv2*tiny_ns*", ["swinv2_cr_tiny_ns_224"]),
+        ("vit_tiny*dinov3*", ["vit_tiny_patch16_dinov3_qkvb"]),
     ],
 )
 def test_list_models_of_every_family(capsys, pattern, served):
@@ -576,9 +578,18 @@ def test_list_models_holds_only_what_is_served(capsys):
     code, out, _ = run(capsys, "list", "models", "vit_little_patch16_reg*")
     assert code == 0
     assert "vit_little_patch16_reg4_gap_256" in out
-    code, out, _ = run(capsys, "list", "models", "vit_base_patch16_rpn_224")
+    code, out, _ = run(capsys, "list", "models", "vit_base_patch16_xp_224")
     assert code == 0
     assert out == ""
+
+
+def test_list_models_summary(capsys):
+    code, out, err = run(capsys, "list", "models", "*_tiny*patch16*", "--summary")
+    assert code == 0
+    assert [line.split()[:3] for line in out.splitlines() if "deit" in line] == [["deit", "2", "2"]]
+    assert "models of this kind" in err
+    code, out, _ = run(capsys, "list", "models", "cait_s24*", "--summary")
+    assert "use deit3" in " ".join(out.split())
 
 
 def test_info(capsys, made):

@@ -35,6 +35,11 @@ VARIANTS = {
     "max-pool": {"global_pool": "max"},
     "no-classes": {"num_classes": 0},
     "drop-path": {"drop_path_rate": 0.3, "drop_rate": 0.1},
+    "convolutions-as-mlp": {"conv_mlp": True},
+    "convolutions-as-mlp-rms": {"name": "convnext_atto_rms"},
+    "overlapping-stem": {"stem_type": "overlap", "conv_mlp": True},
+    "overlapping-stem-tiered": {"stem_type": "overlap_tiered"},
+    "overlapping-stem-activated": {"name": "convnext_zepto_rms_ols"},
 }
 SIZES = [(32, 32), (64, 32), (37, 51)]
 
@@ -146,10 +151,8 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"stem_type": "overlap_tiered", "patch_size": 4}, "a stem of 3 layers"),
         ({"global_pool": ""}, "global_pool=''"),
-        ({"conv_mlp": True}, "conv_mlp=True"),
-        ({"use_grn": True}, "GlobalResponseNormMlp"),
+        ({"use_grn": True}, "response norm divides by a norm over all positions"),
     ],
 )
 def test_parts_that_cannot_be_run_are_refused_by_name(options, named):

@@ -103,6 +103,12 @@ def same(sparse, folder, batch=5, x=None):
 STRUCTURED = [
     ("dynamicvit", "lv-vit"),
     ("merging", "lv-vit"),
+    ("dynamicvit", "rotary"),
+    ("merging", "rotary per block"),
+    ("stvit with prefix", "rotary"),
+    ("dynamicvit", "naflex"),
+    ("dynamic_spatial", "swin v2"),
+    ("dynamic_spatial", "convolutions as mlp"),
     ("dynamic_spatial", "swin"),
     ("dynamic_spatial", "convnext"),
     ("spvit_pyramid fixed", "pit"),
@@ -114,6 +120,7 @@ STRUCTURED = [
 
 
 DECIDING = [
+    ("asvit", "rotary"),
     ("asvit", "lv-vit"),
     ("sait mass", "lv-vit"),
     ("spvit", "lv-vit"),

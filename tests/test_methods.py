@@ -11,7 +11,18 @@ import pytest
 import torch
 
 import vitrim
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.conftest import (
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_eva,
+    tiny_lvvit,
+    tiny_naflex,
+    tiny_pit,
+    tiny_swin,
+    tiny_swin_v2,
+    tiny_vit,
+)
 from vitrim import (
     ASViTConfig,
     DenseConfig,
@@ -117,17 +128,29 @@ BACKBONES = {
     "registers": partial(tiny_vit, class_token=False, reg_tokens=2, global_pool="avg"),
     "class and registers": partial(tiny_vit, reg_tokens=2),
     "scale and norm": partial(tiny_vit, init_values=0.5, qk_norm=True),
+    "rotary": partial(tiny_eva, "vit_small_patch16_dinov3"),
+    "rotary per block": partial(tiny_eva, "vit_small_patch16_rope_mixed_224"),
+    "naflex": tiny_naflex,
     "lv-vit": tiny_lvvit,
     "pit": tiny_pit,
     "swin": tiny_swin,
+    "swin v2": tiny_swin_v2,
     "convnext": tiny_convnext,
+    "convolutions as mlp": partial(tiny_convnext, conv_mlp=True),
 }
 """Name: makes a tiny backbone for images of 32 x 32 pixels, with 10 classes."""
 
 FAMILIES = {name: family_of(make()).name for name, make in BACKBONES.items()}
 METHOD = {name: method_of_config(config) for name, config in CASES.items()}
+ALIKE = ("rotary per block", "naflex")
+"""Backbones that are made of the parts of others."""
+FEW = ("dynamicvit threshold", "merging keys", "stvit with prefix", "spvit", "dynamic_spatial")
+"""Cases that are enough for them."""
 PAIRS = [
-    (case, name) for case in CASES for name in BACKBONES if FAMILIES[name] in METHOD[case].families
+    (case, name)
+    for case in CASES
+    for name in BACKBONES
+    if FAMILIES[name] in METHOD[case].families and (name not in ALIKE or case in FEW)
 ]
 """Every case on every backbone that its method runs on."""
 FIRST = [
@@ -247,7 +270,7 @@ def test_training_follows_its_generator(case, backbone):
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    flexible = {"convnext": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
+    flexible = {"convnext": {}, "naflex": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
     options = flexible.get(FAMILIES[backbone], {"dynamic_img_size": True})
     sparse = sparse_model(case, backbone, **options)
     logits = sparse(images(2, size=48))
@@ -284,7 +307,9 @@ def test_dial_moves_the_cost(case, backbone):
     assert costs[0] < costs[-1]
 
 
-@each_case
+@pytest.mark.parametrize(
+    ("case", "backbone"), [pair for pair in FIRST if pair[1] != "rotary" or pair[0] in FEW]
+)
 def test_compiles(case, backbone):
     """With fixed counts the whole forward is one graph."""
     sparse = sparse_model(case, backbone)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.conftest import images, jitter, seeded, tiny_vit
 from vitrim.families import family_of
-from vitrim.tokens import packed as packing
 from vitrim.tokens.bucketing import COSTS, Costs, divide
 from vitrim.tokens.packed import Layout, PackedTokens, select
 from vitrim.tokens.plain import Tokens
@@ -339,7 +338,7 @@ def test_no_other_division_is_cheaper(lengths, costs, threads):
 
 @pytest.mark.parametrize("rows", [1, 7, 40, 10_000])
 def test_slices_of_rows_change_nothing(rows, monkeypatch):
-    monkeypatch.setattr(packing, "SLICE", rows)
+    monkeypatch.setattr("vitrim.tokens.slices.SLICE", rows)
     family, keep = family_for("class token"), keep_of(COUNTS)
     packed = select(family.stem(images(len(COUNTS))), keep)
     sizes, mlp = [], family.backbone.blocks[0].mlp

@@ -25,8 +25,7 @@ from vitrim.cli.profile import profile_command
 from vitrim.cli.schedule import schedule_command
 from vitrim.cli.tasks import open_task, task_facts
 from vitrim.config import to_plain
-from vitrim.errors import InputError, UnsupportedBackboneError, printable
-from vitrim.families import FAMILIES, family_of
+from vitrim.errors import InputError, printable
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
 from vitrim.tools.evaluate import check_answers
@@ -85,10 +84,13 @@ def list_command(
     pattern: Annotated[
         str, typer.Argument(help="Only models whose name matches, such as 'deit*'.")
     ] = "*",
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Models: how many of each module, and why not more.")
+    ] = False,
 ) -> None:
     """List the models, methods or recipes that vitrim knows, or which method runs on what."""
     if what is Listed.models:
-        _list_models(pattern)
+        _list_models(pattern, summary)
     elif what is Listed.methods:
         _list_methods()
     elif what is Listed.recipes:
@@ -97,36 +99,23 @@ def list_command(
         _list_capabilities()
 
 
-def _list_models(pattern: str) -> None:
-    """Timm's names whose architecture a family accepts; found by building each, without weights."""
-    names = {
-        name: family.smallest
-        for family in FAMILIES
-        for module in family.modules
-        for name in timm.list_models(pattern, module=module)
-    }
+def _list_models(pattern: str, summary: bool) -> None:
+    """Timm's names that a family serves, or how many of each module and why not the others."""
+    names = capabilities.modules_of_models(pattern)
     if not names:
         raise InputError(f"no vision transformer of timm matches {pattern!r}")
+    with common.progress("looking at timm's models", sum(map(len, names.values()))) as advance:
+        found = capabilities.support(pattern, advance)
+    served = [name for module in found for name in module.served]
     console = common.out()
-    with common.progress("looking at timm's models", len(names)) as advance:
-        served = []
-        for number, (name, smallest) in enumerate(names.items(), 1):
-            if _is_served(name, smallest):
-                served.append(name)
-            advance(number)
-    for name in served:
-        console.print(name)
-    common.note(f"{len(served)} models, by their timm names; and digits_vit, which is shipped")
-
-
-def _is_served(name: str, smallest: Mapping[str, Any]) -> bool:
-    with torch.device("meta"):
-        model = timm.create_model(name, **smallest)
-    try:
-        family_of(model)
-    except UnsupportedBackboneError:
-        return False
-    return True
+    if summary:
+        console.print(tables.support_table(found))
+    else:
+        for name in served:
+            console.print(name)
+    total = sum(module.total for module in found)
+    note = f"{len(served)} of {total} models of this kind" if summary else f"{len(served)} models"
+    common.note(f"{note}, by their timm names; and digits_vit, which is shipped")
 
 
 def _list_methods() -> None:

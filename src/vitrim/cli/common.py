@@ -20,13 +20,16 @@ from torch import nn
 
 from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError, printable
-from vitrim.families import FAMILIES, ConvNeXt
+from vitrim.families import FAMILIES, ConvNeXt, NaFlex
 from vitrim.families.described import describe_data
 from vitrim.hub import is_hub_name
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
 Value = TypeVar("Value", int, float)
+
+_OF_ANY_SIZE = (*ConvNeXt.modules, *NaFlex.modules)
+"""Timm's modules whose models no argument makes for one image size."""
 
 # Of several processes only the first speaks.
 _QUIET = int(os.environ.get("RANK", "0")) > 0
@@ -133,7 +136,7 @@ def _load_dense(
                 f"timm cannot fetch the pretrained weights of {name!r} "
                 f"({type(error).__name__}: {reason}); give a file with --weights"
             ) from error
-    takes_any = name in timm.list_models(module=ConvNeXt.modules[0])
+    takes_any = any(name in timm.list_models(module=m) for m in _OF_ANY_SIZE)
     size: dict[str, Any] = {}
     if image_size is not None and not takes_any:
         size = {"img_size": image_size}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import timm
 import typer
 from torch import nn
 
@@ -14,6 +15,7 @@ from vitrim.budgets.effects import measure_effects
 from vitrim.budgets.milliseconds import EFFECT_IMAGES, Latency, check_table
 from vitrim.budgets.schedule import Schedule
 from vitrim.budgets.solve import Costs, check_reach, find_schedule
+from vitrim.capabilities import require_served
 from vitrim.cli import common, tables
 from vitrim.cli.images import unlabelled_batches
 from vitrim.cli.options import (
@@ -150,7 +152,11 @@ def table_of(milliseconds: float | None, path: Path | None) -> LatencyTable | No
 
 
 def dense_model(source: str, weights: Path | None) -> nn.Module:
-    """The model called ``source``, if it is a dense one."""
+    """The model called ``source``, if it is a dense one that can be made sparse: of timm's, that is
+    known before its weights are fetched.
+    """
+    if timm.is_model(source) and not Path(source).exists():
+        require_served(source)
     model = common.load_model(source, weights)
     if isinstance(model, SparseModel):
         raise ConfigError(

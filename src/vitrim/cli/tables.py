@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from vitrim.budget import Calibration, Spread
+from vitrim.capabilities import Support
 from vitrim.tasks.evaluation import TaskEvaluation
 from vitrim.tools.benchmark import Quartiles, Row
 from vitrim.tools.evaluate import DenseEvaluation, Evaluation
@@ -171,6 +172,17 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
             "" if is_base else _quartiles(row.efficiency, 2),
             end_section=row.name == rows[-1].name,
         )
+    return table
+
+
+def support_table(found: Sequence[Support]) -> Table:
+    """Timm's modules: how many of their models are served, and why the others are not."""
+    table = plain_table("Models of timm, by module", "module", "served", "of", "why not the others")
+    table.columns[3].justify = "left"
+    for module in found:
+        reasons = [f"{count}: {reason}" for reason, count in module.reasons.items()]
+        counts = str(len(module.served)), str(module.total)
+        table.add_row(module.module, *counts, "\n".join(reasons))
     return table
 
 

@@ -11,14 +11,41 @@ from torch import nn
 from vitrim.errors import UnsupportedBackboneError
 from vitrim.families.base import Family
 from vitrim.families.convnext import ConvNeXt
+from vitrim.families.eva import Eva
 from vitrim.families.foreign import advice, check_bare
 from vitrim.families.lvvit import LVViT
+from vitrim.families.naflex import NaFlex
 from vitrim.families.pit import PiT
+from vitrim.families.refused import MODULES
 from vitrim.families.swin import Swin
+from vitrim.families.swin_v2 import SwinV2, SwinV2Cr
 from vitrim.families.vit import ViT
 
-FAMILIES: tuple[type[Family], ...] = (ViT, LVViT, PiT, Swin, ConvNeXt)
-__all__ = ["FAMILIES", "ConvNeXt", "Family", "LVViT", "PiT", "Swin", "ViT", "family_of"]
+FAMILIES: tuple[type[Family], ...] = (
+    ViT,
+    Eva,
+    NaFlex,
+    LVViT,
+    PiT,
+    Swin,
+    SwinV2,
+    SwinV2Cr,
+    ConvNeXt,
+)
+__all__ = [
+    "FAMILIES",
+    "ConvNeXt",
+    "Eva",
+    "Family",
+    "LVViT",
+    "NaFlex",
+    "PiT",
+    "Swin",
+    "SwinV2",
+    "SwinV2Cr",
+    "ViT",
+    "family_of",
+]
 
 
 def family_of(backbone: nn.Module) -> Family:
@@ -40,6 +67,12 @@ def family_of(backbone: nn.Module) -> Family:
     if (hint := advice(backbone)) is not None:
         raise UnsupportedBackboneError(f"{name} is no timm model. {hint}")
     served = "; ".join(f"{family.name}: {family.serves}" for family in FAMILIES)
+    module = type(backbone).__module__
+    why = MODULES.get(module.rpartition(".")[2]) if module.startswith("timm.") else None
+    if why is not None:
+        raise UnsupportedBackboneError(
+            f"{name} ({module}) cannot be made sparse: {why}. Served: {served}"
+        )
     raise UnsupportedBackboneError(
         f"{name} is not a backbone that vitrim knows, and running it by guesswork could change its "
         f"numbers silently. Served: {served}"

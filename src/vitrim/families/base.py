@@ -33,6 +33,8 @@ class Family(ABC):
     """Of timm's registry, where models of its classes are."""
     smallest: ClassVar[Mapping[str, Any]] = {}
     """Arguments that make a model in little time, enough to see whether it can be run."""
+    arguments: ClassVar[frozenset[str]] = frozenset()
+    """Of an architecture, which its classes take besides those that their constructors name."""
     labels_patches: ClassVar[bool] = False
     """Whether its patch tokens have a classifier of their own."""
     keeps_map: ClassVar[bool] = False
@@ -277,6 +279,10 @@ class MapPyramid(Pyramid):
         """``run(x)`` as a block's own forward: whoever hooked the block sees it."""
         return called(self.block(stage, index), run, x_BHWC)
 
+    def finish(self, stage: int, index: int, x_BHWC: Tensor) -> Tensor:
+        """What a block does to each position behind both of its parts; for most, nothing."""
+        return x_BHWC
+
     @property
     @abstractmethod
     def reduction(self) -> int:
@@ -370,7 +376,7 @@ def check_patched_images(images: Tensor, backbone: Any, flexible: bool) -> None:
                 "dynamic_img_size=True"
             )
     elif not patch_embed.dynamic_img_pad:
-        height, width = patch_embed.patch_size
+        height, width = patch_embed.feat_ratio(as_scalar=False)
         if shape[2] % height or shape[3] % width:
             raise InputError(
                 f"images are {shape[2]} x {shape[3]} pixels; both sides must be multiples of the "

@@ -1,20 +1,24 @@
 """Family ``convnext``: timm's ConvNeXt, run piece by piece.
 
-Served: ConvNeXt with a patch stem and its MLP on channels-last rows, in any depth, width, kernel
-size, norm, layer scale or none, output stride and head; any image size that timm itself takes. A
-map is kept channels-last: timm's own norms turn it so after the stem, and the permutations before
-and after its convolutions are views. ConvNeXt-V2 (its response norm mixes positions inside the
-MLP), MLPs as convolutions and overlapping stems are refused by name.
+Served: ConvNeXt, its stem cutting patches or overlapping, its MLP on channels-last rows or as
+convolutions of one place, in any depth, width, kernel size, norm, layer scale or none, output
+stride and head; any image size that timm itself takes. A map is kept channels-last: timm's own
+norms turn it so after the stem, and the permutations before and after its convolutions are views.
+
+ConvNeXt-V2 is refused by name: inside of its MLP each channel is
+divided by its norm over all positions, so that a position's features depend on those of the
+positions that a method leaves out. Over the computed ones alone it would be another function, which
+the weights never learned; over all of them, half of every MLP would be computed everywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import Mlp
+from timm.layers import ConvMlp, GlobalResponseNormMlp, Mlp
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
@@ -22,10 +26,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrim.costs.macs import conv_macs, linear_macs
 from vitrim.errors import InputError
-from vitrim.families.base import MapPyramid, check_channels
+from vitrim.families.base import MapPyramid, check_channels, refuse_sizes
 from vitrim.tokens.calls import called, kind
 from vitrim.tokens.feature_map import FeatureMap
 from vitrim.tokens.plain import Grid, Sizes
+
+RESPONSE_NORM = (
+    "ConvNeXt-V2's response norm divides by a norm over all positions, those too that are left out "
+    "(served: ConvNeXt, version 1, such as convnext_tiny)"
+)
 
 
 class ConvNeXt(MapPyramid):
@@ -35,12 +44,13 @@ class ConvNeXt(MapPyramid):
     stages_name = "stages"
     classes = (TimmConvNeXt,)
     modules = ("convnext",)
+    smallest: ClassVar[Mapping[str, Any]] = {"depths": (1, 1, 1, 1)}
     serves = "timm ConvNeXt, version 1 (convnext_tiny, _small, _base, _large, _xlarge and kin)"
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if [kind(module) for module in model.stem][:1] != [nn.Conv2d] or len(model.stem) != 2:
-            yield f"a stem of {len(model.stem)} layers (served: stem_type='patch', one convolution)"
+        if kind(model.stem[0]) is not nn.Conv2d:
+            yield f"a stem that starts with {kind(model.stem[0]).__name__} (served: Conv2d)"
         if model.head.global_pool.is_identity():
             yield "global_pool='' (its forward returns a map; create the model with a pool)"
         for stage in model.stages:
@@ -50,10 +60,10 @@ class ConvNeXt(MapPyramid):
             for block in stage.blocks:
                 if kind(block) is not ConvNeXtBlock:
                     yield f"block type {kind(block).__name__} (served: ConvNeXtBlock)"
-                elif block.use_conv_mlp:
-                    yield "conv_mlp=True (served: MLPs of linear layers, conv_mlp=False)"
-                elif kind(block.mlp) is not Mlp:
-                    yield f"MLP type {kind(block.mlp).__name__} (served: Mlp; so no ConvNeXt-V2)"
+                elif kind(block.mlp) is GlobalResponseNormMlp:
+                    yield RESPONSE_NORM
+                elif kind(block.mlp) not in (Mlp, ConvMlp):
+                    yield f"MLP type {kind(block.mlp).__name__} (served: Mlp, ConvMlp)"
                 else:
                     continue
                 return
@@ -82,13 +92,23 @@ class ConvNeXt(MapPyramid):
     def reduction(self) -> int:
         downs = (self._downsample(stage) for stage in range(len(self.depths)))
         strides = (max(down.stride) for down in downs if down is not None)
-        return int(max(self.backbone.stem[0].stride) * math.prod(strides))
+        stem = (max(convolution.stride) for convolution in self._stem_convolutions)
+        return int(math.prod(stem) * math.prod(strides))
+
+    @property
+    def _stem_convolutions(self) -> list[nn.Conv2d]:
+        """One that cuts the image into patches, or several that overlap."""
+        return [module for module in self.backbone.stem if isinstance(module, nn.Conv2d)]
 
     def grid(self, image_size: tuple[int, int] | None = None) -> Grid:
         """Rows and columns of the map after the stem, from the image's (height, width)."""
-        height, width = image_size or self.image_size
-        rows, columns = self.backbone.stem[0].stride
-        return height // rows, width // columns
+        sides = list(image_size or self.image_size)
+        for conv in self._stem_convolutions:
+            parts = zip(sides, conv.kernel_size, conv.stride, conv.padding, strict=True)
+            sides = [
+                (side + 2 * int(pad) - kernel) // step + 1 for side, kernel, step, pad in parts
+            ]
+        return sides[0], sides[1]
 
     def stage_grid(self, grid: Grid, stage: int) -> Grid:
         """Rows and columns of the map in ``stage`` of an image with ``grid`` after the stem."""
@@ -117,6 +137,8 @@ class ConvNeXt(MapPyramid):
         """The map that an image is first cut into."""
         self.check_images(images)
         whole = (images.shape[2], images.shape[3])
+        if len(self._stem_convolutions) > 1:
+            refuse_sizes(sizes, "a ConvNeXt whose stem overlaps")
         images = images if sizes is None else self.real_pixels(images, sizes)
         return FeatureMap.of_padded(_nhwc(self.backbone.stem(images)), whole, sizes)
 
@@ -151,7 +173,12 @@ class ConvNeXt(MapPyramid):
         layer scale.
         """
         block = self.block(stage, index)
-        out: Tensor = block.mlp(block.norm(x))
+        if block.use_conv_mlp:  # convolutions of one place each: the rows as places of a map
+            x_1CR1 = x.flatten(0, -2).transpose(0, 1)[None, :, :, None]
+            out: Tensor = block.mlp(block.norm(x_1CR1))[0, :, :, 0].transpose(0, 1)
+            out = out.reshape(x.shape)
+        else:
+            out = block.mlp(block.norm(x))
         return out if block.gamma is None else out * block.gamma
 
     def drop_path(self, stage: int, index: int) -> nn.Module:
@@ -180,7 +207,12 @@ class ConvNeXt(MapPyramid):
         return _nhwc(normed).flatten(1, 2)
 
     def stem_macs(self, grid: Grid) -> int:
-        return conv_macs(self.backbone.stem[0]) * math.prod(grid)
+        """MACs of the stem, whose convolutions but the last run on larger maps."""
+        positions, total = math.prod(grid), 0
+        for convolution in reversed(self._stem_convolutions):
+            total += positions * conv_macs(convolution)
+            positions *= math.prod(convolution.stride)
+        return total
 
     def downsample_macs(self, stage: int, grid: Grid) -> int:
         """MACs of the downsampling before the blocks of ``stage``."""
@@ -195,7 +227,8 @@ class ConvNeXt(MapPyramid):
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         """MACs of :meth:`channel` on ``num_positions`` positions."""
-        return linear_macs(self.block(stage, index).mlp) * num_positions
+        mlp = self.block(stage, index).mlp
+        return (linear_macs(mlp) + conv_macs(mlp)) * num_positions
 
     def head_macs(self) -> int:
         return linear_macs(self.backbone.head)

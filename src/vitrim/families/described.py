@@ -60,7 +60,9 @@ def backbone_arguments() -> frozenset[str]:
     """
     classes = [cls for family in FAMILIES for cls in family.classes]
     taken = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
-    return frozenset(taken - {"self", "args", "kwargs", "device", "dtype"} | ARGUMENTS | {_OVERLAY})
+    taken |= {name for family in FAMILIES for name in family.arguments}
+    taken -= {"self", "args", "kwargs", "device", "dtype", "cfg"}
+    return frozenset(taken | ARGUMENTS | {_OVERLAY})
 
 
 def check_arguments(kwargs: Any, where: str = "backbone.kwargs") -> None:

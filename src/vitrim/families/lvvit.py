@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitrim.costs.macs import conv_macs, linear_macs
 from vitrim.errors import ConfigError
-from vitrim.families.vit import ViT, block_obstacles
+from vitrim.families.blocks import block_obstacles
+from vitrim.families.vit import ViT
 from vitrim.layers import losses
 from vitrim.models.lvvit import AUX_WEIGHT, ConvStem, LVVisionTransformer
 from vitrim.tokens.calls import kind
@@ -38,7 +41,7 @@ class LVViT(ViT):
             yield f"patch embedding {kind(model.patch_embed).__name__} (served: ConvStem)"
         if isinstance(model.head, nn.Identity) or isinstance(model.aux_head, nn.Identity):
             yield "num_classes=0 (both classifiers are needed)"
-        yield from block_obstacles(model)
+        yield from block_obstacles(model, (Block,), (Attention,))
 
     @property
     def pools_patches(self) -> bool:

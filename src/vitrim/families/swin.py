@@ -14,9 +14,9 @@ Stages are counted from 0. A stage's downsampling comes before its blocks, as ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,38 +55,22 @@ class Swin(MapPyramid):
     stages_name = "layers"
     classes = (SwinTransformer,)
     modules = ("swin_transformer", "conv_stem_swin")
+    smallest: ClassVar[Mapping[str, Any]] = {"depths": (1, 1, 1, 1)}
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if kind(model.patch_embed) not in _STEMS:
-            name = kind(model.patch_embed).__name__
-            yield f"patch embedding {name} (served: PatchEmbed, SwinConvStem)"
-        if kind(model.head) is not ClassifierHead:
-            yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
-        parts = {
-            "stage": (SwinTransformerStage, model.layers),
-            "downsampling": (PatchMerging, [stage.downsample for stage in model.layers[1:]]),
-            "block": (SwinTransformerBlock, [b for stage in model.layers for b in stage.blocks]),
-        }
-        for part, (served, modules) in parts.items():
-            strangers = {kind(m).__name__ for m in modules if kind(m) is not served}
-            if strangers:
-                found = ", ".join(sorted(strangers))
-                yield f"{part} type {found} (served: {served.__name__})"
-                return
-        for block in parts["block"][1]:
-            if kind(block.attn) is not WindowAttention:
-                yield f"attention type {kind(block.attn).__name__} (served: WindowAttention)"
-            elif kind(block.mlp) is not Mlp:
-                yield f"MLP type {kind(block.mlp).__name__} (served: Mlp)"
-            else:
-                continue
-            return
+        served = SwinTransformerStage, PatchMerging, SwinTransformerBlock, WindowAttention
+        yield from part_obstacles(model, model.layers, _STEMS, *served)
+
+    @property
+    def _levels(self) -> Any:
+        """Timm's stages."""
+        return getattr(self.backbone, self.stages_name)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        return tuple(len(stage.blocks) for stage in self.backbone.layers)
+        return tuple(len(stage.blocks) for stage in self._levels)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -98,7 +82,7 @@ class Swin(MapPyramid):
         return "norm", "head"
 
     def block(self, stage: int, index: int) -> Any:
-        return self.backbone.layers[stage].blocks[index]
+        return self._levels[stage].blocks[index]
 
     def stage_dim(self, stage: int) -> int:
         return int(self.block(stage, 0).dim)
@@ -135,7 +119,7 @@ class Swin(MapPyramid):
 
     def enter_stage(self, stage: int, fmap: FeatureMap) -> FeatureMap:
         """What a stage's blocks start from: merged patches, or the same map in stage 0."""
-        return fmap.with_x(self.backbone.layers[stage].downsample(fmap.x_BHWC))
+        return fmap.with_x(self._levels[stage].downsample(fmap.x_BHWC))
 
     def run_block(
         self, stage: int, index: int, fmap: FeatureMap, pad_first: bool = False
@@ -150,7 +134,7 @@ class Swin(MapPyramid):
         run = partial(called, block, partial(_padded_first, block)) if pad_first else block
         if real_BHW is not None:
             run = partial(called, block, partial(_of_real, block, real_BHW))
-        if self.backbone.layers[stage].grad_checkpointing and torch.is_grad_enabled():
+        if self._levels[stage].grad_checkpointing and torch.is_grad_enabled():
             return fmap.with_x(checkpoint(run, fmap.x_BHWC, use_reentrant=False))
         return fmap.with_x(run(fmap.x_BHWC))
 
@@ -224,7 +208,7 @@ class Swin(MapPyramid):
 
     def merge_macs(self, stage: int, num_positions: Any) -> Any:
         """MACs of a stage's downsampling to ``num_positions`` positions (a number or a tensor)."""
-        return linear_macs(self.backbone.layers[stage].downsample) * num_positions
+        return linear_macs(self._levels[stage].downsample) * num_positions
 
     def mix_macs(self, stage: int, index: int, grid: Grid) -> int:
         """MACs of :meth:`mix`, padding to whole windows included."""
@@ -274,3 +258,26 @@ def _padded_first(block: Any, x_BHWC: Tensor) -> Tensor:
     x = x_BHWC + block.drop_path1(block._attn(x)[:, :height, :width])
     out: Tensor = x + block.drop_path2(block.mlp(block.norm2(x)))
     return out
+
+
+def part_obstacles(
+    model: Any, levels: Any, stems: Sequence[type[nn.Module]], *served: type[nn.Module]
+) -> Iterator[str]:
+    """What keeps a Swin transformer from being run piece by piece, of whose ``levels`` the stages,
+    downsampling, blocks and attention layers are ``served``.
+    """
+    if kind(model.patch_embed) not in stems:
+        names = ", ".join(stem.__name__ for stem in stems)
+        yield f"patch embedding {kind(model.patch_embed).__name__} (served: {names})"
+    if kind(model.head) is not ClassifierHead:
+        yield f"head {kind(model.head).__name__} (served: ClassifierHead)"
+    merging = [stage.downsample for stage in levels[1:]]
+    blocks = [block for stage in levels for block in getattr(stage, "blocks", ())]
+    inside = [[getattr(b, name, None) for b in blocks] for name in ("attn", "mlp")]
+    parts = "stage", "downsampling", "block", "attention", "MLP"
+    found = zip(parts, (*served, Mlp), (levels, merging, blocks, *inside), strict=True)
+    for name, expected, modules in found:
+        strangers = {kind(module).__name__ for module in modules if kind(module) is not expected}
+        if strangers:
+            yield f"{name} type {', '.join(sorted(strangers))} (served: {expected.__name__})"
+            return

@@ -1,8 +1,9 @@
 """Family ``vit``: timm's VisionTransformer and its kin, run piece by piece.
 
 Served: ViT, DeiT, distilled DeiT, DeiT-III (LayerScale), QK-norm, gated attention, register tokens,
-CLIP-style pre-norm, DINOv2, SigLIP (attention pooling); class-token, average or attention pooling;
-any image size that timm itself takes. Every piece is timm's own sub-module, called as timm calls
+CLIP-style pre-norm, norms behind the branches, DINOv2, SigLIP (attention pooling), hybrids (patches
+of a convolutional network's map); class-token, average or attention pooling; any image size that
+timm itself takes. Every piece is timm's own sub-module, called as timm calls
 it, so that a model from which nothing is dropped gives timm's numbers exactly. What cannot be run
 so (other block, attention or pooling types) is refused by name.
 """
@@ -14,26 +15,26 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention, GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vitrim import costs
-from vitrim.costs.macs import conv_macs, linear_macs, transformer_block_macs
+from vitrim.costs.macs import linear_macs, transformer_block_macs
 from vitrim.errors import ConfigError
-from vitrim.families import blocks
+from vitrim.families import blocks, stems
 from vitrim.families.base import Family, check_patched_images, refuse_sizes
-from vitrim.families.blocks import Between, SomeTokens
+from vitrim.families.blocks import Between, SomeTokens, block_obstacles, given, taken
 from vitrim.families.inside import WithMaps
 from vitrim.tokens.attention import AttentionRecord, Score, cross_attention
 from vitrim.tokens.calls import bare, called, is_hooked, kind
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Sizes, Tokens
+from vitrim.tokens.projections import linears_of, width_of
 
 _POOLS = ("token", "avg", "map")
-_MLPS = (Mlp, GluMlp, SwiGLU)
 
 
 class ViT(Family):
@@ -41,7 +42,12 @@ class ViT(Family):
 
     name = "vit"
     classes: ClassVar[tuple[type[nn.Module], ...]] = (VisionTransformer, VisionTransformerDistilled)
-    modules: ClassVar[Sequence[str]] = ("vision_transformer", "deit")
+    modules: ClassVar[Sequence[str]] = (
+        "vision_transformer",
+        "deit",
+        "vision_transformer_hybrid",
+        "vitamin",
+    )
     smallest: ClassVar[Mapping[str, Any]] = {"depth": 1}
     serves = (
         "timm VisionTransformer and VisionTransformerDistilled with standard blocks "
@@ -50,14 +56,11 @@ class ViT(Family):
 
     @staticmethod
     def obstacles(model: Any) -> Iterator[str]:
-        if kind(model.patch_embed) is not PatchEmbed:
-            name = kind(model.patch_embed).__name__
-            yield f"patch embedding {name} (served: PatchEmbed, one convolution)"
-        if model.global_pool not in _POOLS:
-            yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
+        yield from stem_obstacles(model)
+        yield from end_obstacles(model)
         if getattr(model, "distilled_training", False):
             yield "distilled_training=True (its forward returns two logits; switch it off)"
-        yield from block_obstacles(model)
+        yield from block_obstacles(model, (Block, ResPostBlock), (Attention,))
 
     def containers(self) -> Iterator[tuple[str, nn.Module]]:
         yield "blocks", self.backbone.blocks
@@ -83,6 +86,16 @@ class ViT(Family):
     def pools_patches(self) -> bool:
         """Whether the head pools patch tokens, and so needs at least one."""
         return bool(self.backbone.global_pool != "token")
+
+    @property
+    def pools_prefix(self) -> bool:
+        """Whether that pooling takes the prefix tokens too."""
+        return bool(self.backbone.pool_include_prefix)
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys are turned by their tokens' places (rotary positions)."""
+        return False
 
     def traits(self) -> dict[str, Any]:
         return {
@@ -114,6 +127,10 @@ class ViT(Family):
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
         return Tokens.of(x, self.num_prefix)
 
+    def before(self, index: int, tokens: SomeTokens) -> SomeTokens:
+        """The tokens as block ``index`` takes them."""
+        return tokens
+
     def run_block(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """Block ``index``: timm's own (fused) forward, masked under a keep mask, or packed."""
         return self.run_blocks((index,), tokens)
@@ -131,7 +148,8 @@ class ViT(Family):
         Returns:
             the tokens between the halves, and the score, (B, N) or, packed, (patch rows,).
         """
-        return blocks.attention_half(self.backbone.blocks[index], tokens, self.has_class, score)
+        block, tokens = self.backbone.blocks[index], self.before(index, tokens)
+        return blocks.attention_half(block, tokens, self.has_class, score)
 
     def mlp_half(self, index: int, tokens: AnyTokens) -> AnyTokens:
         """The second half of block ``index``: the MLP with its norm and residual."""
@@ -143,15 +161,15 @@ class ViT(Family):
         """Block ``index`` with a score of the patch tokens read off its attention, and something
         done between its halves; see :func:`vitrim.families.blocks.split_block`.
         """
-        block = self.backbone.blocks[index]
+        block, tokens = self.backbone.blocks[index], self.before(index, tokens)
         return blocks.split_block(block, tokens, self.has_class, score, between)
 
     def cross_block(
         self,
         index: int,
-        query_BSC: Tensor,
+        query: Tokens,
         residual_BSC: Tensor,
-        memory_BNC: Tensor,
+        memory: Tokens,
         bias_N: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
@@ -159,9 +177,9 @@ class ViT(Family):
 
         Args:
             index: of the block.
-            query_BSC: tokens that ask.
+            query: tokens that ask.
             residual_BSC: what the attention's output is added to.
-            memory_BNC: tokens that give keys and values; not changed.
+            memory: tokens that give keys and values; not changed.
             bias_N: added to the attention logits of each token of the memory.
             scales: (C,) each, of what attention and MLP add, besides the block's own.
 
@@ -169,20 +187,21 @@ class ViT(Family):
             (B, S, C), and what its attention did.
         """
         block = bare(self.backbone.blocks[index])
+        query, memory = self.before(index, query), self.before(index, memory)
+        angles = query.angles, memory.angles
         records: list[AttentionRecord] = []
         scale1, scale2 = scales or (None, None)
 
         def run(query_BSC: Tensor) -> Tensor:
-            query, memory = block.norm1(query_BSC), block.norm1(memory_BNC)
-            out, record = cross_attention(block.attn, query, memory, bias_N)
+            asking, asked = given(block, 1, query_BSC), given(block, 1, memory.x)
+            out, record = cross_attention(block.attn, asking, asked, bias_N, angles)
             records.append(record)
-            out = block.drop_path1(block.ls1(out))
+            out = taken(block, 1, out)
             x = residual_BSC + (out if scale1 is None else scale1 * out)
-            out = block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-            after: Tensor = x + (out if scale2 is None else scale2 * out)
-            return after
+            out = taken(block, 2, block.mlp(given(block, 2, x)))
+            return x + (out if scale2 is None else scale2 * out)
 
-        return called(block, run, query_BSC), records[0]
+        return called(block, run, query.x), records[0]
 
     @property
     def whole_last_block(self) -> str | None:
@@ -217,6 +236,7 @@ class ViT(Family):
 
     def last_rows(self, tokens: AnyTokens) -> Tokens:
         """What leaves the last block, of the tokens that the head reads alone."""
+        tokens = self.before(self.depth - 1, tokens)
         return blocks.first_rows(self.backbone.blocks[-1], tokens, self.read_rows)
 
     def head(self, tokens: AnyTokens) -> Tensor:
@@ -293,7 +313,7 @@ class ViT(Family):
         log_size = x.new_zeros(x.shape[:2])
         if tokens.log_size is not None:
             log_size = tokens.log_size[:, 0, 0].to(x.dtype)
-        if not model.pool_include_prefix:
+        if not self.pools_prefix:
             x, keep, log_size = (part[:, self.num_prefix :] for part in (x, keep, log_size))
         if model.global_pool == "map":
             visible = keep.detach() > 0.5
@@ -380,30 +400,30 @@ class ViT(Family):
 
     def stem_macs(self, num_patches: int) -> int:
         """MACs of the patch embedding."""
-        return num_patches * conv_macs(self.backbone.patch_embed.proj)
+        return stems.stem_macs(self.backbone.patch_embed, num_patches)
 
     def block_macs(self, index: int, num_tokens: Any) -> Any:
         """MACs of block ``index`` on ``num_tokens`` tokens, prefix tokens included."""
         block = self.backbone.blocks[index]
-        return transformer_block_macs(num_tokens, linear_macs(block), block.attn.attn_dim)
+        return transformer_block_macs(num_tokens, linear_macs(block), width_of(block.attn))
 
     def last_rows_macs(self, num_tokens: Any) -> Any:
         """MACs of :meth:`last_rows` of ``num_tokens`` tokens."""
         block, rows = self.backbone.blocks[-1], self.read_rows
         attention, width = block.attn, self.embed_dim
         per_row = linear_macs(block)
-        if isinstance(attention.k_norm, nn.Identity):
+        if isinstance(attention.k_norm, nn.Identity) and not self.turns:
             return rows * (per_row + 2 * attention.num_heads * width * num_tokens)
-        keys = linear_macs(attention.qkv) // 3
-        looking = rows * (attention.attn_dim + attention.num_heads * width)
+        keys, _ = keys_and_values_macs(attention)
+        looking = rows * (width_of(attention) + attention.num_heads * width)
         return rows * (per_row - keys) + (keys + looking) * num_tokens
 
     def cross_block_macs(self, index: int, num_queries: Any, num_memory: Any) -> Any:
         """MACs of :meth:`cross_block`: ``num_queries`` tokens look at ``num_memory`` tokens."""
         block = self.backbone.blocks[index]
-        keys_and_values = 2 * linear_macs(block.attn.qkv) // 3
+        keys_and_values = sum(keys_and_values_macs(block.attn))
         per_query = linear_macs(block) - keys_and_values
-        attention = 2 * block.attn.attn_dim * num_queries * num_memory
+        attention = 2 * width_of(block.attn) * num_queries * num_memory
         return per_query * num_queries + keys_and_values * num_memory + attention
 
     def mlp_macs(self, index: int, num_tokens: Any) -> Any:
@@ -415,14 +435,14 @@ class ViT(Family):
         one row of the map, or all of it where there is no class token.
         """
         queries = 1 if self.has_class else num_tokens
-        return self.backbone.blocks[index].attn.attn_dim * num_tokens * queries
+        return width_of(self.backbone.blocks[index].attn) * num_tokens * queries
 
     def head_macs(self, num_tokens: Any, num_packages: Any = 0) -> Any:
         """MACs of pooling and classifier, given the number of tokens that reach the head, package
         tokens, which are pooled like patches, among them.
         """
-        include = self.backbone.pool_include_prefix
-        return self.patch_head_macs(num_tokens if include else num_tokens - self.num_prefix)
+        pooled = num_tokens if self.pools_prefix else num_tokens - self.num_prefix
+        return self.patch_head_macs(pooled)
 
     def patch_head_macs(self, num_pooled: Any) -> Any:
         """MACs of pooling ``num_pooled`` tokens, and of the classifier."""
@@ -453,17 +473,22 @@ def _plain_in_graphs(pool: Any) -> Iterator[None]:
         pool.fused_attn = True
 
 
-def block_obstacles(model: Any) -> Iterator[str]:
-    """What keeps the tokens and blocks of a ``VisionTransformer`` from being run one by one."""
-    if not isinstance(model.patch_drop, nn.Identity):
-        yield "patch_drop_rate > 0 (it drops tokens at random; create the model without it)"
-    for block in model.blocks:
-        if kind(block) is not Block:
-            yield f"block type {kind(block).__name__} (served: Block)"
-        elif kind(block.attn) is not Attention:
-            yield f"attention type {kind(block.attn).__name__} (served: Attention)"
-        elif kind(block.mlp) not in _MLPS:
-            yield f"MLP type {kind(block.mlp).__name__} (served: Mlp, GluMlp, SwiGLU)"
-        else:
-            continue
-        return
+def stem_obstacles(model: Any) -> Iterator[str]:
+    """What keeps the patch embedding of a plain vision transformer from being run here."""
+    if kind(model.patch_embed) not in stems.SERVED:
+        served = ", ".join(each.__name__ for each in stems.SERVED)
+        yield f"patch embedding {kind(model.patch_embed).__name__} (served: {served})"
+
+
+def end_obstacles(model: Any) -> Iterator[str]:
+    """What keeps the pooling of a plain vision transformer from being run on fewer tokens."""
+    if model.global_pool not in _POOLS:
+        yield f"global_pool={model.global_pool!r} (served: {', '.join(_POOLS)})"
+
+
+def keys_and_values_macs(attention: Any) -> tuple[int, int]:
+    """MACs of making a token's keys, and its values."""
+    linears = linears_of(attention)
+    if len(linears) == 1:
+        return (linear_macs(linears[0]) // 3,) * 2
+    return linear_macs(linears[1]), linear_macs(linears[2])

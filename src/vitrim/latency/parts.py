@@ -39,20 +39,21 @@ class Packed:
     worked out once: in a model, choosing the tokens does that.
     """
 
-    def __init__(self, num_prefix: int) -> None:
-        self._num_prefix = num_prefix
+    def __init__(self, family: Any) -> None:
+        self._family = family
         self._known: dict[tuple[int, ...], tuple[Layout, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> PackedTokens:
         if images.shape not in self._known:
-            mean = images.shape[1] - self._num_prefix
+            mean = images.shape[1] - self._family.num_prefix
             counts = spread_counts(mean, len(images))
-            layout = Layout(counts, self._num_prefix, images.device)
+            layout = Layout(counts, self._family.num_prefix, images.device)
             # Some images have more tokens than the features have places: there they share them.
             index = torch.cat([torch.arange(counts[image]) % mean for image in layout.order])
             self._known[images.shape] = layout, index.to(images.device)
         layout, index = self._known[images.shape]
-        return PackedTokens(images.flatten(0, 1)[: layout.num_rows], layout, index)
+        rotary = self._family.state(images).rotary
+        return PackedTokens(images.flatten(0, 1)[: layout.num_rows], layout, index, rotary=rotary)
 
 
 class Part(nn.Module):
@@ -71,7 +72,7 @@ class Part(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.family: Any = family_of(backbone)
-        self.packed = Packed(self.family.num_prefix) if packed else None
+        self.packed = Packed(self.family) if packed else None
 
     def tokens(self, x: Tensor) -> Any:
         """Features as the tokens, or the map, that they would be inside the model."""
@@ -166,7 +167,7 @@ class CrossBlocks(Blocks):
 
     def run(self, block: int, tokens: Any) -> Any:
         x, bias = tokens.x, tokens.x.new_ones(tokens.x.shape[1])
-        return tokens.with_x(self.family.cross_block(block, x, x, x, bias)[0])
+        return tokens.with_x(self.family.cross_block(block, tokens, x, tokens, bias)[0])
 
 
 class Selecting(Part):

@@ -25,7 +25,7 @@ from vitrim.config import closest, from_plain, read_json, require, shown
 from vitrim.errors import ConfigError
 from vitrim.families import ViT
 from vitrim.methods.base import Method
-from vitrim.tokens.calls import in_features
+from vitrim.tokens.calls import hidden_of
 from vitrim.tokens.plain import Grid
 from vitrim.tools.hardware import cpu_name
 
@@ -328,8 +328,7 @@ def describe_model(family: Any) -> dict[str, Any]:
 def _sizes(depth: int, width: int, block: Any) -> dict[str, int]:
     """Of blocks like this one; a convolution has no heads."""
     heads = int(block.attn.num_heads) if hasattr(block, "attn") else 0
-    mlp_width = in_features(block.mlp.fc2)
-    return {"depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width}
+    return {"depth": depth, "width": width, "heads": heads, "mlp_width": hidden_of(block.mlp)}
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:

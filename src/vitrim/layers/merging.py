@@ -105,7 +105,8 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     last = tokens.num_prefix + num_kept
     change = ordered.x[:, last:] - rows_of(ordered.x, target_BR)
     x = add_rows(ordered.x, target_BR, share_BR.unsqueeze(-1) * change)[:, :last]
-    return Tokens(x, tokens.num_prefix, ordered.index_BN[:, :num_kept]).sized(size_BK)
+    index_BK = ordered.index_BN[:, :num_kept]
+    return Tokens(x, tokens.num_prefix, index_BK, rotary=tokens.rotary).sized(size_BK)
 
 
 def sizes_of(tokens: Tokens) -> Tensor:

@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from vitrim.tokens.graphs import exporting
 
 
+def middles(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(rows * columns,): the place in a map of ``grid`` of the middle of each of its regions."""
+    rows, columns = (
+        (2 * torch.arange(regions, device=device) + 1) * places // (2 * regions)
+        for places, regions in zip(grid, shape, strict=True)
+    )
+    return (rows.unsqueeze(1) * grid[1] + columns).flatten()
+
+
 class Pooling(nn.Module, ABC):
     """How a map becomes initial centres."""
 

@@ -23,8 +23,8 @@ from vitrim.costs.macs import linear_macs
 from vitrim.tokens.attention import attend
 from vitrim.tokens.calls import called, in_features, of_zeros
 from vitrim.tokens.graphs import exporting
-from vitrim.tokens.packed import in_slices
 from vitrim.tokens.plain import Grid
+from vitrim.tokens.slices import in_slices
 
 
 @dataclass(frozen=True, slots=True)

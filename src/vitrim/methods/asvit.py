@@ -53,7 +53,7 @@ from vitrim.layers.token_scores import token_score
 from vitrim.methods.base import Method, answer_parts, whole_answer, with_total
 from vitrim.methods.records import DenseOutput, Dial, Plan, Recorder, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
-from vitrim.tokens.calls import in_features
+from vitrim.tokens.calls import hidden_of
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
 
@@ -170,7 +170,7 @@ def authors_block_cost(family: ViT, block: int, num_tokens: Any, elementwise: bo
     if not elementwise:
         return macs
     part = family.backbone.blocks[block]
-    per_token = 14 * family.embed_dim + 9 * in_features(part.mlp.fc2)
+    per_token = 14 * family.embed_dim + 9 * hidden_of(part.mlp)
     return macs + per_token * num_tokens + 6 * part.attn.num_heads * num_tokens * num_tokens
 
 
@@ -198,9 +198,10 @@ class ASViT(Method):
 
     name = "asvit"
     config_class = ASViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin_v2": "it scores by class attention, and Swin has none; use dynamic_spatial",
         "swin": "it scores by class attention, and Swin has none; use dynamic_spatial, "
         "spvit_pyramid, stvit_swin or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",

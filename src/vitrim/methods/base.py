@@ -46,7 +46,7 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type]
     needs_training: ClassVar[str | None] = None
     """The recipe that teaches a selector which knows nothing when new; None: none needs to be."""
-    families: ClassVar[tuple[str, ...]] = ("vit",)
+    families: ClassVar[tuple[str, ...]] = ("vit", "eva", "naflex")
     """The families of backbones that this form of the method is written for."""
     refusals: ClassVar[Mapping[str, str]] = {}
     """Families that it does not run on, by name, and why not or what to use instead."""

@@ -49,9 +49,9 @@ class Dense(Method):
 
     name = "dense"
     config_class = DenseConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("pit", "swin", "convnext"),
+        ("pit", "swin", "swin_v2", "convnext"),
         "the last block of a pyramid is a small part of it; take the timm model as it is",
     )
     drops = False

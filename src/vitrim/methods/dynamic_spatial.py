@@ -120,6 +120,7 @@ class Form:
 
 FORMS = {
     "swin": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False),
+    "swin_v2": Form(norm_eps=1e-5, scales_fast_path=False, one_residual=False),  # ours
     "convnext": Form(norm_eps=1e-6, scales_fast_path=True, one_residual=True),
 }
 
@@ -172,15 +173,16 @@ class SpatialOutput(TrainingOutput):
 
 
 class DynamicSpatial(RatioMethod):
-    """The method on Swin and ConvNeXt."""
+    """The method on Swin, both versions, and ConvNeXt."""
 
     name = "dynamic_spatial"
     config_class = DynamicSpatialConfig
     needs_training = "dynamic_spatial-swin-t"
-    families = ("swin", "convnext")
+    families = ("swin", "swin_v2", "convnext")
     follows_schedules = False
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("vit", "lvvit"), "it needs a map in stages; use dynamicvit, the same idea on tokens"
+        ("vit", "eva", "naflex", "lvvit"),
+        "it needs a map in stages; use dynamicvit, the same idea on tokens",
     ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}
     config: DynamicSpatialConfig
 
@@ -296,7 +298,8 @@ class DynamicSpatial(RatioMethod):
             return family.run_block(level, block, fmap)
         mixed = family.mix(level, block, fmap.x_BHWC, fmap.real_BHW)
         base = fmap.x_BHWC if self.form.one_residual else mixed
-        return fmap.with_x(add_in_slices(base, partial(family.channel, level, block), mixed))
+        x_BHWC = add_in_slices(base, partial(family.channel, level, block), mixed)
+        return fmap.with_x(family.finish(level, block, x_BHWC))
 
     def _split_block(
         self, family: Swin | ConvNeXt, block: int, fmap: FeatureMap, partition: Partition
@@ -308,7 +311,8 @@ class DynamicSpatial(RatioMethod):
             mixed = family.mix(level, block, x_BHWC, fmap.real_BHW)
             slow = partial(family.channel, level, block)
             branch = partition.run(mixed, slow, self.fast_paths[block - self.stages[0]])
-            return (x_BHWC if self.form.one_residual else mixed) + branch
+            base = x_BHWC if self.form.one_residual else mixed
+            return family.finish(level, block, base + branch)
 
         return fmap.with_x(family.in_name_of(level, block, run, fmap.x_BHWC))
 
@@ -401,9 +405,8 @@ class DynamicSpatial(RatioMethod):
             fast_path = self.fast_paths[block - self.stages[0]]
             fast = fast_path(mixed * (1 - keep) + maps.fast_BHWC * keep)
             bases = (maps.slow_BHWC, maps.fast_BHWC) if self.form.one_residual else (mixed, mixed)
-            left.append(bases[1] + drop_path(fast))
-            after: Tensor = bases[0] + drop_path(slow)
-            return after
+            left.append(family.finish(level, block, bases[1] + drop_path(fast)))
+            return family.finish(level, block, bases[0] + drop_path(slow))
 
         slow = family.in_name_of(level, block, run, maps.merged())
         return TwoMaps(fmap.with_x(slow).x_BHWC, fmap.with_x(left[0]).x_BHWC, keep)

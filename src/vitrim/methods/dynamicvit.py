@@ -89,9 +89,10 @@ class DynamicViT(RatioMethod):
 
     name = "dynamicvit"
     config_class = DynamicViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("swin", "convnext"), "it drops tokens, and theirs stand in a map; use dynamic_spatial"
+        ("swin", "swin_v2", "convnext"),
+        "it drops tokens, and theirs stand in a map; use dynamic_spatial",
     ) | {"pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid"}
     needs_training = "dynamicvit-adapt"
     fixed_by = "threshold=None"

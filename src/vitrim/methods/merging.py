@@ -16,6 +16,8 @@ This library's, by experiments on real weights without training (``results/tried
 * Few blocks merge, and many tokens at once: each block that merges takes time for it, whatever it
   merges, and few lose no accuracy.
 
+Keys with rotary positions are compared as attention compares them, turned by their places.
+
 Where the code of ToMe is wrong (LayerScale and QK-norm are passed over by its blocks), this is not:
 blocks are timm's own. Heads that pool the patch tokens weigh each by its size.
 
@@ -49,6 +51,7 @@ from vitrim.methods.base import RatioMethod, answer_losses, whole_answer
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
 from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.projections import width_of
 
 EPS = 1e-6  # what 16 bits can tell from 0
 
@@ -149,9 +152,10 @@ class Merging(RatioMethod):
 
     name = "merging"
     config_class = MergingConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("swin", "convnext"), "tokens that became one have no place in a map; use dynamic_spatial"
+        ("swin", "swin_v2", "convnext"),
+        "tokens that became one have no place in a map; use dynamic_spatial",
     ) | {"pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid"}
     usual_stages = 6
     actions = ("merge", "drop")
@@ -375,7 +379,7 @@ class Merging(RatioMethod):
         attention = family.backbone.blocks[block].attn
         width = {
             "features": family.embed_dim,
-            "keys": attention.attn_dim,
+            "keys": width_of(attention),
             "mean_keys": attention.head_dim,
         }[self.config.metric]
         sources = most_sources(patches, family.num_prefix)

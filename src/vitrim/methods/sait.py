@@ -54,6 +54,7 @@ from vitrim.methods.records import DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.packed import AnyTokens
 from vitrim.tokens.plain import Grid, Tokens
+from vitrim.tokens.projections import width_of
 
 EPS = 1e-8
 Selector = Literal["density", "threshold", "mass"]
@@ -179,9 +180,10 @@ class SaiT(Method):
 
     name = "sait"
     config_class = SaiTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
+        "swin_v2": "it scores by attention among all tokens; use dynamic_spatial",
         "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
     }
@@ -406,9 +408,8 @@ class SaiT(Method):
     def _select_steps(self, family: ViT, block: int, tokens: int, kept: Any) -> list[costs.Step]:
         """The block at the point of pruning: tokens are scored, and the others leave it."""
         one_row = SCORES[self.config.score].of_class and self.has_class
-        width = family.backbone.blocks[block].attn.attn_dim
         macs = costs.attention_macs(family, block, tokens)
-        macs += width * tokens * (1 if one_row else tokens)
+        macs += width_of(family.backbone.blocks[block].attn) * tokens * (1 if one_row else tokens)
         if self.config.merge_dropped:
             prefix = family.num_prefix
             macs += costs.matching_macs(family, tokens - prefix, kept - prefix)

@@ -143,8 +143,10 @@ class WindowMethod(SemanticMethod):
     """A method that makes semantic tokens window by window: ``window_tokens`` of its config."""
 
     families = ("swin",)
-    refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain transformer has no windows: use stvit",
+    refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("vit", "eva", "naflex"), "a plain transformer has no windows: use stvit"
+    ) | {
+        "swin_v2": "its attention knows no other windows than its own; use dynamic_spatial",
         "lvvit": "it has no windows",
         "pit": "it has no windows",
         "convnext": "it has no attention",

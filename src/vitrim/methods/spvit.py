@@ -103,10 +103,11 @@ class SPViT(SelectorMethod):
 
     name = "spvit"
     config_class = SPViTConfig
-    families = ("vit", "lvvit")
+    families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = {
         "pit": "its map is pooled between stages; use spvit_pyramid",
         "swin": "its map is merged between stages; use spvit_pyramid",
+        "swin_v2": "its map is merged between stages; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     needs_training = "spvit-adapt"

@@ -139,9 +139,10 @@ class SPViTPyramid(SelectorMethod):
     needs_training = "spvit_pyramid-pit-s"
     families = ("pit", "swin")
     follows_schedules = False
-    refusals: ClassVar[Mapping[str, str]] = {
-        "vit": "a plain vision transformer has no pooling; use spvit",
-        "lvvit": "LV-ViT has no pooling between its blocks; use spvit",
+    refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("vit", "eva", "naflex", "lvvit"), "it has no pooling between its blocks; use spvit"
+    ) | {
+        "swin_v2": "its attention compares directions, ours of packages not; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
     }
     config: SPViTPyramidConfig

@@ -19,6 +19,7 @@ through reading notes. What the sources leave open, and our ruling:
 * pooling: ``"max"`` is what the released code does (for Swin). ``"intra_inter"`` is our reading,
   not verified, of the learned pooling that the paper describes, whose equations we could not check.
 * the residual of the second layer: the text as noted adds P, the released code adds the query.
+* rotary positions: a semantic token is turned as the patch in the middle of its region; ours.
 * training: the recipe for DeiT is in no source; ours are ``stvit-deit-*`` and ``stvit-adapt``.
 
 From a dense class-token model every block maps one to one (the generation layers split the rows of
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from vitrim import costs
 from vitrim.config import require
 from vitrim.families import ViT
-from vitrim.layers.pooling import POOLINGS
+from vitrim.layers.pooling import POOLINGS, middles
 from vitrim.methods.base import require_one_stage
 from vitrim.methods.records import Dial, Plan, PooledOutput, Recorder
 from vitrim.methods.semantic import SemanticConfig, SemanticMethod
@@ -112,6 +113,7 @@ class STViT(SemanticMethod):
         "pit": "its semantic tokens have no place in a map, which PiT pools; use spvit_pyramid",
         "convnext": "it has no attention; use dynamic_spatial",
         "swin": "use stvit_swin, or stvit_r, whose map survives",
+        "swin_v2": "it has windows; use dynamic_spatial",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use",
     }
@@ -195,7 +197,7 @@ class STViT(SemanticMethod):
         """
         tokens = family.stem(images)
         if not self.config.keep_prefix:
-            tokens = Tokens.of(tokens.patches, 0)
+            tokens = Tokens.of(tokens.patches, 0, tokens.rotary)
         tokens = family.run_blocks(range(self.base_layers), tokens)
         grid = family.grid((images.shape[-2], images.shape[-1]))
         semantic, record = self._generate(family, tokens, grid)
@@ -213,9 +215,9 @@ class STViT(SemanticMethod):
         """The semantic tokens after the last block."""
         for block in range(self.stages[0], family.depth):
             if len(self.layer_scales):
-                log_size, x = semantic.log_size, semantic.x
+                log_size = semantic.log_size
                 bias_N = None if log_size is None else log_size[0, 0, 0]
-                x, _ = self._cross_block(family, block, x, x, x, bias_N)
+                x, _ = self._cross_block(family, block, semantic, semantic.x, semantic, bias_N)
                 semantic = semantic.with_x(x)
             else:
                 semantic = family.run_blocks((block,), semantic)
@@ -228,24 +230,29 @@ class STViT(SemanticMethod):
         self._check_shape(grid)
         map_BCHW = tokens.patches.transpose(1, 2).reshape(tokens.num_images, -1, *grid)
         initial = self.pooling(map_BCHW, self.config.shape)
-        x = torch.cat([tokens.prefix_BPC, initial], 1)
-        x, record = self._cross_block(family, self.base_layers, x, x, tokens.x)
+        index_BS = middles(grid, self.config.shape, initial.device).expand(len(initial), -1)
+        semantic = Tokens(initial, 0, index_BS, rotary=tokens.rotary)
+        semantic = semantic.with_prefix(tokens.prefix_BPC)
+        x, record = self._cross_block(family, self.base_layers, semantic, semantic.x, tokens)
         for block in range(self.base_layers + 1, self.stages[0]):
-            query = residual = x
+            semantic, residual = semantic.with_x(x), x
+            x_BMC = torch.cat([x, tokens.patches], 1)
+            index_BM = torch.cat([index_BS, tokens.index_BN], 1)
+            memory = replace(semantic, x=x_BMC, index_BN=index_BM)
             if block == self.base_layers + 1 and self.centres_SC is not None:
-                query = x + F.pad(self.centres_SC, (0, 0, tokens.num_prefix, 0))
-                residual = query if self.config.centres_in_residual else x
-            memory = torch.cat([x, tokens.patches], 1)
-            x, record = self._cross_block(family, block, query, residual, memory)
-        return Tokens.of(x, tokens.num_prefix), record
+                centres = F.pad(self.centres_SC, (0, 0, tokens.num_prefix, 0))
+                semantic = semantic.with_x(x + centres)
+                residual = semantic.x if self.config.centres_in_residual else x
+            x, record = self._cross_block(family, block, semantic, residual, memory)
+        return semantic.with_x(x), record
 
     def _cross_block(
         self,
         family: ViT,
         block: int,
-        query: Tensor,
+        query: Tokens,
         residual: Tensor,
-        memory: Tensor,
+        memory: Tokens,
         bias_N: Tensor | None = None,
     ) -> tuple[Tensor, AttentionRecord]:
         first, scales = 2 * (block - self.base_layers), None

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from vitrim.tokens.calls import called, linear_part
+from vitrim.tokens.calls import called
 from vitrim.tokens.graphs import exporting
+from vitrim.tokens.projections import placed, project, weights_of, width_of
 
 EPS = 1e-6
 _MAX_EXPONENT = -math.log(EPS)
@@ -81,15 +82,6 @@ Score = Callable[[AttentionRecord], Tensor]
 """A score (B, N) of the patch tokens, from the attention among all tokens."""
 
 
-def project(attention: Attention, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, N, D) by timm's projection and norms."""
-    num_images, num_tokens, _ = x_BNC.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x_BNC).reshape(num_images, num_tokens, 3, heads, attention.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(q), attention.k_norm(k), v
-
-
 def scale_of(attention: Any, q: Tensor) -> float:
     """What timm's attention layer multiplies its logits by: fused, it does not ask ``scale``."""
     scale: float = q.shape[-1] ** -0.5 if attention.fused_attn else attention.scale
@@ -118,7 +110,7 @@ def attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None 
 def merge(attention: Attention, x_BNC: Tensor, context_BHND: Tensor) -> Tensor:
     """The layer's output (B, N, C) from the heads' contexts; ``x_BNC`` feeds the gate, if any."""
     num_images, _, num_tokens, _ = context_BHND.shape
-    out = context_BHND.transpose(1, 2).reshape(num_images, num_tokens, attention.attn_dim)
+    out = context_BHND.transpose(1, 2).reshape(num_images, num_tokens, width_of(attention))
     out = attention.norm(out)
     if attention.gate is not None:
         out = out * attention.gate(x_BNC).sigmoid()
@@ -133,11 +125,12 @@ def recorded_attention(
     has_class: bool,
     keep_BN: Tensor | None = None,
     bias: Tensor | None = None,
+    angles: Tensor | None = None,
 ) -> tuple[Tensor, AttentionRecord]:
     """Timm's attention layer, and its inner values.
 
     Args:
-        attention: a ``timm.layers.Attention``; its own projections and norms are used.
+        attention: an attention layer of timm's; its own projections and norms are used.
         x_BNC: all tokens, normalised for attention.
         num_prefix: prefix tokens at the head of the sequence.
         has_class: whether token 0 is a class token.
@@ -145,11 +138,12 @@ def recorded_attention(
             softmax's place, in an exported graph a plain mask; None runs the fused kernel.
         bias: added to the logits (B, H, Q, N), some of these 1, such as the logarithm of the number
             of patches that a key stands for; None: nothing.
+        angles: (B, H, N, 2 D), some of these 1, that turn queries and keys; None: none do.
     """
     records: list[AttentionRecord] = []
 
     def run(x_BNC: Tensor) -> Tensor:
-        record = _self_attention(attention, x_BNC, num_prefix, has_class, keep_BN, bias)
+        record = _self_attention(attention, x_BNC, num_prefix, has_class, keep_BN, bias, angles)
         records.append(record)
         return merge(attention, x_BNC, record.context_BHQD)
 
@@ -163,8 +157,11 @@ def _self_attention(
     has_class: bool,
     keep_BN: Tensor | None,
     bias: Tensor | None,
+    angles: Tensor | None,
 ) -> AttentionRecord:
-    q, k, v = project(attention, x_BNC)
+    q, k, v = (part.transpose(1, 2) for part in project(attention, x_BNC))
+    q = placed(attention, attention.q_norm, q, v, angles)
+    k = placed(attention, attention.k_norm, k, v, angles)
     scale, weights, visible = scale_of(attention, q), None, None
     bias = None if bias is None else bias.to(q.dtype)
     if exporting() and not (keep_BN is None and bias is None):
@@ -190,7 +187,11 @@ def _biased(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def cross_attention(
-    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor, bias_N: Tensor | None = None
+    attention: Attention,
+    query_BSC: Tensor,
+    memory_BNC: Tensor,
+    bias_N: Tensor | None = None,
+    angles: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, AttentionRecord]:
     """A self-attention layer used between two sequences: the same projections, split by rows.
 
@@ -200,6 +201,7 @@ def cross_attention(
         memory_BNC: what is looked at, likewise; it gives keys and values.
         bias_N: added to the logits of each key, such as the logarithm of the number of tokens that
             a key stands for.
+        angles: that turn queries, and keys; see :func:`recorded_attention`.
 
     Returns:
         the layer's output (B, S, C), and its inner values.
@@ -207,7 +209,7 @@ def cross_attention(
     records: list[AttentionRecord] = []
 
     def run(query_BSC: Tensor) -> Tensor:
-        record = _cross_attention(attention, query_BSC, memory_BNC, bias_N)
+        record = _cross_attention(attention, query_BSC, memory_BNC, bias_N, angles)
         records.append(record)
         return merge(attention, query_BSC, record.context_BHQD)
 
@@ -215,21 +217,28 @@ def cross_attention(
 
 
 def _cross_attention(
-    attention: Attention, query_BSC: Tensor, memory_BNC: Tensor, bias_N: Tensor | None
+    attention: Attention,
+    query_BSC: Tensor,
+    memory_BNC: Tensor,
+    bias_N: Tensor | None,
+    angles: tuple[Tensor | None, Tensor | None],
 ) -> AttentionRecord:
-    width, heads = attention.attn_dim, (attention.num_heads, attention.head_dim)
-    q = linear_part(attention.qkv, query_BSC, 0, width)
-    kv = linear_part(attention.qkv, memory_BNC, width, 3 * width)
-    q = q.reshape(*q.shape[:2], *heads).transpose(1, 2)
-    k, v = kv.reshape(*kv.shape[:2], 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    (q,) = project(attention, query_BSC, 0, 1)
+    k, v = project(attention, memory_BNC, 1, 3)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    q = placed(attention, attention.q_norm, q, v, angles[0])
+    k = placed(attention, attention.k_norm, k, v, angles[1])
     bias = None if bias_N is None else bias_N.to(q.dtype).expand(q.shape[2], -1)
     context = attend(attention, q, k, v, bias)
     return AttentionRecord(q, k, v, context, scale_of(attention, q), 0, False, bias=bias)
 
 
 def attention_of_first(
-    attention: Attention, x_BNC: Tensor, rows: int, bias: Tensor | None = None
+    attention: Attention,
+    x_BNC: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+    angles: Tensor | None = None,
 ) -> Tensor:
     """The first ``rows`` rows (B, rows, C) of what timm's attention layer gives, and no others.
 
@@ -237,33 +246,32 @@ def attention_of_first(
     ``q . (W_k y) = (W_k^T q) . y``, so the tokens ``y`` themselves stand in for the keys, and for
     the values too: ``sum p W_v y = W_v sum p y``, as the weights ``p`` sum to 1. The bias of the
     keys adds the same to all logits of a head. All heads ask the same tokens, as so many queries of
-    one wide head; for so few, plain products beat the fused kernel. Where keys are normed, they are
-    not linear in ``y``, and are made.
+    one wide head; for so few, plain products beat the fused kernel. Where keys are normed or
+    turned, they are not linear in ``y``, and are made.
 
     Args:
-        attention: a ``timm.layers.Attention`` with a plain linear layer ``qkv``.
+        attention: an attention layer of timm's that projects by plain linear layers.
         x_BNC: all tokens, normalised for attention.
         rows: how many, from the first.
         bias: added to the logits of each key, (B, 1, 1, N); None: nothing.
+        angles: by which queries and keys are turned, see :func:`recorded_attention`.
     """
-    width, heads, dim = attention.attn_dim, attention.num_heads, attention.head_dim
-    num_images, num_tokens, _ = x_BNC.shape
     first = x_BNC[:, :rows]
-    q = linear_part(attention.qkv, first, 0, width).view(num_images, rows, heads, dim)
-    q = attention.q_norm(q.transpose(1, 2))
-    weight_3HDC = attention.qkv.weight.view(3, heads, dim, -1)
+    q = project(attention, first, 0, 1)[0].transpose(1, 2)
+    q = placed(attention, attention.q_norm, q, q, None if angles is None else angles[:, :, :rows])
     scale = scale_of(attention, q)
-    if isinstance(attention.k_norm, nn.Identity):
-        logits = _of_all_heads(q * scale @ weight_3HDC[1], x_BNC.transpose(-2, -1))
+    if angles is None and isinstance(attention.k_norm, nn.Identity):
+        logits = _of_all_heads(q * scale @ weights_of(attention, 1)[0], x_BNC.transpose(-2, -1))
     else:
-        k = linear_part(attention.qkv, x_BNC, width, 2 * width)
-        k = attention.k_norm(k.view(num_images, num_tokens, heads, dim).transpose(1, 2))
+        k = project(attention, x_BNC, 1, 2)[0].transpose(1, 2)
+        k = placed(attention, attention.k_norm, k, q, angles)
         logits = (q * scale) @ k.transpose(-2, -1)
     weights_BHRN = _biased(logits, bias).softmax(-1).to(x_BNC.dtype)
     seen_BHRC = _of_all_heads(weights_BHRN, x_BNC)
-    context_BHRD = seen_BHRC @ weight_3HDC[2].transpose(-2, -1)
-    if attention.qkv.bias is not None:
-        context_BHRD = context_BHRD + attention.qkv.bias[2 * width :].view(heads, 1, dim)
+    weight_HDC, bias_HD = weights_of(attention, 2)
+    context_BHRD = seen_BHRC @ weight_HDC.transpose(-2, -1)
+    if bias_HD is not None:
+        context_BHRD = context_BHRD + bias_HD.unsqueeze(1)
     return merge(attention, first, context_BHRD)
 
 

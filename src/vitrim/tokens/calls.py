@@ -145,6 +145,13 @@ def _is_plain(linear: Any) -> bool:
 
 
 def in_features(linear: nn.Module) -> int:
-    """Channels that a linear layer, or the one that a wrapper holds, takes."""
-    sizes = (getattr(part, "in_features", None) for part in linear.modules())
+    """Channels that a linear layer or a convolution, or the one that a wrapper holds, takes."""
+    names = ("in_features", "in_channels")
+    sizes = (getattr(part, name, None) for part in linear.modules() for name in names)
     return next(size for size in sizes if isinstance(size, int))
+
+
+def hidden_of(mlp: Any) -> int:
+    """Channels inside of one of timm's MLPs, between its layers."""
+    last = getattr(mlp, "w2", None)  # of GeGluMlp; the others' last layer is called fc2
+    return in_features(mlp.fc2 if last is None else last)

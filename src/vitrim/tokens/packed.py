@@ -41,10 +41,8 @@ from vitrim.tokens.calls import called, is_hooked
 from vitrim.tokens.graphs import exporting
 from vitrim.tokens.padding import select_padded
 from vitrim.tokens.plain import Tokens
-
-SLICE = 1536
-"""Rows of a slice at most: measured; anything from 900 to 1800 is as good."""
-
+from vitrim.tokens.projections import placed, project, project_as_one
+from vitrim.tokens.rotary import Rotary
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -198,6 +196,8 @@ class PackedTokens:
     """(patch rows,) int64: place of each patch token in the original row-major patch grid."""
     size_N: Tensor | None = None
     """(patch rows,): how many patches each patch token stands for; None: one each."""
+    rotary: Rotary | None = None
+    """What turns queries and keys by the places of their tokens; None: nothing."""
 
     @property
     def num_prefix(self) -> int:
@@ -232,6 +232,13 @@ class PackedTokens:
             return None
         zeros = self.size_N.new_zeros(self.layout.num_rows)
         return zeros.index_copy(0, self.layout.patch_row_N, self.size_N.log())
+
+    @property
+    @_not_compiled
+    def angles(self) -> Tensor | None:
+        """(rows, H, 2 D), H may be 1: what :attr:`rotary` says of these tokens."""
+        rows = self.layout.patch_row_N, self.layout.num_rows
+        return None if self.rotary is None else self.rotary.of_rows(self.index_N, *rows)
 
     @property
     @_not_compiled
@@ -290,7 +297,8 @@ class PackedTokens:
         keep = layout.visible_BN[:, self.num_prefix :].to(self.x.dtype)
         index = layout.pad_patches(self.index_N)
         size = None if self.size_N is None else layout.pad_patches(self.size_N).clamp(min=1)
-        return Tokens(layout.pad(self.x), self.num_prefix, index, keep).sized(size)
+        tokens = Tokens(layout.pad(self.x), self.num_prefix, index, keep, rotary=self.rotary)
+        return tokens.sized(size)
 
 
 AnyTokens = Tokens | PackedTokens
@@ -370,10 +378,10 @@ def _select_many(tokens: AnyTokens, keep_BN: Tensor, packages_BPC: Tensor | None
     x, index_N = rows.index_select(0, source_T), index_N.index_select(0, kept_N)
     size_N = None if size_N is None else size_N.index_select(0, kept_N)
     if min(counts) < max(counts):
-        return PackedTokens(x, packed, index_N, size_N)
+        return PackedTokens(x, packed, index_N, size_N, tokens.rotary)
     shape, x = (num_images, counts[0]), x.view(num_images, packed.longest, x.shape[1])
     size_BN = None if size_N is None else size_N.view(shape)
-    return Tokens(x, packed.num_prefix, index_N.view(shape)).sized(size_BN)
+    return Tokens(x, packed.num_prefix, index_N.view(shape), rotary=tokens.rotary).sized(size_BN)
 
 
 def _select_one(tokens: Tokens, keep_N: Tensor, packages_1PC: Tensor | None) -> Tokens:
@@ -404,16 +412,18 @@ def packed_attention(
     score: Score | None = None,
     has_class: bool = False,
     bias_T: Tensor | None = None,
+    angles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Timm's attention layer on packed rows, each image seeing itself alone.
 
     Args:
-        attention: a ``timm.layers.Attention``; its own projections and norms are used.
+        attention: an attention layer of timm's; its own projections and norms are used.
         x_TC: packed rows, normalised for attention.
         layout: where the images lie.
         score: asks for a score of the patch tokens.
         has_class: whether each image's token 0 is a class token.
         bias_T: added to the logits of each key (rows,); None: nothing.
+        angles: (rows, H, 2 D), H may be 1, that turn queries and keys; None: none do.
 
     Returns:
         the layer's output (rows, C), and the score (patch rows,) if it was asked for.
@@ -421,7 +431,7 @@ def packed_attention(
     scores: list[Tensor] = []
 
     def run(x_TC: Tensor) -> Tensor:
-        qkv = _projected(attention, x_TC)
+        qkv = _projected(attention, x_TC, angles)
         context = _contexts(attention, qkv, layout, bias_T)
         if score is not None:
             record = _padded_record(attention, qkv, context, layout, has_class, bias_T)
@@ -435,13 +445,15 @@ def packed_attention(
     return called(attention, run, x_TC), scores[0] if scores else None
 
 
-def _projected(attention: Attention, x_TC: Tensor) -> Tensor:
+def _projected(attention: Attention, x_TC: Tensor, angles: Tensor | None) -> Tensor:
     """(rows, 3, H, D): queries, keys and values."""
-    qkv: Tensor = attention.qkv(x_TC).unflatten(1, (3, attention.num_heads, attention.head_dim))
-    if not isinstance(attention.q_norm, nn.Identity) or is_hooked(attention.q_norm):
-        q, k, v = qkv.unbind(1)
-        qkv = torch.stack([attention.q_norm(q).to(v), attention.k_norm(k).to(v), v], 1)
-    return qkv
+    normed = not isinstance(attention.q_norm, nn.Identity) or is_hooked(attention.q_norm)
+    if angles is None and not normed and attention.qkv is not None:
+        return project_as_one(attention, x_TC)
+    q, k, v = project(attention, x_TC)
+    q = placed(attention, attention.q_norm, q, v, angles)
+    k = placed(attention, attention.k_norm, k, v, angles)
+    return torch.stack([q.to(v), k.to(v), v], 1)
 
 
 def _contexts(attention: Attention, qkv: Tensor, layout: Layout, bias_T: Tensor | None) -> Tensor:
@@ -475,18 +487,6 @@ def _padded_record(
     scale, visible, prefix = scale_of(attention, q), layout.visible_BN, layout.num_prefix
     bias = None if bias_T is None else layout.pad(bias_T)[:, None, None, :]
     return AttentionRecord(q, k, v, context, scale, prefix, has_class, visible, bias=bias)
-
-
-def in_slices(run: Callable[[Tensor], Tensor], x_TC: Tensor) -> Tensor:
-    """``run``, which works row by row, on slices of the packed rows that suit a CPU's caches.
-
-    The hidden rows of an MLP are many times larger than a cache; a slice's are still there when the
-    next operation comes for them. A device with memory of its own gets all rows at once, and so
-    does a compiled graph, which would be made anew for each number of slices.
-    """
-    if torch.compiler.is_compiling() or x_TC.device.type != "cpu" or len(x_TC) <= SLICE:
-        return run(x_TC)
-    return torch.cat([run(part) for part in x_TC.chunk(-(-len(x_TC) // SLICE))])
 
 
 def _takes_varlen(qkv: Tensor, dropout: float) -> bool:

@@ -46,7 +46,7 @@ def select_padded(tokens: Tokens, keep_BN: Tensor, packages_BPC: Tensor | None) 
     visible_BS = slot_S < counts_B1
     index_BS = kept.index_BN.where(visible_BS, num_places)
     keep_BS = visible_BS.to(kept.x.dtype)
-    padded = PaddedTokens(kept.x, kept.num_prefix, index_BS, keep_BS)
+    padded = PaddedTokens(kept.x, kept.num_prefix, index_BS, keep_BS, rotary=kept.rotary)
     padded = padded.sized(kept.size_BN)
     if packages_BPC is None:
         return padded

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.tokens.graphs import exporting
+from vitrim.tokens.rotary import Rotary
 
 Grid = tuple[int, int]
 """Rows and columns of a grid of positions."""
@@ -48,15 +49,18 @@ class Tokens:
     """(B, 1, 1, P + N): what makes attention see each token as the patches that it stands for,
     added to the logits of keys; None: nothing."""
 
+    rotary: Rotary | None = None
+    """What turns queries and keys by the places of their tokens; None: nothing."""
+
     def __post_init__(self) -> None:
         assert (self.size_BN is None) == (self.log_size is None), "set sizes by Tokens.sized"
 
     @classmethod
-    def of(cls, x: Tensor, num_prefix: int) -> Tokens:
+    def of(cls, x: Tensor, num_prefix: int, rotary: Rotary | None = None) -> Tokens:
         """Tokens of an undisturbed grid: patch ``i`` is at place ``i``."""
         num_patches = x.shape[1] - num_prefix
         index = torch.arange(num_patches, device=x.device).expand(x.shape[0], num_patches)
-        return cls(x, num_prefix, index)
+        return cls(x, num_prefix, index, rotary=rotary)
 
     @property
     def num_patches(self) -> int:
@@ -88,6 +92,13 @@ class Tokens:
         assert self.keep_BN is not None
         ones = self.keep_BN.new_ones(self.keep_BN.shape[0], self.num_prefix)
         return torch.cat([ones, self.keep_BN], dim=1)
+
+    @property
+    def angles(self) -> Tensor | None:
+        """(B, H, P + N, 2 D), H may be 1: what :attr:`rotary` says of these tokens."""
+        if self.rotary is None:
+            return None
+        return self.rotary.of_images(self.index_BN, self.num_prefix)
 
     @property
     def bias(self) -> Tensor | None:
@@ -178,8 +189,8 @@ class Tokens:
             x = flat.index_select(0, (rows + start).flatten())
             x = x.view(num_images, rows.shape[1], num_channels)
         size_BN = None if self.size_BN is None else self.size_BN.gather(1, position_BK)
-        gathered = Tokens(x, self.num_prefix, self.index_BN.gather(1, position_BK))
-        return gathered.sized(size_BN)
+        index_BK = self.index_BN.gather(1, position_BK)
+        return Tokens(x, self.num_prefix, index_BK, rotary=self.rotary).sized(size_BN)
 
 
 def index_like(index_BN: Tensor, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from vitrim.capabilities import require_served
 from vitrim.checkpoint import load_strict, read_weights
 from vitrim.config import closest
 from vitrim.errors import CheckpointError, ConfigError
@@ -24,6 +25,8 @@ def create_dense(recipe: ModelRecipe, seed: int) -> nn.Module:
     if not timm.is_model(name):
         near = closest(name.partition(".")[0], timm.list_models())
         raise ConfigError(f"model.name {name!r} is unknown to timm{near}")
+    if recipe.pretrained and not recipe.kwargs:
+        require_served(name)  # before weights are fetched
     try:
         with seeded(seed, 3):
             model: nn.Module = timm.create_model(

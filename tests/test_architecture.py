@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "runtime": 0,  # knows no torch
+    "feature_files": 0,  # neither
     "tokens": 1,
     "costs": 2,
     "layers": 3,

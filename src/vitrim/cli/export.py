@@ -106,12 +106,26 @@ def predict_command(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAMES]",
+            help="Write features in place of classes, of a bundle exported with --features: all, "
+            "or some by name, such as embedding.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For features: a .npz or .parquet file."),
+    ] = None,
 ) -> None:
     """Classify images with an exported bundle; neither torch nor timm is needed.
 
     ``vitrim.cli.main`` takes this command before it loads either; here it is for the help.
     """
     options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
+    options += ["--features", features] if features else []
+    options += ["--output", str(output)] if output else []
     runtime.main([str(bundle), *map(str, images), *options])
 
 

@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "runtime": 0,  # knows no torch
+    "feature_files": 0,  # neither
     "tokens": 1,
     "costs": 2,
     "layers": 3,
@@ -27,6 +28,7 @@ FLOORS = {
     "modes": 1,
     "budget": 6,
     "hub": 6,
+    "rebuilt": 6,
     "features": 6,
     "as_timm": 6,
     "model": 6,
@@ -43,7 +45,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 35_416
+LINES = 35_928
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

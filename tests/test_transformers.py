@@ -69,6 +69,13 @@ MODELS = {
     "dinov2 with registers": lambda: hf.Dinov2WithRegistersModel(
         hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
     ),
+    "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIZES)),
+    "dinov3 with registers": lambda: hf.DINOv3ViTModel(
+        hf.DINOv3ViTConfig(**SIZES, num_register_tokens=3, use_gated_mlp=True, hidden_act="silu")
+    ),
+    "dinov3 without biases": lambda: hf.DINOv3ViTModel(
+        hf.DINOv3ViTConfig(**SIZES, query_bias=False, value_bias=False)
+    ),
     "clip": lambda: hf.CLIPVisionModel(vision("CLIP")),
     "clip projected": lambda: hf.CLIPVisionModelWithProjection(vision("CLIP", projection_dim=24)),
     "clip with text": lambda: two_towers("CLIP"),
@@ -162,7 +169,9 @@ def test_a_model_with_other_weights_is_refused():
         from_transformers(model)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov2 with registers", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov2", "dinov2 with registers", "dinov3", "clip", "siglip"]
+)
 @torch.no_grad()
 def test_positions_are_interpolated_as_transformers_does(name):
     model = made(name)
@@ -217,7 +226,9 @@ def test_what_timm_has_no_word_for_is_refused(options, message):
 # --- and back ---
 
 
-@pytest.mark.parametrize("name", ["vit classifier", "dinov2 with registers", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["vit classifier", "dinov2 with registers", "dinov3", "clip", "siglip"]
+)
 @torch.no_grad()
 def test_as_transformers_gives_the_models_outputs(name):
     model = made(name)

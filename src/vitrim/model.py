@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrim import budget, checkpoint
+from vitrim import budget, checkpoint, hub
 from vitrim.as_timm import TimmModel
 from vitrim.budget import TOLERANCE, Calibration
 from vitrim.config import to_plain
 from vitrim.costs import without_head
 from vitrim.errors import CheckpointError, ConfigError, InputError, UnsupportedBackboneError
-from vitrim.families import Family, described, family_of
+from vitrim.families import Family, family_of
 from vitrim.features import is_empty, one_for_none
 from vitrim.methods import method_of_config
 from vitrim.methods.base import Method
 from vitrim.methods.records import DenseOutput, Recorder, StageTrace, TrainingOutput
-from vitrim.modes import eval_mode, evaluating
+from vitrim.modes import eval_mode
+from vitrim.rebuilt import check_rebuilt, made
 from vitrim.tokens.calls import is_hooked
 from vitrim.tokens.plain import Grid, Sizes
 
@@ -360,52 +361,41 @@ class SparseModel(TimmModel):
             "labels": self._labels(),
         }
         description = checkpoint.described(self.backbone, self.data_config, known)
-        still._check_rebuilt(description, weights)
+        check_rebuilt(SparseModel, still, description, weights)
         checkpoint.write(folder, description, weights)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        metrics: dict[str, Any] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Commit the checkpoint to Hugging Face's hub, with a card that says what it is.
+
+        Args:
+            repository: ``owner/name``; made if absent.
+            metrics: what was measured and how, such as
+                ``{"top-1 on 1,300 validation images": 81.0}``.
+            private: whether a new repository is; None leaves that to the hub.
+            revision: branch, made if absent; None takes the main one.
+            message: of the commit.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            CheckpointError: see :meth:`save_pretrained`; or the hub cannot be reached, or refuses.
+        """
+        options = {"private": private, "revision": revision, "message": message}
+        return hub.push_model(self, repository, metrics, **options)
 
     def _labels(self) -> list[str] | None:
         """The names of the classes, if they are still those of the classifier."""
         labels = list(self.labels or ())
         return labels if labels and len(labels) == self.num_classes else None
-
-    def _check_rebuilt(self, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Raise :class:`CheckpointError` unless a checkpoint would be read back as this model."""
-        advice = (
-            "what is in a model besides timm's own arguments must be undone or merged before "
-            "(reset_classifier for another head, merge for adapters, prune.remove for pruning; for "
-            "another image size make it sparse at that size)"
-        )
-        try:
-            twin = _made(checkpoint.checked(description), weights, "the model", {})
-        except (CheckpointError, ConfigError) as error:
-            raise CheckpointError(
-                f"no checkpoint could hold this model: {error}\n{advice}"
-            ) from error
-        parameter = next(self.backbone.parameters())
-        size = (2, self.family.in_channels, *self.family.probe_size)
-        images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(parameter)
-        with evaluating(self, twin):
-            try:
-                here, answer = self.trace(images), self(images)
-            except RuntimeError as error:
-                raise CheckpointError(f"the model cannot run on images: {error}") from error
-            there = twin.to(images.device).trace(images)
-        if not here.logits.isfinite().all():
-            raise CheckpointError("the model's answers are not finite (NaN or infinite)")
-        pairs = [(here.logits, there.logits), (answer, there.logits)]
-        pairs += [(a.scores, b.scores) for a, b in zip(here.stages, there.stages, strict=True)]
-        if not all(_alike(a, b, parameter.dtype) for a, b in pairs):
-            raise CheckpointError(
-                "read back, this model would answer otherwise (random images were tried): no file "
-                f"says what was changed in it; {advice}"
-            )
-
-
-def _alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two answers of one model differ by no more than rounding; dropped places are NaN."""
-    slack = 64 * torch.finfo(dtype).eps
-    scale = float(expected.float().nan_to_num().abs().max()) if expected.numel() else 0.0
-    return torch.allclose(found.float(), expected.float(), slack, slack * scale, equal_nan=True)
 
 
 _OF_TORCH = set(vars(nn.Module()))
@@ -422,49 +412,37 @@ def _samples(method: Method) -> dict[str, Tensor]:
     }
 
 
-def from_pretrained(folder: str | os.PathLike[str], **method_options: Any) -> SparseModel:
-    """Load a checkpoint folder; the model is in evaluation mode, on the CPU.
+def from_pretrained(
+    folder: str | os.PathLike[str], *, revision: str | None = None, **method_options: Any
+) -> SparseModel:
+    """Load a checkpoint; the model is in evaluation mode, on the CPU.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors``.
+        folder: with ``config.json`` and ``model.safetensors``; or, where there is no such folder,
+            a text ``owner/name``: a model on Hugging Face's hub.
+        revision: branch, tag or commit on the hub.
         method_options: fields of the method's config to change, such as ``threshold=0.5``.
 
     Raises:
-        CheckpointError: damaged, foreign, of another version, or of another architecture.
+        CheckpointError: damaged, foreign, of another version, or of another architecture; or the
+            hub cannot be reached.
         ConfigError: the method's fields are not valid.
     """
+    folder = hub.folder_of(folder, revision)
     description, weights = checkpoint.read(folder)
     if "task" in description:
         raise CheckpointError(
             f"{folder} holds a detector or segmenter; open it by vitrim.tasks.from_pretrained"
         )
-    model = _made(description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options)
+    model = made(
+        SparseModel, description, weights, f"{folder}/{checkpoint.WEIGHTS_FILE}", method_options
+    )
     model.origin = description.get("origin")
     model.data_config = description["data"]
     model.labels = checkpoint.read_labels(description, model.num_classes)
     if not method_options:  # other settings, other costs
         model.calibration = checkpoint.read_calibration(description)
     return model.eval()
-
-
-def _made(
-    description: dict[str, Any], weights: dict[str, Tensor], source: str, options: dict[str, Any]
-) -> SparseModel:
-    """The model of a checkpoint, with its ``weights`` themselves: nothing is computed, and hardly
-    any memory is taken, before they are known to fit.
-    """
-    config = checkpoint.method_config(description, options)
-    types = {str(tensor.dtype) for tensor in weights.values() if tensor.is_floating_point()}
-    if len(types) > 1:
-        raise CheckpointError(f"{source} has weights of {' and '.join(sorted(types))}; one is due")
-    with torch.device("meta"):
-        backbone = described.create_backbone(description["backbone"], len(weights))
-        model = SparseModel(backbone, config)
-        checkpoint.check_fit(model.state_dict(), weights, source)
-        described.check_runs(backbone, (1, model.family.in_channels, *model.family.probe_size))
-    model.load_state_dict(weights, assign=True)
-    described.fill_buffers(model.backbone, description["backbone"])
-    return model
 
 
 def sparsify(

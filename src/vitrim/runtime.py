@@ -14,7 +14,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,8 @@ MOST_VALUES = 2**30
 """Of the images of one call."""
 MOST_FRAMES = 1024
 """Of a clip."""
+_AT_ONCE = 16
+"""Images per call where the network takes any number."""
 MOST_PIXELS = 4096
 """A side of a prepared image."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -180,6 +182,8 @@ def prepare(image: Image.Image, config: dict[str, Any]) -> Array:
     image = image.convert("L" if channels == 1 else "RGB")
     shorter = math.floor(height / config["crop_pct"])
     size = [int(shorter * side / min(image.size)) for side in image.size]
+    if config.get("crop_mode") == "squash":
+        size = [shorter, shorter]
     image = image.resize(size, getattr(Image.Resampling, config["interpolation"].upper()))
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     cropped = image.crop((left, top, left + width, top + height))
@@ -228,7 +232,7 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     named = isinstance(outputs, list) and all(isinstance(name, str) for name in outputs)
     square = preprocessing["input_size"][1] == preprocessing["input_size"][2]
-    central = preprocessing.get("crop_mode", "center") == "center"
+    central = preprocessing.get("crop_mode", "center") in ("center", "squash")
     given = {"interpolation", "crop_pct"} <= preprocessing.keys()
     checks = {
         "file": (plain and file.endswith(suffix), f"the name of a {suffix} file in the folder"),
@@ -445,10 +449,23 @@ def main(words: Sequence[str]) -> None:
     )
     parser.add_argument("bundle", type=Path, help="Folder written by vitrim export.")
     parser.add_argument("images", type=Path, nargs="+", help="Image files.")
+    parser.add_argument(
+        "--features",
+        nargs="?",
+        const="all",
+        help="Write features in place of classes, of a bundle exported with --features: all, or "
+        "some by name, such as embedding; needs --output. Give it after the images.",
+    )
+    parser.add_argument("--output", "-o", type=Path, help="For features: a .npz or .parquet file.")
     parser.add_argument("--top", type=_count, default=3, help="Classes to name per image.")
     parser.add_argument("--threads", type=_count, help="CPU threads.")
     options = parser.parse_args(words)
+    if (options.features is None) != (options.output is None):
+        parser.error("--features and --output are given together")
     bundle = Bundle(options.bundle, options.threads)
+    if options.features is not None:
+        _write_features(bundle, options)
+        return
     for path in options.images:
         logits = bundle(bundle.prepare([open_image(path)]), [str(path)])[0].astype(np.float64)
         shares = np.exp(logits - logits.max())
@@ -459,6 +476,29 @@ def main(words: Sequence[str]) -> None:
             f"{name} {shares[label]:.1%}" for name, label in zip(names, best, strict=True)
         )
         print(printable(f"{path}: {answers}").replace("\n", "\\n"))
+
+
+def _write_features(bundle: Bundle, options: argparse.Namespace) -> None:
+    from vitrim.feature_files import check_output, write_features
+
+    known, asked = bundle.feature_names, options.features.split(",")
+    if known is None:
+        raise InputError(f"{bundle.folder} gives logits; export the model with --features")
+    wanted = list(known) if options.features == "all" else asked
+    if unknown := [name for name in wanted if name not in known]:
+        raise InputError(f"{bundle.folder} has no {unknown[0]!r}; it has {', '.join(known)}")
+    check_output(options.output)
+    size, paths = bundle.batch or _AT_ONCE, options.images
+
+    def rows() -> Iterator[tuple[list[str], dict[str, Array]]]:
+        for start in range(0, len(paths), size):
+            names = [str(path) for path in paths[start : start + size]]
+            images = bundle.prepare([open_image(name) for name in names])
+            found = bundle.features(images, names)
+            yield names, {name: found[name] for name in wanted}
+
+    write_features(options.output, rows(), len(paths))
+    print(printable(f"{options.output}: {', '.join(wanted)} of {len(paths)} images"))
 
 
 def _count(word: str) -> int:

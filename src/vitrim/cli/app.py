@@ -14,7 +14,7 @@ import timm
 import torch
 import typer
 
-from vitrim import capabilities, checkpoint, convert
+from vitrim import capabilities, checkpoint, convert, hub
 from vitrim.budget import Calibration
 from vitrim.cli import common, tables
 from vitrim.cli.budgets import sparsify_command
@@ -158,6 +158,7 @@ def info_command(
     model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
 ) -> None:
     """What a checkpoint holds: backbone, method, cost, origin and metrics."""
+    model = str(hub.folder_of(model))
     if (task := open_task(model)) is not None:
         common.out().print(model, style="bold", soft_wrap=True)
         common.out().print(tables.fact_table(task_facts(model, task)))

@@ -22,6 +22,7 @@ from vitrim import checkpoint
 from vitrim.errors import CheckpointError, ConfigError, InputError, printable
 from vitrim.families import FAMILIES, ConvNeXt, NaFlex
 from vitrim.families.described import describe_data
+from vitrim.hub import is_hub_name
 from vitrim.model import SparseModel, from_pretrained
 from vitrim.tools.benchmark import checked_device
 
@@ -120,6 +121,8 @@ def _load_dense(
     if name == DIGITS_NAME:
         return digits_backbone(weights)
     if not timm.is_model(name):
+        if is_hub_name(name) and weights is None and image_size is None:
+            return from_pretrained(name)
         raise InputError(
             f"{name!r} is neither a checkpoint folder nor a timm model{_close_model(name)}; "
             "see: vitrim list models"

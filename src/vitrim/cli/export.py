@@ -120,6 +120,18 @@ def predict_command(
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to name per file.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAMES]",
+            help="Write features in place of classes, of a bundle exported with --features: all, "
+            "or some by name, such as embedding.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For features: a .npz or .parquet file."),
+    ] = None,
     frames: FramesOption = None,
     stride: StrideOption = None,
     views: ViewsOption = None,
@@ -131,8 +143,12 @@ def predict_command(
     """
     if not (model / "model.safetensors").is_file():
         options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
+        options += ["--features", features] if features else []
+        options += ["--output", str(output)] if output else []
         runtime.main([str(model), *map(str, files), *options])
         return
+    given = {"--features": features is not None, "--output": output is not None}
+    common.refuse(given, f"{model} is a checkpoint; export it with --features first")
     with limited_threads(threads):
         loaded = common.load_model(str(model))
         for line in predict(loaded, files, ClipOptions(frames, stride, views), top):

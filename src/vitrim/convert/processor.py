@@ -24,6 +24,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "deit": _IMAGENET | _CROPPED | {"crop_mode": "squash"},
     "dinov2": _IMAGENET | _CROPPED,
     "dinov2_with_registers": _IMAGENET | _CROPPED,
+    "dinov3_vit": _IMAGENET | {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"},
     "clip_vision_model": _OPENAI | _CROPPED | {"crop_pct": 1.0},
     "siglip_vision_model": _HALF
     | {"interpolation": "bicubic", "crop_pct": 1.0}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrim.checkpoint import check_fit
 from vitrim.errors import UnsupportedBackboneError
+from vitrim.families.described import fill_buffers
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -28,6 +29,8 @@ class Twin:
 
     arguments: dict[str, Any]
     weights: dict[str, Tensor] = field(default_factory=dict)
+    name: str = "plain_vit"
+    """Timm's, of the architecture."""
 
 
 def timm_twin(tower: Any, size: Size, heads: tuple[nn.Module, ...] = ()) -> Any:
@@ -54,7 +57,8 @@ def timm_twin(tower: Any, size: Size, heads: tuple[nn.Module, ...] = ()) -> Any:
     )
     hidden = twin.weights["blocks.0.mlp.fc1.weight"].shape[0]
     twin.arguments["mlp_ratio"] = mlp_ratio(settings.hidden_size, hidden)
-    twin.weights["pos_embed"] = _positions(tower, size)
+    if hasattr(tower.embeddings, "interpolate_pos_encoding"):
+        twin.weights["pos_embed"] = _positions(tower, size)
     _KINDS[settings.model_type](twin, settings, heads)
     for name, head in zip(("head", "head_dist"), heads, strict=False):
         weight: Any = head.weight
@@ -73,10 +77,11 @@ def filled(twin: Twin, source: str) -> Any:
         CheckpointError: they do not fit; it names the model as ``source``.
     """
     with torch.device("meta"):
-        backbone: Any = timm.create_model("plain_vit", **twin.arguments)
+        backbone: Any = timm.create_model(twin.name, **twin.arguments)
     check_fit(backbone.state_dict(), twin.weights, source)
     weights = {name: tensor.detach().clone() for name, tensor in twin.weights.items()}
     backbone.load_state_dict(weights, assign=True)
+    fill_buffers(backbone, {"name": twin.name, "kwargs": twin.arguments})
     return backbone.eval()
 
 
@@ -93,6 +98,7 @@ _WHOLE = {
     "embeddings.distillation_token": "dist_token",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "embeddings.patch_embedding": "patch_embed.proj",
+    "embeddings.patch_embeddings": "patch_embed.proj",
     "pre_layrnorm": "norm_pre",
     "layernorm": "norm",
     "post_layernorm": "norm",
@@ -140,7 +146,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if _ELSEWHERE.match(name):
             continue
-        block = re.fullmatch(r"(?:encoder\.)?layers?\.(\d+)\.(.+)", name)
+        block = re.fullmatch(r"(?:(?:encoder|model)\.)?layers?\.(\d+)\.(.+)", name)
         inside, last = (block[2] if block else name).rpartition(".")[::2]
         if block and (found := _JOINED.get(inside.rpartition(".")[2])):
             whole, place = found
@@ -199,6 +205,40 @@ def _dinov2(twin: Twin, settings: Any, heads: tuple[nn.Module, ...]) -> None:
         twin.weights["pos_embed"] = positions[:, 1:]
 
 
+def _dinov3(twin: Twin, settings: Any, heads: tuple[nn.Module, ...]) -> None:
+    """Rotary positions, on timm's own architecture of the name; SwiGLU in some."""
+    biases = settings.query_bias, settings.key_bias, settings.value_bias
+    if (
+        biases not in ((True, False, True), (False, False, False))
+        or settings.layer_norm_eps != 1e-5
+    ):
+        raise UnsupportedBackboneError(
+            f"this DINOv3 has query, key and value biases {biases} and layer_norm_eps "
+            f"{settings.layer_norm_eps}; timm's has both but the key's or none, and 1e-05"
+        )
+    twin.name = "vit_base_patch16_dinov3"
+    for unknown in ("norm_eps", "act_layer", "qkv_bias"):
+        del twin.arguments[unknown]
+    twin.arguments |= {
+        "num_reg_tokens": settings.num_register_tokens,
+        "qkv_bias": biases[0],
+        "rope_temperature": settings.rope_theta,
+        "global_pool": "token",
+    }
+    if settings.use_gated_mlp:
+        twin.arguments |= {"swiglu_mlp": True, "swiglu_align_to": 0}
+    twin.arguments["mlp_ratio"] = mlp_ratio(settings.hidden_size, settings.intermediate_size)
+    if not settings.num_register_tokens:
+        del twin.weights["reg_token"]
+    for name, weight in list(twin.weights.items()):
+        if name.endswith("attn.qkv.bias"):  # of queries and values
+            start = name.removesuffix("qkv.bias")
+            twin.weights[f"{start}q_bias"], twin.weights[f"{start}v_bias"] = weight.chunk(2)
+            del twin.weights[name]
+        elif scale := re.fullmatch(r"(blocks\.\d+)\.ls(\d)\.gamma", name):
+            twin.weights[f"{scale[1]}.gamma_{scale[2]}"] = twin.weights.pop(name)
+
+
 def _clip(twin: Twin, settings: Any, heads: tuple[nn.Module, ...]) -> None:
     """A norm before the blocks, and no bias in the patch embedding."""
     twin.arguments["pre_norm"] = True
@@ -228,6 +268,7 @@ _KINDS: dict[str, Callable[[Twin, Any, tuple[nn.Module, ...]], None]] = {
     "deit": _deit,
     "dinov2": _dinov2,
     "dinov2_with_registers": _dinov2,
+    "dinov3_vit": _dinov3,
     "clip_vision_model": _clip,
     "siglip_vision_model": _siglip,
 }

@@ -1,8 +1,8 @@
 """Vision models of Hugging Face's transformers as sparse timm models.
 
-ViT, DeiT, DINOv2 (with registers), and the vision towers of CLIP, SigLIP and SigLIP 2. A model's
-weights get the names that timm's twin of it has, and the twin must give the model's numbers on a
-probe before it is used.
+ViT, DeiT, DINOv2 (with registers), DINOv3, and the vision towers of CLIP, SigLIP and SigLIP 2. A
+model's weights get the names that timm's twin of it has, and the twin must give the model's numbers
+on a probe before it is used.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ PARTS = {
     ),
     "Dinov2Model": Part(),
     "Dinov2WithRegistersModel": Part(),
+    "DINOv3ViTModel": Part(),
     "CLIPVisionModel": Part(),
     "CLIPVisionModelWithProjection": Part("vision_model", ("visual_projection",), "image_embeds"),
     "CLIPModel": Part("vision_model", ("visual_projection",), "image_embeds"),
@@ -177,7 +178,7 @@ def prove(model: Any, part: Part, tower: Any, twin: Any, size: Size) -> None:
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(2, twin.in_chans, *size, generator=noise).to(weight)
     resized = {} if size == sides(tower.config.image_size) else {"interpolate_pos_encoding": True}
-    if tower.config.model_type.startswith("dinov2"):
+    if tower.config.model_type.startswith("dino"):
         resized = {}  # always does
     with eval_mode(model, twin):
         output = tower(images, **resized)

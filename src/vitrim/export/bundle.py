@@ -27,6 +27,7 @@ from vitrim.config import closest, to_plain
 from vitrim.errors import ConfigError, InputError
 from vitrim.export import formats
 from vitrim.families import Family, family_of
+from vitrim.families.base import Pyramid
 from vitrim.features import FeaturesOnly
 from vitrim.model import SparseModel
 from vitrim.modes import evaluating
@@ -99,20 +100,22 @@ class _ExportedFeatures(_Exported):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         levels, embedding = self.model.embedded(images.to(self.dtype))
-        outputs = [*levels, embedding] if _classifies(self.model.family) else levels
+        outputs = [*levels, embedding] if _pools(self.model.family) else levels
         return tuple(output.float() for output in outputs)
 
 
-def _classifies(family: Family) -> bool:
-    return bool(family.backbone.num_classes)
+def _pools(family: Family) -> bool:
+    """Whether there is an embedding: of classifiers, and of all plain vision transformers."""
+    return bool(family.backbone.num_classes) or not isinstance(family, Pyramid)
 
 
 def feature_names(features: FeaturesOnly) -> list[str]:
     """What a bundle of features gives, in its order: the levels by their numbers in
-    ``feature_info`` and, of a classifier, the pooled ``embedding`` that it would read.
+    ``feature_info`` and the pooled ``embedding`` that a classifier reads; a pyramid without a
+    classifier has none.
     """
     names = [f"level{index}" for index in features.out_indices]
-    return [*names, "embedding"] if _classifies(features.family) else names
+    return [*names, "embedding"] if _pools(features.family) else names
 
 
 def export(
@@ -251,12 +254,12 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
     found |= config
     _, height, width = found["input_size"]
-    if found["crop_mode"] != "center" or height != width:
+    if found["crop_mode"] not in ("center", "squash") or height != width:
         raise ConfigError(
             f"images are prepared by crop_mode={found['crop_mode']!r} to {height} x {width}; a "
             "bundle has the crop from the centre, to a square, only"
         )
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return {key: found[key] for key in keys}
 
 

@@ -206,7 +206,7 @@ def _latency_of(recipe: Recipe, sparse: SparseModel) -> LatencyBudget | None:
 
 def _task_from_checkpoint(recipe: Recipe, folder: str) -> SparseTask:
     method = recipe.method
-    sparse = from_pretrained(folder, **method.config)
+    sparse = from_pretrained(Path(folder), **method.config)  # a recipe reaches no hub
     sparse.calibration = ()  # it held for the weights before training
     if method.name not in (None, sparse.method.name):
         raise ConfigError(

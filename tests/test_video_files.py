@@ -61,7 +61,7 @@ def test_a_moving_digit_moves_as_its_label_says_and_returns():
             moved = (np.roll(frames[0], (n * rows, n * columns), (0, 1)) for n in range(64))
             shifts.append(next(n for n, rolled in enumerate(moved) if (rolled == frame).all()))
         assert shifts[0] == 0
-        assert all(2 <= (late - early) % 64 <= 4 for early, late in pairwise(shifts))
+        assert all(1 <= (late - early) % 64 <= 2 for early, late in pairwise(shifts))
         again = MovingDigits("train", 12, clutter=0.0).clip(index)[0]
         assert (again == frames).all()
 

@@ -286,7 +286,11 @@ def test_training_follows_its_generator(case, backbone):
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    flexible = {"convnext": {}, "video_swin": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
+    flexible = {
+        "convnext": {},
+        "video_swin": {},
+        "pit": {"img_size": 48},
+    }  # timm's PiT takes one size
     options = flexible.get(FAMILIES[backbone], {"dynamic_img_size": True})
     sparse = sparse_model(case, backbone, **options)
     logits = sparse(given(backbone, 2, 48))

@@ -211,7 +211,9 @@ def test_damage_in_the_middle_is_found_where_it_is_met(tmp_path):
     start = held_out_reader(CONFIG, Sampling(4, 2, clips=1))
     with open(path, "rb") as file, VideoFile(file) as video:
         assert len(video.read(range(8), np.asarray)) == 8
-    with pytest.raises(UnreadableImageError, match=r"spoilt\.mp4 cannot be read as a video"):
+    with pytest.raises(
+        UnreadableImageError, match=r"spoilt\.mp4 cannot be read as a video: its frames"
+    ):
         open_clips(path, start, labelled=False)[0]
 
 

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 import vitrim
 from tests.conftest import images, seeded, tiny_vit
-from tests.test_methods import FIRST, is_fixed, sparse_model
+from tests.test_methods import FIRST_OF_IMAGES as FIRST
+from tests.test_methods import is_fixed, sparse_model
 from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
 from vitrim.tokens.graphs import exporting
 

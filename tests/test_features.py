@@ -16,7 +16,8 @@ from torch import nn
 
 from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
 from tests.test_cli import run
-from tests.test_methods import BACKBONES, CASES, FAMILIES, FIRST, KEEPS_ALL
+from tests.test_methods import BACKBONES, CASES, FAMILIES, KEEPS_ALL
+from tests.test_methods import FIRST_OF_IMAGES as FIRST
 from vitrim import (
     ASViTConfig,
     ConfigError,

@@ -12,6 +12,7 @@ import torch
 
 import vitrim
 from tests.conftest import (
+    clips,
     images,
     seeded,
     tiny_convnext,
@@ -21,6 +22,7 @@ from tests.conftest import (
     tiny_pit,
     tiny_swin,
     tiny_swin_v2,
+    tiny_video_swin,
     tiny_vit,
 )
 from vitrim import (
@@ -35,6 +37,7 @@ from vitrim import (
     STViTConfig,
     STViTRConfig,
     STViTSwinConfig,
+    STViTVideoConfig,
     from_pretrained,
     sparsify,
 )
@@ -85,6 +88,15 @@ CASES = {
     ),
     "stvit_swin without centres": STViTSwinConfig(
         window_tokens=4, global_centres=False, pooling="avg"
+    ),
+    "stvit_video": STViTVideoConfig(window_tokens=4),
+    "stvit_video with everything": STViTVideoConfig(
+        window_tokens=9,
+        pooling="intra_inter",
+        layer_scale=0.5,
+        base_layers=1,
+        global_centres=True,
+        residual=False,
     ),
     "spvit": SPViTConfig(stages=(1, 2)),
     "spvit fixed": SPViTConfig(stages=(1, 2), keep_ratio=0.6, inference="top_k"),
@@ -137,8 +149,9 @@ BACKBONES = {
     "swin v2": tiny_swin_v2,
     "convnext": tiny_convnext,
     "convolutions as mlp": partial(tiny_convnext, conv_mlp=True),
+    "video swin": tiny_video_swin,
 }
-"""Name: makes a tiny backbone for images of 32 x 32 pixels, with 10 classes."""
+"""Name: makes a tiny backbone for images of 32 x 32 pixels, or 8 such frames, with 10 classes."""
 
 FAMILIES = {name: family_of(make()).name for name, make in BACKBONES.items()}
 METHOD = {name: method_of_config(config) for name, config in CASES.items()}
@@ -160,8 +173,19 @@ FIRST = [
 ]
 """Every case on one backbone of each family that its method runs on."""
 
+OF_CLIPS = {name for name in BACKBONES if FAMILIES[name] == "video_swin"}
+FIRST_OF_IMAGES = [(case, name) for case, name in FIRST if name not in OF_CLIPS]
+
 each_pair = pytest.mark.parametrize(("case", "backbone"), PAIRS)
 each_case = pytest.mark.parametrize(("case", "backbone"), FIRST)
+each_case_of_images = pytest.mark.parametrize(("case", "backbone"), FIRST_OF_IMAGES)
+
+
+def given(backbone: str, batch: int = 3, size: int = 32, seed: int = 0):
+    """What a backbone takes: images of so many pixels a side, or clips of as many."""
+    if backbone in OF_CLIPS:
+        return clips(batch, (8, size, size), seed)
+    return images(batch, size, seed)
 
 
 def sparse_model(case: str, backbone: str = "class token", **kwargs):
@@ -181,13 +205,14 @@ def test_every_method_is_under_contract():
 
 @each_pair
 def test_logits_are_finite_deterministic_and_of_their_shape(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
     for batch in (1, 3):
-        logits = sparse(X[:batch])
+        logits = sparse(x[:batch])
         assert logits.shape == (batch, 10)
         assert logits.isfinite().all()
-        assert torch.equal(logits, sparse(X[:batch]))
-        trace = sparse.trace(X[:batch])
+        assert torch.equal(logits, sparse(x[:batch]))
+        trace = sparse.trace(x[:batch])
         torch.testing.assert_close(trace.logits, logits, atol=1e-6, rtol=0)
         assert trace.macs.shape == (batch,)
         assert all(stage.counts.shape == (batch,) for stage in trace.stages)
@@ -195,7 +220,7 @@ def test_logits_are_finite_deterministic_and_of_their_shape(case, backbone):
 
 @each_pair
 def test_images_do_not_see_each_other(case, backbone):
-    sparse, x = sparse_model(case, backbone), images(6, seed=8)
+    sparse, x = sparse_model(case, backbone), given(backbone, 6, seed=8)
     together = sparse(x)
     alone = torch.cat([sparse(image[None]) for image in x])
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
@@ -204,40 +229,44 @@ def test_images_do_not_see_each_other(case, backbone):
 
 @pytest.mark.parametrize(("case", "backbone"), [pair for pair in PAIRS if pair[0] in KEEPS_ALL])
 def test_keeping_everything_is_the_dense_model(case, backbone):
+    x = given(backbone)
     model = BACKBONES[backbone]()
-    dense = model(X)
+    dense = model(x)
     sparse = sparsify(model, KEEPS_ALL[case], generator=seeded(3)).eval()
-    torch.testing.assert_close(sparse(X), dense, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sparse(x), dense, atol=1e-5, rtol=0)
     assert sparse.unwrap() is model
-    assert torch.equal(model(X), dense)
+    assert torch.equal(model(x), dense)
 
 
 @each_pair
 def test_macs_are_what_torch_counts(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone).requires_grad_(False)  # hooks trip over leaves
-    for image in X:
+    for image in x:
         with torch.no_grad(), counting() as counter:
             sparse(image[None])
         counted = counter.get_total_flops() / 2
         assert sparse.trace(image[None]).macs.item() == pytest.approx(counted, rel=1e-3)
     if sparse.macs() is not None:
-        assert sparse.macs() == sparse.trace(X).macs[0].item()
+        assert sparse.macs() == sparse.trace(x).macs[0].item()
 
 
 @each_case
 def test_saved_and_loaded_it_is_the_same(case, backbone, tmp_path):
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
     sparse.save_pretrained(tmp_path / "checkpoint")
     loaded = from_pretrained(tmp_path / "checkpoint").eval()
     assert loaded.config == sparse.config
-    assert torch.equal(loaded(X), sparse(X))
+    assert torch.equal(loaded(x), sparse(x))
 
 
 @each_pair
 def test_gradients_reach_what_the_method_learns(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone).train()
-    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
-    parts = sparse.losses(X, TARGET, teacher, seeded(0))
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), x)
+    parts = sparse.losses(x, TARGET, teacher, seeded(0))
     parts["total"].backward()
     assert all(value.isfinite() for value in parts.values())
     for name, parameter in sparse.method.named_parameters():
@@ -247,12 +276,13 @@ def test_gradients_reach_what_the_method_learns(case, backbone):
 
 @each_case
 def test_the_loss_falls(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone).train()
-    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), x)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-3)
     totals = []
     for _ in range(12):
-        total = sparse.losses(X, TARGET, teacher, seeded(0))["total"]
+        total = sparse.losses(x, TARGET, teacher, seeded(0))["total"]
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -262,32 +292,36 @@ def test_the_loss_falls(case, backbone):
 
 @each_case
 def test_training_follows_its_generator(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone).train()
-    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), X)
-    one, same = (sparse.losses(X, TARGET, teacher, seeded(1))["total"] for _ in range(2))
+    teacher = sparse.method.teach(family_of(BACKBONES[backbone]()), x)
+    one, same = (sparse.losses(x, TARGET, teacher, seeded(1))["total"] for _ in range(2))
     assert torch.equal(one, same)
 
 
 @each_case
 def test_other_image_sizes(case, backbone):
-    flexible = {"convnext": {}, "naflex": {}, "pit": {"img_size": 48}}  # timm's PiT takes one size
+    flexible = {"convnext": {}, "naflex": {}, "video_swin": {}, "pit": {"img_size": 48}}
+    # timm's PiT takes one size
     options = flexible.get(FAMILIES[backbone], {"dynamic_img_size": True})
     sparse = sparse_model(case, backbone, **options)
-    logits = sparse(images(2, size=48))
+    logits = sparse(given(backbone, 2, 48))
     assert logits.shape == (2, 10)
     assert logits.isfinite().all()
 
 
 @each_case
 def test_half_precision(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sparse(X).isfinite().all()
-    assert sparse.to(torch.bfloat16)(X.bfloat16()).isfinite().all()
+        assert sparse(x).isfinite().all()
+    assert sparse.to(torch.bfloat16)(x.bfloat16()).isfinite().all()
 
 
 @each_case
 def test_dial_moves_the_cost(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
     try:
         dial = sparse.method.dial()
@@ -298,7 +332,7 @@ def test_dial_moves_the_cost(case, backbone):
     for value in (dial.cheapest, dial.value, dial.dearest):
         sparse.method.turn(value)
         assert sparse.method.dial().value == pytest.approx(value)
-        trace = sparse.trace(X)
+        trace = sparse.trace(x)
         costs.append(trace.macs.mean().item())
         kept.append([stage.counts.double().mean().item() for stage in trace.stages])
     for counts in zip(*kept, strict=True):
@@ -312,23 +346,26 @@ def test_dial_moves_the_cost(case, backbone):
 )
 def test_compiles(case, backbone):
     """With fixed counts the whole forward is one graph."""
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
     torch._dynamo.reset()
     compiled = torch.compile(sparse, backend="aot_eager", fullgraph=is_fixed(case, backbone))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(X), sparse(X), atol=1e-5, rtol=0)
+        torch.testing.assert_close(compiled(x), sparse(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("case", "backbone"), [pair for pair in FIRST if is_fixed(*pair)])
 def test_exports(case, backbone):
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
-    program = torch.export.export(sparse, (X,))
-    torch.testing.assert_close(program.module()(X), sparse(X), atol=1e-5, rtol=0)
+    program = torch.export.export(sparse, (x,))
+    torch.testing.assert_close(program.module()(x), sparse(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("case", "backbone"), [pair for pair in FIRST if "masked" in pair[0]])
 def test_what_is_masked_is_exported_with_the_same_numbers(case, backbone):
     """Dropped tokens, too, see what they see in torch: where they run on, it matters."""
+    x = given(backbone)
     sparse = sparse_model(case, backbone)
-    program = torch.export.export(sparse, (X,))
-    torch.testing.assert_close(program.module()(X), sparse(X), atol=2e-5, rtol=0)
+    program = torch.export.export(sparse, (x,))
+    torch.testing.assert_close(program.module()(x), sparse(x), atol=2e-5, rtol=0)

@@ -72,7 +72,7 @@ class Bundle:
             )
         network = self.folder / self.description["file"]
         self._network, shape = start(network, threads, self.description)
-        described = (self.batch, *self.description["preprocessing"]["input_size"])
+        described = (self.batch, *input_shape(self.description["preprocessing"]))
         if shape != described:
             raise CheckpointError(
                 f"{network} takes images of shape {shape}, and {BUNDLE_FILE} says {described}, "
@@ -129,11 +129,11 @@ class Bundle:
 
     def outputs(self, images_BCHW: Array, names: Sequence[str] | None = None) -> list[Array]:
         """All that the network gives, see :meth:`__call__`."""
-        images, shape = np.asarray(images_BCHW, np.float32), self.description["preprocessing"]
-        if images.ndim != 4 or not len(images) or [*images.shape[1:]] != [*shape["input_size"]]:
+        images, shape = np.asarray(images_BCHW, np.float32), self.input_shape
+        if not len(images) or images.shape[1:] != shape:
             raise InputError(
                 f"images have shape {images.shape}; expected (1 or more, "
-                f"{', '.join(map(str, shape['input_size']))})"
+                f"{', '.join(map(str, shape))})"
             )
         size = self.batch or len(images)
         extra = np.repeat(images[-1:], -len(images) % size, axis=0)
@@ -169,9 +169,35 @@ class Bundle:
             )
         return [logits]
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of a prepared image or clip, see :func:`input_shape`."""
+        return input_shape(self.description["preprocessing"])
+
     def prepare(self, images: Sequence[Image.Image]) -> Array:
-        """(B, channels, H, W): images resized, cropped in the middle and normalised."""
-        return np.stack([prepare(image, self.description["preprocessing"]) for image in images])
+        """(B, channels, H, W): images resized, cropped in the middle and normalised. Of a model of
+        clips, (B, channels, frames, H, W): the images are the frames of one clip after the other.
+        """
+        data = self.description["preprocessing"]
+        prepared = np.stack([prepare(image, data) for image in images])
+        if "frames" not in data:
+            return prepared
+        if len(images) % data["frames"]:
+            raise InputError(
+                f"{self.folder} takes clips of {data['frames']} frames; found {len(images)} "
+                "images, which make no whole number of them"
+            )
+        clips = prepared.reshape(-1, data["frames"], *prepared.shape[1:])
+        return np.ascontiguousarray(clips.swapaxes(1, 2))
+
+
+def input_shape(data: Mapping[str, Any]) -> tuple[int, ...]:
+    """(channels, H, W) of prepared images, or (channels, frames, H, W) of prepared clips, by what
+    says how they are prepared, see :func:`check_preprocessing`.
+    """
+    channels, *size = data["input_size"]
+    frames = [data["frames"]] if "frames" in data else []
+    return (channels, *frames, *size)
 
 
 def prepare(image: Image.Image, config: dict[str, Any]) -> Array:
@@ -226,7 +252,7 @@ def check_description(description: Mapping[str, Any], error: type[VitrimError], 
     labels, preprocessing = description["labels"], description["preprocessing"]
     outputs = description.get("outputs")
     check_preprocessing(preprocessing, error, f"the preprocessing of {where}")
-    most = MOST_VALUES // math.prod(preprocessing["input_size"])
+    most = MOST_VALUES // math.prod(input_shape(preprocessing))
     suffix = {"onnxruntime": ".onnx", "openvino": ".xml"}.get(str(runtime), "")
     plain = isinstance(file, str) and Path(file).name == file and file != ".."
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)

@@ -41,11 +41,14 @@ from vitrim.families import family_of
 from vitrim.latency.measure import profile
 from vitrim.latency.table import LatencyTable, predict
 from vitrim.runtime import Bundle, UnreadableImageError, open_image, prepare
+from vitrim.tasks.clips import held_out_reader, open_clips
 from vitrim.tasks.coco import CocoFolder
 from vitrim.tasks.coco_metrics import coco_metrics
+from vitrim.tasks.sampling import Sampling
 from vitrim.tasks.scenes import write_scenes
 from vitrim.tasks.segmentation_data import LabelForm, SegmentationFolder
-from vitrim.train.data import check_label_space, eval_loader, open_dataset
+from vitrim.tasks.video_files import write_video
+from vitrim.train.data import check_label_space, digits_data_config, eval_loader, open_dataset
 from vitrim.train.engine import train
 from vitrim.train.recipe import load_recipe
 
@@ -565,6 +568,17 @@ def read_label(folder: Path) -> None:
 # bundles
 
 
+def make_video(folder: Path) -> None:
+    write_video(folder / "clip.mp4", np.zeros((12, 32, 32, 3), np.uint8), 10)
+    (folder / "clips.csv").write_text("path,label\nclip.mp4,3\nother.mp4,1\n")
+
+
+def read_video(folder: Path) -> None:
+    reader = held_out_reader(digits_data_config(32), Sampling(4, 2))
+    for source in (folder / "clip.mp4", folder / "clips.csv"):
+        open_clips(source, reader, labelled=source.suffix == ".csv")[0]
+
+
 def make_bundle(folder: Path) -> None:
     from vitrim.export.bundle import export
 
@@ -617,5 +631,7 @@ READERS: dict[str, Reader] = {
     "image": Reader(250, "data/cat/1.png", make_image, read_image, spoil_image),
     "COCO json": Reader(300, "scenes/instances.json", make_scenes, read_coco, JSON),
     "label PNG": Reader(150, "scenes/labels/000001.png", make_scenes, read_label, spoil_image),
+    "video": Reader(200, "clip.mp4", make_video, read_video, by_bytes),
+    "CSV of videos": Reader(100, "clips.csv", make_video, read_video, by_bytes),
     "tar": Reader(120, "data.tar", make_tar, read_tar, spoil_tar),
 }

@@ -28,6 +28,7 @@ from vitrim.config import to_plain
 from vitrim.errors import InputError, printable
 from vitrim.methods import METHODS
 from vitrim.model import SparseModel
+from vitrim.runtime import input_shape
 from vitrim.tools.evaluate import check_answers
 
 app = typer.Typer(
@@ -164,10 +165,10 @@ def info_command(
         common.out().print(tables.fact_table(task_facts(model, task)))
         return
     sparse = common.require_sparse(common.load_model(model), model)
-    config, image_shape = checkpoint.read_config(model), common.data_config_of(sparse)["input_size"]
-    size = (image_shape[1], image_shape[2])
+    config, image_shape = checkpoint.read_config(model), input_shape(common.data_config_of(sparse))
+    one, size = "clip" if sparse.takes_clips else "image", _size(image_shape)
     dense_macs, macs = sparse.dense_macs(size), sparse.macs(size)
-    cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per image"
+    cost = "depends on the image" if macs is None else f"{tables.giga(macs)} GMACs per {one}"
     if macs is not None:
         cost += f", {100 * macs / dense_macs:.0f}% of dense"
     added = sum(parameter.numel() for parameter in sparse.method.parameters())
@@ -176,9 +177,9 @@ def info_command(
     settings = to_plain(sparse.config)
     facts = {
         "backbone": f"{backbone['name']}({arguments})",
-        "images": " x ".join(str(side) for side in image_shape),
+        f"{one}s": " x ".join(str(side) for side in image_shape),
         "parameters": f"{sum(p.numel() for p in sparse.parameters()):,}, of the method {added:,}",
-        "dense": f"{tables.giga(dense_macs)} GMACs per image",
+        "dense": f"{tables.giga(dense_macs)} GMACs per {one}",
         "sparse": cost,
         "patches kept": _patches_kept(sparse, image_shape),
         **_last_block(sparse),
@@ -192,6 +193,11 @@ def info_command(
     }
     common.out().print(model, style="bold", soft_wrap=True)
     common.out().print(tables.fact_table(facts))
+
+
+def _size(image_shape: Sequence[int]) -> Any:
+    """Height and width of images, or frames, height and width of clips."""
+    return tuple(image_shape[1:])
 
 
 def _versions(record: Any) -> str:

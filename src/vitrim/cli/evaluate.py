@@ -158,10 +158,13 @@ def eval_command(
     clips: ClipData | None = None
     if is_video(subject, data):
         common.refuse({"--split": split}, f"{data} holds videos; leave that out")
-        reading = {"batch": batch or _TASK_BATCH, "workers": workers, "class_map": class_map}
-        open_videos = partial(
-            *(ClipData.open, subject), options=clip_options, crop_pct=crop_pct, **reading
-        )
+        reading: dict[str, Any] = {
+            "batch": batch or _TASK_BATCH,
+            "workers": workers,
+            "class_map": class_map,
+        }
+        reading |= {"options": clip_options, "crop_pct": crop_pct}
+        open_videos = partial(ClipData.open, subject, **reading)
         clips = open_videos(source, limit=limit)
         loader: Any = clips.loader
     else:
@@ -173,7 +176,7 @@ def eval_command(
         options = {"num_classes": num_classes, "class_map": class_map, "split": split}
         loader = eval_loader(source, config, batch, workers, limit, **options)
         check_label_space(loader.dataset, num_classes)
-    judged = (lambda model: model) if clips is None else clips.judged
+    judged: Any = (lambda model: model) if clips is None else clips.judged
 
     results: dict[str, Evaluation | DenseEvaluation] = {}
     choices: dict[str, _Choice] = {}

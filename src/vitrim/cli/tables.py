@@ -154,7 +154,7 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
         "dtype",
         "batch",
         "ms per\nbatch",
-        "images/s",
+        "clips/s" if len(rows[0].image_shape) == 4 else "images/s",
         "GMACs",
         "speed-up",
         "efficiency",

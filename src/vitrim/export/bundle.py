@@ -39,6 +39,7 @@ from vitrim.runtime import (
     check_description,
     check_finite,
     check_preprocessing,
+    input_shape,
     read_description,
 )
 
@@ -174,7 +175,7 @@ def export(
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     check_description(description, ConfigError, "the bundle")
-    shape = tuple(description["preprocessing"]["input_size"])
+    shape = input_shape(description["preprocessing"])
     _family(model).check_images(torch.zeros(1, *shape))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
@@ -259,8 +260,8 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
             f"images are prepared by crop_mode={found['crop_mode']!r} to {height} x {width}; a "
             "bundle has the crop from the centre, to a square, only"
         )
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return {key: found[key] for key in keys}
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "frames")
+    return {key: found[key] for key in keys if key in found}
 
 
 def _program(
@@ -358,7 +359,7 @@ def run_all(folder: Path, images: Tensor) -> list[np.ndarray]:
         program = formats.load_executorch(network)
     size = bundle["batch"] or len(images)
     # The last call is filled up with the last image.
-    extra = images[-1:].expand(-len(images) % size, -1, -1, -1)
+    extra = images[-1:].expand(-len(images) % size, *images.shape[1:])
     calls = torch.split(torch.cat([images, extra]), size)
     with torch.no_grad():
         answers = [_several(program(call)) for call in calls]

@@ -129,7 +129,7 @@ def _recorded(backbone: nn.Module) -> Any:
     """What has timm's record of a backbone: itself, or, where another library made it, its like."""
     if hasattr(backbone, "pretrained_cfg"):
         return backbone
-    config = get_pretrained_cfg(describe_backbone(backbone)["name"])
+    config: Any = get_pretrained_cfg(describe_backbone(backbone)["name"])
     return SimpleNamespace(pretrained_cfg=config.to_dict())
 
 

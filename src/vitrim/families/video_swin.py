@@ -258,7 +258,7 @@ class VideoSwin(MapPyramid):
             keys,
             inside=_InTimmsWords(block.attn),
         )
-        return out.unflatten(0, frames), record
+        return out.reshape(*frames, *out.shape[1:]), record
 
     def channel(self, stage: int, index: int, x: Tensor) -> Tensor:
         """The second half of a block without residual and drop path, on positions (..., C)."""
@@ -321,7 +321,8 @@ class VideoSwin(MapPyramid):
         sides = zip(size, window, strict=True)
         positions = math.prod(-(-length // side) * side for length, side in sides)
         width = in_features(attention.proj)
-        return positions * (linear_macs(attention) + 2 * width * math.prod(window))
+        area: int = math.prod(window)
+        return int(positions * (linear_macs(attention) + 2 * width * area))
 
     def channel_macs(self, stage: int, index: int, num_positions: Any) -> Any:
         return linear_macs(self.block(stage, index).mlp) * num_positions
@@ -346,7 +347,8 @@ def _biases(attention: Any, frames: int, rows: Sequence[int], columns: Sequence[
     )
     place_N = ((frame[:, None, None] * height + row[:, None]) * width + column).flatten()
     index_NN = index[place_N][:, place_N]
-    return attention.relative_position_bias_table[index_NN].permute(2, 0, 1).unsqueeze(0)
+    biases: Tensor = attention.relative_position_bias_table[index_NN]
+    return biases.permute(2, 0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,9 +74,12 @@ class Dense(Method):
         return ()
 
     def infer(self, family: Any, images: Tensor, recorder: Told | None = None) -> Tensor:
+        logits: Tensor
         if family.keeps_map:
-            return family.head(family.dense(images))
-        return family.answer(0, family.stem(images), self.config.exact_last_block)
+            logits = family.head(family.dense(images))
+        else:
+            logits = family.answer(0, family.stem(images), self.config.exact_last_block)
+        return logits
 
     def train_forward(
         self,
@@ -102,5 +105,6 @@ class Dense(Method):
 
     def steps(self, family: Any, grid: Grid, counts: Sequence[Any]) -> list[costs.Step]:
         if family.keeps_map:
-            return family.dense_steps(grid)
+            steps: list[costs.Step] = family.dense_steps(grid)
+            return steps
         return costs.plain_steps(family, grid, self.config.exact_last_block)

@@ -302,9 +302,10 @@ class GenerationMethod(WindowMethod):
         ``first_residual`` says whether the first one's residual holds the centres.
         """
         first, second = self.base_layers, self.base_layers + 1
-        each, positions = x.shape[:-3], x.flatten(-3, -2)
+        each, positions = x.shape[:-3], x.flatten(-3, -2)  # batch and, of clips, frames
         keys = own_and_near(windows, self._reach(windows), x.device)
-        centres = windows.pool(x.flatten(0, -4), self.pooling).unflatten(0, each)
+        centres = windows.pool(x.flatten(0, -4), self.pooling)
+        centres = centres.reshape(*each, *centres.shape[1:])
         memory = torch.cat([centres.flatten(-3, -2), positions], -2)
         residual = centres if first_residual else None
         semantic, _ = self._cross_block(family, first, centres, residual, memory, keys)
@@ -317,7 +318,7 @@ class GenerationMethod(WindowMethod):
         semantic, record = self._cross_block(family, second, query, residual, memory, keys)
         rows, columns = windows.visible_tokens
         tokens = windows.join_tokens(semantic.flatten(0, -4))[:, :rows, :columns]
-        return tokens.unflatten(0, each), record
+        return tokens.reshape(*each, rows, columns, -1), record
 
     def _cross_block(
         self,

@@ -106,7 +106,7 @@ class STViTVideo(GenerationMethod):
         return [family.block(*place).attn.relative_position_bias_table for place in blocks]
 
     def _run(self, family: VideoSwin, images: Tensor, recorder: Recorder | None = None) -> ClipMap:
-        clip = self._base(family, images)
+        clip: ClipMap = self._base(family, images)
         windows = self._windows_on(clip.grid)
         x_BTHWC, record = self._generate(family, clip.x_BTHWC, windows, self.config.residual)
         if recorder:
@@ -163,6 +163,6 @@ def _looks(record: WindowRecord, windows: Windows, num_clips: int) -> Tensor:
     """
     rows, columns = windows.visible_tokens
     looks = record.looks(windows, windows.num_tokens)[:, :rows, :columns].flatten(1, 2)
-    looks_BTSN = looks.unflatten(0, (num_clips, -1))
+    looks_BTSN = looks.reshape(num_clips, -1, *looks.shape[1:])
     own = torch.eye(looks_BTSN.shape[1], device=looks.device)
     return torch.einsum("btsn,tu->btsun", looks_BTSN, own).flatten(3, 4).flatten(1, 2)

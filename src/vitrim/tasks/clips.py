@@ -147,13 +147,19 @@ def held_out_reader(data_config: dict[str, Any], sampling: Sampling) -> ClipRead
 
 def is_clips(source: str | os.PathLike[str]) -> bool:
     """Whether ``source`` holds videos and not images: the embedded clips, a CSV, a video file, or a
-    folder with a video in it and no image.
+    folder where a video, and no image, is found first.
     """
     path = Path(source)
     if is_moving_digits(os.fspath(source)):
         return True
     if path.is_dir():
-        return bool(files_in(path, VIDEOS)) and not files_in(path, IMAGES)
+        names = (name for _, _, names in os.walk(path) for name in names)
+        suffixes = (PurePath(name).suffix.lower() for name in names)
+        known = (*VIDEOS.suffixes, *IMAGES.suffixes)
+        first = next((suffix for suffix in suffixes if suffix in known), None)
+        if first is not None:
+            return first in VIDEOS.suffixes
+        return bool(files_in(path, VIDEOS))  # which are behind links
     return path.suffix.lower() in (".csv", *VIDEO_SUFFIXES)
 
 

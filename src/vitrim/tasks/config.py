@@ -154,7 +154,7 @@ class VideoConfig:
     crops for a model's final number."""
 
     def __post_init__(self) -> None:
-        self.sampling(self.frames or 1)
+        self.sampling(1 if self.frames is None else self.frames)
 
     def sampling(self, frames: int) -> Sampling:
         """Which frames make a clip of ``frames``."""

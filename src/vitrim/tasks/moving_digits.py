@@ -36,8 +36,11 @@ RATE = 16
 
 _STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Rows and columns that a digit moves by."""
-_PACE = (1 / 32, 1 / 16)
-"""Slowest and fastest step between two frames, as a share of the side."""
+_PACE = (1 / 64, 1 / 40)
+"""Slowest and fastest step between two frames, as a share of the side: so slow that the direction
+is seen in a few pixels of a few frames."""
+_SHARE = (0.55, 0.75)
+"""Of the side that a digit takes."""
 _KEY = 19
 """Keeps the clips' draws apart from those of other embedded sets."""
 
@@ -88,7 +91,7 @@ class MovingDigits(ClutteredDigits):
 
     def _layer(self, number: int, rng: np.random.Generator) -> np.ndarray:
         """Opacity (side, side) of digit ``number``, anywhere, beyond an edge at the other one."""
-        side, ink = self.image_size, np.asarray(self._ink(number, rng))
+        side, ink = self.image_size, np.asarray(self._ink(number, rng, _SHARE))
         layer = np.zeros((side, side), np.uint8)
         layer[: len(ink), : len(ink)] = ink
         return np.roll(layer, rng.integers(0, side, size=2), (0, 1))

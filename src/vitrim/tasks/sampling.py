@@ -41,12 +41,13 @@ class Sampling:
         if training:
             starts = [random.randrange(room)]
         steps = np.arange(self.frames) * self.stride
-        return np.minimum(np.array(starts)[:, None] + steps, length - 1)
+        places = np.array(starts)[:, None] + steps
+        return np.minimum(places, length - 1).astype(np.int64)
 
     def _spread(self, length: int, training: bool) -> np.ndarray:
         """One frame of each of as many equal parts: any, or that of the clip's own place."""
         share = ((np.arange(self.clips) + 0.5) / self.clips)[:, None]
         if training:
             share = np.array([[random.random() for _ in range(self.frames)]])
-        places = ((np.arange(self.frames) + share) * length / self.frames).astype(int)
-        return np.minimum(places, length - 1)
+        places = (np.arange(self.frames) + share) * length / self.frames
+        return np.minimum(places, length - 1).astype(np.int64)

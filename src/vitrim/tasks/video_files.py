@@ -7,7 +7,7 @@ or addresses (playlists, patterns, concatenations) are not even looked at.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -79,12 +79,16 @@ class VideoFile:
         self._stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         self._stream.codec_context.thread_count = 1  # its worker is one of several
         packets = (p for p in self._container.demux(self._stream) if p.size and not p.is_discard)
-        times = [packet.pts for packet in packets]
+        times = [(packet.pts, packet.is_keyframe) for packet in packets]
         if not times:
             raise ValueError("it has no frame")
-        if None in times:
+        if any(time is None for time, _ in times):
             raise ValueError("its frames have no times")
-        self._times = np.unique(np.array(times, np.int64))
+        # What was cut out of a longer file may begin with frames that need earlier ones.
+        first = next((time for time, is_key in times if is_key), None)
+        if first is None:
+            raise ValueError("it has no key frame to begin with")
+        self._times = np.unique(np.array([time for time, _ in times if time >= first], np.int64))
 
     def __enter__(self) -> VideoFile:
         return self
@@ -101,7 +105,7 @@ class VideoFile:
         """Frames by their numbers, upright, each changed as soon as it is decoded.
 
         Raises:
-            ValueError, FFmpegError: one of them cannot be decoded.
+            ValueError: one of them cannot be decoded.
         """
         steps = np.linspace(self._times[0], self._times[-1], len(self))
         wanted = {number: self._nearest(steps[number]) for number in numbers}
@@ -127,13 +131,19 @@ class VideoFile:
         self, wanted: set[int], start: int, change: Callable[[Image.Image], Value]
     ) -> dict[int, Value]:
         found, last = dict[int, Value](), max(wanted)
-        self._container.seek(start, stream=self._stream)
-        for frame in self._container.decode(self._stream):
+        for frame in self._frames_from(start):
             if frame.pts in wanted and not frame.is_corrupt:
                 found[frame.pts] = change(_upright(frame))
             if frame.pts is not None and frame.pts >= last:
                 break
         return found
+
+    def _frames_from(self, start: int) -> Iterator[Any]:
+        try:
+            self._container.seek(start, stream=self._stream)
+            yield from self._container.decode(self._stream)
+        except import_av().error.FFmpegError as error:
+            raise ValueError(f"its frames cannot be decoded ({error.strerror})") from error
 
 
 def _upright(frame: Any) -> Image.Image:

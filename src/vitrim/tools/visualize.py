@@ -11,6 +11,7 @@ import colorsys
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -150,8 +151,9 @@ def _looks_of_frames(
 ) -> Iterator[Panel]:
     """What the semantic tokens of some maps of a clip look at; a map is of several frames."""
     assert stage.assignment is not None
-    maps, rows, columns = stage.grid
-    looks_STN = stage.assignment[0].unflatten(1, (maps, rows * columns))  # type: ignore[no-untyped-call]
+    shape: Any = stage.grid
+    maps, rows, columns = shape
+    looks_STN = stage.assignment[0].reshape(-1, maps, rows * columns)
     for number in sorted({place * maps // most for place in range(most)}):
         place, end = number * len(frames) // maps, (number + 1) * len(frames) // maps
         looks_SN = looks_STN[:, number]

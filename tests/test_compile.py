@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 import vitrim
 from tests.conftest import images, seeded, tiny_vit
 from tests.test_methods import FIRST, is_fixed, sparse_model
-from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+from vitrim import ASViTConfig, DynamicViTConfig, MergingConfig, SaiTConfig, SPViTConfig
 from vitrim.tokens.graphs import exporting
 
 ADAPTIVE = {
@@ -17,6 +17,7 @@ ADAPTIVE = {
     "asvit": ASViTConfig(thresholds=0.0125),
     "asvit merging": ASViTConfig(thresholds=0.0125, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
+    "merging": MergingConfig(threshold=0.01),
     "spvit": SPViTConfig(inference="threshold", threshold=0.48),
 }
 """Of twelve blocks and 64 patches; the images keep unlike numbers of them."""

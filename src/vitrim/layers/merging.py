@@ -112,7 +112,7 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     """The tokens that stay, each the mean of itself and those that went into it.
 
     Args:
-        tokens: without a mask.
+        tokens: what stays and what goes; a mask is left away.
         matching: who goes where.
         weight_BN: of the patch tokens in that mean; None: their sizes, as in ToMe.
     """

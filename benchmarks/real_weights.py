@@ -65,8 +65,14 @@ Each is a model of its own."""
 STVIT_FREE = {"keep_prefix": "true", "global_centres": "false", "pooling": "avg"}
 STVIT_EPOCHS = 8
 SPEED_BATCH, SPEED_BATCHES = 16, 4
-PER_IMAGE = {"dynamicvit": {"threshold": 0.5}, "spvit": {"inference": "threshold"}}
-"""Fields that let the images decide how many tokens they keep, after adapting with fixed counts."""
+PER_IMAGE: dict[str, dict[str, Any]] = {
+    "merging": {"threshold": 0.01},
+    "dynamicvit": {"threshold": 0.5},
+    "spvit": {"inference": "threshold"},
+}
+"""Fields that let the images decide how many tokens they keep, after adapting with fixed counts, or
+without adapting.
+"""
 
 
 class Bench:
@@ -88,6 +94,17 @@ class Bench:
             return self._stvit_rows("free", epochs=0)
         folder = self._sparsify(method, f"{method}-free", BUDGETS, TRAINING_FREE[method])
         return self._evaluate(f"{method}-free", folder, *self._budgets)
+
+    def free_per_image(self, method: str) -> Any:
+        folder = self._sparsify(method, f"{method}-free", BUDGETS, TRAINING_FREE[method])
+        return self._per_image(method, f"{method}-free", folder)
+
+    def _per_image(self, method: str, name: str, checkpoint: Path) -> dict[str, Any]:
+        """The rows of a model whose counts were fixed, if the images decide."""
+        other = self.runs / f"{name}-per-image-checkpoint"
+        from_pretrained(checkpoint, **PER_IMAGE[method]).save_pretrained(other)
+        found: dict[str, Any] = self._evaluate(f"{name}-per-image", other, *self._budgets)
+        return found
 
     def tome(self) -> Any:
         folder = self._sparsify("merging", "tome", BUDGETS, TOME)
@@ -121,10 +138,7 @@ class Bench:
             ratios = self._evaluate(f"{method}-ratios", checkpoint, "--keep-ratio", RATIOS)
             rows["adapted, at keep ratios"] = ratios | seconds
         if method in PER_IMAGE:
-            other = checkpoint.parent / "per-image"
-            from_pretrained(checkpoint, **PER_IMAGE[method]).save_pretrained(other)
-            found = self._evaluate(f"{method}-per-image", other, *self._budgets)
-            rows["adapted, counts per image"] = found | seconds
+            rows["adapted, counts per image"] = self._per_image(method, name, checkpoint) | seconds
         return rows
 
     def _start(self, method: str, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,6 +248,22 @@ def vitrim(*arguments: Any) -> None:
     subprocess.run([sys.executable, "-m", "vitrim", *words], check=True)
 
 
+def rows_of(bench: Bench, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A method's rows, by their names, as many as were asked for."""
+    rows = {}
+    if method in TRAINING_FREE and method in PER_IMAGE:
+        rows[f"{method} training-free, counts per image"] = bench.free_per_image(method)
+    if options.per_image:
+        return rows
+    if method in TRAINING_FREE or method == "stvit":
+        rows[f"{method} training-free"] = bench.training_free(method)
+    if method == "merging":
+        rows["tome (preset)"] = bench.tome()
+    if not options.free:
+        rows |= {f"{method} {name}": row for name, row in bench.adapted(method).items()}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
@@ -243,22 +273,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="Of every adaptation, instead of its recipe's.")
     parser.add_argument("--speed", action="store_true", help="Time the rows as well.")
     parser.add_argument("--free", action="store_true", help="Nothing that is adapted.")
+    parser.add_argument("--per-image", action="store_true", help="Only counts per image, untrained")
     parser.add_argument("--no-low", action="store_true", help=f"No adaptation at {LOW} of its own.")
     options = parser.parse_args()
     earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     models: dict[str, Any] = earlier.get("models", {})
     for model in options.models:
         bench = Bench(options.assets, options.runs, model, options)
-        rows = models.setdefault(model, {})
-        rows["dense"] = bench.dense()
+        rows: dict[str, Any] = models.setdefault(model, {})
+        if not options.per_image:
+            rows["dense"] = bench.dense()
         for method in options.methods:
-            if method in TRAINING_FREE or method == "stvit":
-                rows[f"{method} training-free"] = bench.training_free(method)
-            if method == "merging":
-                rows["tome (preset)"] = bench.tome()
-            if not options.free:
-                for name, row in bench.adapted(method).items():
-                    rows[f"{method} {name}"] = row
+            rows |= rows_of(bench, method, options)
             content = {
                 "command": "python benchmarks/real_weights.py ASSETS " + " ".join(sys.argv[2:]),
                 "data": "1,300 ILSVRC2012 validation images (an easy-leaning subset); calibrated "

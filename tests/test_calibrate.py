@@ -18,6 +18,7 @@ from vitrim import (
     ConfigError,
     DynamicViTConfig,
     InputError,
+    MergingConfig,
     SaiTConfig,
     SPViTConfig,
     STViTConfig,
@@ -39,6 +40,7 @@ ADAPTIVE = {
     "sait threshold": SaiTConfig(selector="threshold", min_kept=0, **WHOLE),
     "asvit": ASViTConfig(**WHOLE),
     "dynamicvit threshold": DynamicViTConfig(threshold=0.5, **WHOLE),
+    "merging threshold": MergingConfig(stages=(1, 2), threshold=0.1, **WHOLE),
 }
 FIXED = {
     "sait density": SaiTConfig(selector="density", **WHOLE),

@@ -10,7 +10,7 @@ import vitrim
 from tests.conftest import images, seeded, tiny_vit
 from tests.test_methods import FIRST_OF_IMAGES as FIRST
 from tests.test_methods import is_fixed, sparse_model
-from vitrim import ASViTConfig, DynamicViTConfig, SaiTConfig, SPViTConfig
+from vitrim import ASViTConfig, DynamicViTConfig, MergingConfig, SaiTConfig, SPViTConfig
 from vitrim.tokens.graphs import exporting
 
 ADAPTIVE = {
@@ -18,6 +18,7 @@ ADAPTIVE = {
     "asvit": ASViTConfig(thresholds=0.0125),
     "asvit merging": ASViTConfig(thresholds=0.0125, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
+    "merging": MergingConfig(threshold=0.01),
     "spvit": SPViTConfig(inference="threshold", threshold=0.48),
 }
 """Of twelve blocks and 64 patches; the images keep unlike numbers of them."""

@@ -74,6 +74,7 @@ ADAPTIVE = {
     "asvit": ASViTConfig(thresholds=0.05),
     "asvit merging": ASViTConfig(thresholds=0.05, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
+    "merging": MergingConfig(stages=(1, 2, 3), threshold=0.1),
     "spvit": SPViTConfig(stages=(1, 2), inference="threshold", threshold=0.45),
 }
 

@@ -123,6 +123,7 @@ DROPPING = {
     "asvit merging": ASViTConfig(thresholds=0.06, stages=(1, 3), merge_dropped=True),
     "sait": SaiTConfig(min_kept=0, mass=0.6, prune_after=2),
     "merging": MergingConfig(stages=(1, 2, 3), keep_ratio=0.7),
+    "merging threshold": MergingConfig(stages=(1, 2, 3), threshold=0.1),
     "merging, dropping, merging": MergingConfig(
         stages=(1, 2, 3), keep_ratio=0.7, action=("merge", "drop", "merge")
     ),

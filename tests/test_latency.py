@@ -630,6 +630,15 @@ def test_merging_alone_is_what_a_block_does_before_its_mlp():
     assert len(mlps) == 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_merging_by_a_threshold_has_a_curve_of_its_own(packed):
+    module = parts.Selecting(tiny_vit(), MergingConfig(threshold=0.01), packed)
+    assert module.part == "select-merging-adaptive" + ("-packed" if packed else "")
+    with torch.no_grad():
+        made = module(torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1)))
+    assert 3 * 9 <= made.flatten(0, -2).shape[0] < 3 * 17
+
+
 def test_gradients_reach_the_counts():
     sparse = sparsify(tiny_vit(), DynamicViTConfig(threshold=0.5, stages=(2,)))
     counts = torch.tensor([4.0, 12.0], requires_grad=True)

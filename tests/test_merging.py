@@ -45,7 +45,7 @@ BACKBONES = {
 }
 
 
-def in_loops(model, x, going, compared, cost, weight):
+def in_loops(model, x, going, compared, cost, weight, threshold=math.inf):
     """Logits of a model that merges, token by token.
 
     Args:
@@ -55,6 +55,7 @@ def in_loops(model, x, going, compared, cost, weight):
         compared: what tokens are compared by, given an image's keys (H, N, D) and features.
         cost: of going, given the cosine and the importance of a token.
         weight: of a token in a mean, given its size and its importance.
+        threshold: what costs as much does not go.
     """
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     prefix, size = model.num_prefix_tokens, torch.ones(x.shape[:2], dtype=x.dtype)
@@ -80,7 +81,7 @@ def in_loops(model, x, going, compared, cost, weight):
                 best = max(range(len(targets)), key=cosines.__getitem__)
                 pairs.append((cost(cosines[best], importance[image, t]), t, targets[best]))
             into = {t: [t] for t in range(num_tokens)}
-            for _, t, o in sorted(pairs)[:most]:
+            for _, t, o in [pair for pair in sorted(pairs) if pair[0] < threshold][:most]:
                 into[o] += into.pop(t)
             stay = [t for t in even + odd if t in into] if most and pairs else list(into)
             stay = [*range(prefix), *(t for t in stay if t >= prefix)]
@@ -153,6 +154,68 @@ def test_ours_is_what_it_says(backbone, changes):
     )
     sparse = sparsify(model, config).eval()
     torch.testing.assert_close(sparse(X.double()), expected, atol=1e-6, rtol=0)
+
+
+def by_threshold(model, x, threshold, **options):
+    """The logits of each image alone, in loops, where stages 1 and 3 merge by a threshold."""
+    how = {
+        "going": [99, 0, 99, 0],
+        "compared": features,
+        "cost": lambda cosine, importance: (1 - cosine) * importance**0.5,
+        "weight": lambda size, importance: importance,
+    }
+    each = [in_loops(model, image[None], **how | options, threshold=threshold) for image in x]
+    return torch.cat(each)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_threshold_merges_what_costs_less(backbone):
+    """Together, packed, as one by one; images have counts of their own."""
+    model, x = sharp(BACKBONES[backbone]()), images(5).double()
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), threshold=0.06)).eval()
+    expected = by_threshold(model, x, 0.06)
+    torch.testing.assert_close(sparse(x), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat([sparse(image[None]) for image in x]), expected)
+    counts = [stage.counts.tolist() for stage in sparse.trace(x).stages]
+    assert len(set(counts[-1])) > 1
+    assert max(counts[0]) <= 16 > min(counts[-1]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"metric": "keys"}, {"compared": keys_of_all_heads}),
+        ({"weigh_by": "size"}, {"weight": lambda size, importance: size}),
+        (
+            {"importance_power": 0.0, "weigh_by": "size"},
+            {"cost": lambda cosine, _: 1 - cosine, "weight": lambda size, _: size},
+        ),
+    ],
+)
+def test_a_threshold_on_other_costs(changes, options):
+    model, x = sharp(tiny_vit()), images(3).double()
+    threshold = 0.25 if "importance_power" in changes else 0.06
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), threshold=threshold, **changes)).eval()
+    expected = by_threshold(model, x, threshold, **options)
+    torch.testing.assert_close(sparse(x), expected, atol=1e-6, rtol=0)
+    assert sparse.trace(x).stages[-1].counts.double().mean() < 16
+
+
+def test_a_threshold_goes_with_the_importance_of_other_image_sizes():
+    """Attention is shared among more patches, so that each gets less."""
+    model, x = sharp(tiny_vit(dynamic_img_size=True)), images(3, 48).double()
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), threshold=0.06)).eval()
+    expected = by_threshold(model, x, 0.06 * (16 / 36) ** 0.5)
+    torch.testing.assert_close(sparse(x), expected, atol=1e-6, rtol=0)
+
+
+def test_half_of_each_image_goes_at_most_and_one_patch_stays():
+    for stages, counts in (((1, 2, 3), [8, 4, 2]), ((1, 2, 3, 4, 5), [8, 4, 2, 1, 1])):
+        config = MergingConfig(stages=stages, threshold=10.0)
+        trace = made(config, depth=6).trace(X)
+        assert [stage.counts.tolist() for stage in trace.stages] == [[n] * 2 for n in counts]
+    one = made(MergingConfig(stages=(2, 3), threshold=10.0), img_size=8)
+    assert [stage.counts.tolist() for stage in one.trace(images(2, 8)).stages] == [[1, 1]] * 2
 
 
 def test_dropping_leaves_the_most_important_tokens():
@@ -377,6 +440,18 @@ def test_the_cheapest_that_a_number_per_block_gives():
     assert sparse.macs() == merged[0]
 
 
+def test_a_threshold_follows_the_schedule_in_training():
+    plan = Plan(stages=(1, 3), counts=(12, 7), patches=16)
+    config = MergingConfig(threshold=0.1)
+    followed, remark = made(config).method.follow(config, plan)
+    assert "every image decides" in remark
+    sparse = made(followed)
+    assert sparse.method.target_counts(sparse.family, (4, 4)) == (12, 7)
+    assert sparse.macs() is None
+    fixed = made(replace(followed, threshold=None)).train()
+    assert torch.equal(sparse.train()(X), fixed(X))
+
+
 def test_a_schedule_is_followed():
     plan = Plan(stages=(1, 3), counts=(12, 7), patches=16)
     for config in (MergingConfig(), MergingConfig.tome(3)):
@@ -446,7 +521,10 @@ def test_features_do_not_tell_sizes_to_heads_that_pool(pool):
         sparse.forward_features(X)
 
 
-@pytest.mark.parametrize("config", [COSTS[4], COSTS[5], MergingConfig(train_keep_ratio=(0.5, 1))])
+@pytest.mark.parametrize(
+    "config",
+    [COSTS[4], COSTS[5], MergingConfig(train_keep_ratio=(0.5, 1)), MergingConfig(threshold=0.1)],
+)
 def test_saved_and_loaded(config, tmp_path):
     sparse = made(config)
     sparse.save_pretrained(tmp_path / "checkpoint")
@@ -485,6 +563,11 @@ def test_low_precision(backbone):
         ({"train_keep_ratio": (0.9, 0.5)}, "the smaller and the larger"),
         ({"train_keep_ratio": (0.0, 0.5)}, "the smaller and the larger"),
         ({"distill_weight": -1}, "distill_weight"),
+        ({"threshold": -0.1}, "threshold is -0.1; expected a cost of 0 or more"),
+        ({"threshold": math.inf}, "threshold is inf"),
+        ({"threshold": 0.1, "action": "drop"}, "leave out merged_per_block and stages that drop"),
+        ({"threshold": 0.1, "stages": (1, 2), "action": ("drop", "merge")}, "stages that drop"),
+        ({"threshold": 0.1, "merged_per_block": 2}, "threshold says what merges"),
         (
             {"action": "prune"},
             "'prune'; expected one of: 'merge', 'drop', a list of 'merge', 'drop'",
@@ -506,6 +589,10 @@ def test_what_the_backbone_cannot_serve_is_refused():
         made(MergingConfig(keep_ratio=(0.8, 0.6)), depth=12)
     with pytest.raises(ConfigError, match="merged_per_block says how many"):
         made(MergingConfig.tome(2)).set_keep_ratio(0.5)
+    with pytest.raises(ConfigError, match="sparse with threshold=None"):
+        made(MergingConfig(threshold=0.1)).set_keep_ratio(0.5)
+    with pytest.raises(ConfigError, match="calibrate"):
+        made(MergingConfig(threshold=0.1)).set_budget(0.7)
     with pytest.raises(ConfigError, match="give either"):
         made(MergingConfig()).losses(X, None)
 
@@ -555,6 +642,19 @@ def test_groups_are_those_that_the_sizes_count():
         )
         counted = groups[image].bincount(minlength=16)
         assert found == {place: float(counted[place]) for place in found}
+
+
+def test_groups_are_those_of_packed_sizes():
+    model, x = sharp(tiny_vit()), images(5).double()
+    sparse = sparsify(model, MergingConfig(stages=(1, 3), threshold=0.06)).eval()
+    tokens, _ = sparse.method._merged(sparse.family, sparse.family.stem(x), None)
+    groups = sparse.trace(x).stages[-1].groups
+    for image in range(5):
+        here = tokens.layout.image_N == image
+        found = dict(zip(tokens.index_N[here].tolist(), tokens.size_N[here].tolist(), strict=True))
+        counted = groups[image].bincount(minlength=16)
+        assert found == {place: float(counted[place]) for place in found}
+        assert sum(found.values()) == 16
 
 
 def test_features_give_the_map_back():

@@ -4,6 +4,9 @@ Bipartite matching after ToMe (Bolya et al., "Token Merging: Your ViT But Faster
 2210.09461, section 3): tokens at even places of the sequence, prefix included, may go into tokens
 at odd places, each into the most similar one. Everything that touches features works on the rows
 that go, not on those that stay: merging costs by how much it merges.
+
+How many go is a number for all images (:func:`match`, :func:`merge`), or follows from what it costs
+them, image by image (:func:`merge_below`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.tokens.graphs import exporting
+from vitrim.tokens.packed import AnyTokens, select
 from vitrim.tokens.plain import Tokens
 
 Moves = tuple[Tensor, Tensor]
@@ -31,6 +35,9 @@ class Matching:
     """(B, N) int64: places of those that stay, then of those that go."""
     target_BR: Tensor
     """(B, R) int64: where among those that stay each of the others goes."""
+    going_BR: Tensor | None = None
+    """(B, R) bool: whether it goes; None: all of them do. What does not is listed among those that
+    stay, too."""
 
     @property
     def kept_BK(self) -> Tensor:
@@ -62,14 +69,8 @@ def match(
         num_prefix: tokens before them in the sequence.
         weight_BN: see above; None: 1.
     """
-    even, odd = num_prefix % 2, 1 - num_prefix % 2  # where even and odd places begin
-    source_BAC = metric_BNC[:, even::2]
-    # Rows of targets, columns of sources: torch finds maxima faster along the first of the two.
-    best = (direction_of(metric_BNC[:, odd::2]) @ source_BAC.transpose(1, 2)).max(1)
-    norm_BA = torch.linalg.vector_norm(source_BAC, dim=-1)
-    gain_BA = (best.values / norm_BA.clamp(min=torch.finfo(norm_BA.dtype).tiny)).float() - 1
-    if weight_BN is not None:
-        gain_BA = gain_BA * weight_BN[:, even::2]
+    even, odd = _starts(num_prefix)
+    gain_BA, target_BA = _nearest(metric_BNC, num_prefix, weight_BN)
     order_BA = _sorted(gain_BA, descending=True).indices
     going_BR, staying_BA = order_BA[:, :count], _sorted(order_BA[:, count:]).values
     odd_places = torch.arange(odd, metric_BNC.shape[1], 2, device=metric_BNC.device)
@@ -77,14 +78,41 @@ def match(
     even_places = torch.add(even, torch.cat([staying_BA, going_BR], 1), alpha=2)
     staying = staying_BA.shape[1]
     order_BN = torch.cat([even_places[:, :staying], odd_places, even_places[:, staying:]], 1)
-    return Matching(order_BN, best.indices.gather(1, going_BR) + staying)
+    return Matching(order_BN, target_BA.gather(1, going_BR) + staying)
+
+
+def _starts(num_prefix: int) -> tuple[int, int]:
+    """Of the patch tokens, the first at an even place of the sequence, and at an odd one."""
+    return num_prefix % 2, 1 - num_prefix % 2
+
+
+def _nearest(
+    metric_BNC: Tensor, num_prefix: int, weight_BN: Tensor | None, shown_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the tokens at even places, what going costs each, below 0, and into which it would go,
+    counted among those at odd places (B, A); see :func:`match`. What is not shown has no part.
+    """
+    even, odd = _starts(num_prefix)
+    source_BAC = metric_BNC[:, even::2]
+    # Rows of targets, columns of sources: torch finds maxima faster along the first of the two.
+    alike_BTA = direction_of(metric_BNC[:, odd::2]) @ source_BAC.transpose(1, 2)
+    if shown_BN is not None:
+        alike_BTA = alike_BTA.masked_fill(~shown_BN[:, odd::2, None], -torch.inf)
+    best = alike_BTA.max(1)
+    norm_BA = torch.linalg.vector_norm(source_BAC, dim=-1)
+    gain_BA = (best.values / norm_BA.clamp(min=torch.finfo(norm_BA.dtype).tiny)).float() - 1
+    if weight_BN is not None:
+        gain_BA = gain_BA * weight_BN[:, even::2]
+    if shown_BN is not None:
+        gain_BA = gain_BA.masked_fill(~shown_BN[:, even::2], -torch.inf)
+    return gain_BA, best.indices
 
 
 def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -> Tokens:
     """The tokens that stay, each the mean of itself and those that went into it.
 
     Args:
-        tokens: without a mask.
+        tokens: what stays and what goes; a mask is left away.
         matching: who goes where.
         weight_BN: of the patch tokens in that mean; None: their sizes, as in ToMe.
     """
@@ -96,6 +124,8 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
         """Of those that go, and the sum of what each that stays has together with them."""
         kept_BK = values_BN.gather(1, matching.kept_BK)  # its own memory: it is overwritten
         going_BR = values_BN.gather(1, matching.source_BR)
+        if matching.going_BR is not None:
+            going_BR = going_BR * matching.going_BR
         return going_BR, add_rows(kept_BK, target_BR, going_BR)
 
     size_BR, size_BK = summed(size_BN)
@@ -107,6 +137,51 @@ def merge(tokens: Tokens, matching: Matching, weight_BN: Tensor | None = None) -
     x = add_rows(ordered.x, target_BR, share_BR.unsqueeze(-1) * change)[:, :last]
     index_BK = ordered.index_BN[:, :num_kept]
     return Tokens(x, tokens.num_prefix, index_BK, rotary=tokens.rotary).sized(size_BK)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as all that deals with counts
+def merge_below(
+    tokens: Tokens,
+    metric_BNC: Tensor,
+    threshold: float,
+    num_patches: int,
+    cost_BN: Tensor | None = None,
+    weight_BN: Tensor | None = None,
+) -> tuple[AnyTokens, Moves]:
+    """Every merge that costs less than ``threshold``: a number that may differ between images.
+
+    Args:
+        tokens: of images that have unlike numbers of them, padded under a mask; what it hides goes
+            nowhere, nor does anything go into it.
+        metric_BNC: what patch tokens are compared by, see :func:`match`.
+        threshold: of the costs of going, which stand there too.
+        num_patches: of the original grid.
+        cost_BN: of the patch tokens in these costs; None: 1.
+        weight_BN: of the patch tokens in means; None: their sizes.
+
+    Returns:
+        what goes on, and what became of the others.
+    """
+    starts, num_images = _starts(tokens.num_prefix), metric_BNC.shape[0]
+    if not exporting() and tokens.num_patches < 2:
+        return tokens, (tokens.index_BN[:, :0], tokens.index_BN[:, :0])
+    shown_BN = None if tokens.keep_BN is None else tokens.keep_BN > 0.5
+    gain_BA, target_BA = _nearest(metric_BNC, tokens.num_prefix, cost_BN, shown_BN)
+    going_BA = gain_BA > -threshold
+    even, odd = (
+        torch.arange(start, metric_BNC.shape[1], 2, device=metric_BNC.device) for start in starts
+    )
+    # In the order of a match, if all at even places stayed; these once more, as those that may go.
+    order_BN = torch.cat([even, odd, even]).expand(num_images, -1)
+    matching = Matching(order_BN, target_BA + even.shape[0], going_BA)
+    merged = merge(tokens, matching, weight_BN)
+    staying_BN = torch.cat([~going_BA, going_BA.new_ones(num_images, odd.shape[0])], 1)
+    if shown_BN is not None:
+        staying_BN = staying_BN & shown_BN.gather(1, matching.kept_BK)
+    source_BA, into_BA = moves_of(tokens, matching, merged)
+    merged = merged.with_keep(staying_BN.to(merged.x.dtype))
+    after = select(merged, staying_BN.new_ones(num_images, num_patches))
+    return after, (source_BA.where(going_BA, -1), into_BA)
 
 
 def sizes_of(tokens: Tokens) -> Tensor:

@@ -15,6 +15,7 @@ This library's, by experiments on real weights without training (``results/tried
 * What becomes one is the mean weighted by importance.
 * Few blocks merge, and many tokens at once: each block that merges takes time for it, whatever it
   merges, and few lose no accuracy.
+* With a ``threshold``, every token goes whose going costs less: each image has counts of its own.
 
 Keys with rotary positions are compared as attention compares them, turned by their places.
 
@@ -27,10 +28,11 @@ Nothing is learned: any trained model can be used as it is, and adapted by disti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ from vitrim import costs
 from vitrim.config import check_weights, normalise, require
 from vitrim.families import ViT
 from vitrim.layers import sampling
-from vitrim.layers.merging import Moves, match, merge, most_sources, moves_of, rows_of
+from vitrim.layers.merging import Moves, match, merge, merge_below, most_sources, moves_of, rows_of
 from vitrim.layers.stages import (
     check_keep_ratio,
     check_stages,
@@ -50,6 +52,7 @@ from vitrim.layers.stages import (
 from vitrim.methods.base import RatioMethod, answer_losses, whole_answer
 from vitrim.methods.records import Action, DenseOutput, Dial, Plan, Told, TrainingOutput
 from vitrim.tokens.attention import AttentionRecord
+from vitrim.tokens.packed import AnyTokens, PackedTokens
 from vitrim.tokens.plain import Grid, Tokens
 from vitrim.tokens.projections import width_of
 
@@ -70,6 +73,11 @@ class MergingConfig:
     merged_per_block: float | None = None
     """ToMe's r: so many tokens are merged away in every block, in place of ``keep_ratio`` and
     ``stages``; of a fraction, as many as add up. Published: 13 for DeiT-S."""
+    threshold: float | None = None
+    """Merge every token whose going costs less than this, at every stage: a number that depends on
+    the image, instead of a fixed count. Calibrate it; it is for images of the backbone's own size,
+    and goes with the importance for others. Training merges fixed counts, by ``keep_ratio``. None:
+    fixed counts (ToMe)."""
     action: Action | tuple[Action, ...] = "merge"
     """Whether tokens are merged, or the least important ones dropped; a tuple says it for each
     stage."""
@@ -113,6 +121,15 @@ class MergingConfig:
             require(
                 self.keep_ratio == USUAL_KEEP_RATIO,
                 "merged_per_block says how many tokens go on; leave out keep_ratio",
+            )
+        if self.threshold is not None:
+            require(
+                0 <= self.threshold < math.inf,
+                f"threshold is {self.threshold}; expected a cost of 0 or more, or None",
+            )
+            require(
+                per_block is None and "drop" not in self.action,
+                "threshold says what merges; leave out merged_per_block and stages that drop",
             )
         require(
             drawn is None or (len(drawn) == 2 and 0 < drawn[0] <= drawn[1] <= 1),
@@ -167,6 +184,7 @@ class Merging(RatioMethod):
     }
     usual_stages = 6
     actions = ("merge", "drop")
+    fixed_by = "threshold=None"
     config: MergingConfig
 
     def __init__(
@@ -190,7 +208,11 @@ class Merging(RatioMethod):
 
     @classmethod
     def kinds(cls) -> tuple[MergingConfig, ...]:
-        return MergingConfig(), MergingConfig(action="drop")
+        return MergingConfig(), MergingConfig(action="drop"), MergingConfig(threshold=0.01)
+
+    @classmethod
+    def decides(cls, config: MergingConfig) -> bool:
+        return config.threshold is not None
 
     def own_kinds(self) -> tuple[MergingConfig, ...]:
         actions = dict.fromkeys(self.config.actions(len(self.stages)))
@@ -233,52 +255,57 @@ class Merging(RatioMethod):
 
     def infer(self, family: ViT, images: Tensor, recorder: Told | None = None) -> Tensor:
         stem = family.stem(images)
-        tokens, last = self._merged(family, stem, self._fixed_counts(stem.num_patches), recorder)
+        counts = None if self.images_decide else self._fixed_counts(stem.num_patches)
+        tokens, last = self._merged(family, stem, counts, recorder)
         return family.answer(last.start, tokens, self.config.exact_last_block)
 
     def _merged(
-        self, family: ViT, tokens: Tokens, counts: Sequence[int], recorder: Told | None = None
-    ) -> tuple[Tokens, range]:
-        """The tokens behind the last stage, and the blocks that are left to run."""
+        self, family: ViT, stem: Tokens, counts: Sequence[int] | None, recorder: Told | None = None
+    ) -> tuple[AnyTokens, range]:
+        """The tokens behind the last stage, and the blocks that are left to run; the threshold says
+        how many go on where there are no ``counts``.
+        """
         *others, last = stretches(self.stages, family.depth)
         actions = self.config.actions(len(self.stages))
-        for blocks, count, action in zip(others, counts, actions, strict=True):
-            if count == tokens.num_patches and not (recorder and recorder.reads_scores):
-                tokens = family.run_blocks(blocks, tokens)
-            else:
-                tokens = family.run_blocks(blocks[:-1], tokens)
-                tokens = self._stage(family, blocks[-1], tokens, count, action, recorder)
+        tokens = cast(AnyTokens, stem)
+        for stage, blocks in enumerate(others):
+            fewer: Callable[..., AnyTokens] = partial(self._cheaper, num_patches=stem.num_patches)
+            if counts is not None:
+                assert isinstance(tokens, Tokens)
+                count = counts[stage]
+                if count == tokens.num_patches and not (recorder and recorder.reads_scores):
+                    tokens = family.run_blocks(blocks, tokens)
+                    continue
+                fewer = partial(self.fewer, count=count, action=actions[stage])
+            tokens = family.run_blocks(blocks[:-1], tokens)
+            tokens = self._stage(family, blocks[-1], tokens, fewer, recorder)
         return tokens, last
 
     def _stage(
         self,
         family: ViT,
         block: int,
-        tokens: Tokens,
-        count: int,
-        action: Action,
+        tokens: AnyTokens,
+        fewer: Callable[..., AnyTokens],
         recorder: Told | None,
-    ) -> Tokens:
-        """A block between whose halves tokens become ``count``."""
+    ) -> AnyTokens:
+        """A block between whose halves tokens become ``fewer``."""
         records: list[AttentionRecord] = []
 
         def read(record: AttentionRecord) -> Tensor:
             records.append(record)
-            return record.context_BHQD  # there is more to know than one score: see the record
+            if recorder and recorder.reads_scores:
+                return record.patch_attention().mean(1)
+            return record.k_BHND[:, 0, record.num_prefix :, 0]  # what is asked for is in the record
 
-        def between(before: Any, _: Tensor) -> Tokens:
+        def between(before: AnyTokens, score: Tensor) -> AnyTokens:
             moves: list[Moves] = []
-            after = self.fewer(before, records[0], count, action, moves if recorder else None)
+            after = fewer(before, records[0], moves=moves if recorder else None)
             if recorder:
-                scores = before.index_BN  # which a canvas does not read
-                if recorder.reads_scores:
-                    scores = records[0].patch_attention().mean(1)
-                recorder.add(block + 1, before, scores, after, *moves)
+                recorder.add(block + 1, before, score, after, *moves)
             return after
 
-        after, _ = family.split_block(block, tokens, read, between)
-        assert isinstance(after, Tokens)
-        return after
+        return family.split_block(block, tokens, read, between)[0]
 
     def fewer(
         self,
@@ -300,20 +327,14 @@ class Merging(RatioMethod):
             action: how they become so few.
             moves: told what went into what, if anybody asks.
         """
-        config, importance_BN = self.config, None
-        if action == "drop" or config.asks_importance:
-            importance_BN = record.patch_attention().mean(1).clamp(min=EPS)
         if action == "drop":
-            assert importance_BN is not None
-            return tokens.gather(sampling.top_k(importance_BN, count))
+            return tokens.gather(sampling.top_k(_importance(record), count))
+        importance_BN = _importance(record) if self.config.asks_importance else None
         metric_BNC = self._metric(tokens, record)
         while tokens.num_patches > count:
             most = most_sources(tokens.num_patches, tokens.num_prefix)
             going = min(tokens.num_patches - count, most)
-            cost_BN = weight_BN = None
-            if importance_BN is not None:
-                cost_BN = importance_BN**config.importance_power
-                weight_BN = importance_BN if config.weigh_by == "importance" else None
+            cost_BN, weight_BN = self._weights(importance_BN)
             matching = match(metric_BNC, going, tokens.num_prefix, cost_BN)
             before, tokens = tokens, merge(tokens, matching, weight_BN)
             if moves is not None:
@@ -323,6 +344,32 @@ class Merging(RatioMethod):
                 if importance_BN is not None:
                     importance_BN = importance_BN.gather(1, matching.kept_BK)
         return tokens
+
+    def _cheaper(
+        self,
+        tokens: AnyTokens,
+        record: AttentionRecord,
+        num_patches: int,
+        moves: list[Moves] | None = None,
+    ) -> AnyTokens:
+        """The same by the threshold: as many as each image has, of ``num_patches`` originally."""
+        present = tokens.padded() if isinstance(tokens, PackedTokens) else tokens
+        assert self.config.threshold is not None
+        importance_BN = _importance(record) if self.config.asks_importance else None
+        scale = (self.native_patches / num_patches) ** self.config.importance_power
+        threshold, metric_BNC = self.config.threshold * scale, self._metric(present, record)
+        weights = self._weights(importance_BN)
+        after, moved = merge_below(present, metric_BNC, threshold, num_patches, *weights)
+        if moves is not None:
+            moves.append(moved)
+        return after
+
+    def _weights(self, importance_BN: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of the patch tokens (B, N): in the cost of going, and in means."""
+        if importance_BN is None:
+            return None, None
+        cost_BN = importance_BN**self.config.importance_power
+        return cost_BN, importance_BN if self.config.weigh_by == "importance" else None
 
     def _metric(self, tokens: Tokens, record: AttentionRecord) -> Tensor:
         """(B, N, C): what patch tokens are compared by."""
@@ -338,15 +385,15 @@ class Merging(RatioMethod):
         generator: torch.Generator | None = None,
         recorder: Told | None = None,
     ) -> TrainingOutput:
-        tokens, config = family.stem(images), self.config
+        stem, config = family.stem(images), self.config
         if config.train_keep_ratio is not None:
             low, high = config.train_keep_ratio
             device = None if generator is None else generator.device
             share = torch.rand((), generator=generator, device=device).item()
             ratio = low + share * (high - low)
             config = replace(config, keep_ratio=ratio, merged_per_block=None)
-        counts = self._counts_of(config, tokens.num_patches)
-        tokens, last = self._merged(family, tokens, counts, recorder)
+        counts = self._counts_of(config, stem.num_patches)
+        tokens, last = self._merged(family, stem, counts, recorder)
         return TrainingOutput(family.head(family.run_blocks(last, tokens)))
 
     def teach(self, family: ViT, images: Tensor) -> DenseOutput:
@@ -363,7 +410,10 @@ class Merging(RatioMethod):
         patches: Any = num_patches
         actions = self.config.actions(len(self.stages))
         going = pairwise((num_patches, *self._fixed_counts(num_patches)))
-        acts = {s: before > after for s, (before, after) in zip(self.stages, going, strict=True)}
+        acts = {
+            stage: self.images_decide or before > after
+            for stage, (before, after) in zip(self.stages, going, strict=True)
+        }
         for block in range(family.depth - 1):
             if not acts.get(block + 1):
                 steps.append(costs.block(family, block, patches + prefix))
@@ -371,7 +421,8 @@ class Merging(RatioMethod):
             stage = self.stages.index(block + 1)
             macs = self._stage_macs(family, block, patches, actions[stage])
             name = self.name if actions[stage] == "merge" else f"{self.name}-drop"
-            steps.append(costs.select(name, block + 1, patches + prefix, macs))
+            tokens, adaptive = patches + prefix, self.images_decide
+            steps.append(costs.select(name, block + 1, tokens, macs, adaptive))
             patches = counts[stage]
             steps.append(costs.mlp(family, block, patches + prefix))
         return [*steps, *costs.answer(family, patches + prefix, self.config.exact_last_block)]
@@ -394,7 +445,10 @@ class Merging(RatioMethod):
         return macs + width * sources * (patches - sources)
 
     def dial(self) -> Dial:
-        per_block = self.config.merged_per_block
+        per_block, threshold = self.config.merged_per_block, self.config.threshold
+        if threshold is not None:
+            # From one that no cost reaches, which are below 2, to one that hardly any does not.
+            return Dial("threshold", max(threshold, 1e-6), 10.0, 1e-6, logarithmic=True)
         if per_block is None:
             return super().dial()
         most = float(most_sources(self.native_patches, self.num_prefix))
@@ -426,6 +480,7 @@ class Merging(RatioMethod):
             action = "merge"
         changes: dict[str, Any] = {"stages": plan.stages, "keep_ratio": plan.keep_ratios}
         followed = replace(config, merged_per_block=None, action=action, **changes)
+        remark = "training merges to these counts; at inference every image decides"
         actions = followed.actions(len(plan.stages))
         steps = pairwise((plan.patches, *plan.counts))
         for (before, after), each in zip(steps, actions, strict=True):
@@ -435,7 +490,12 @@ class Merging(RatioMethod):
                 "most can merge at once; find a schedule for merging (vitrim schedule --method "
                 'merging), or set action = "drop"',
             )
-        return followed, None
+        return followed, remark if cls.decides(config) else None
+
+
+def _importance(record: AttentionRecord) -> Tensor:
+    """(B, N): the attention that patch tokens get from the class token, or from all."""
+    return record.patch_attention().mean(1).clamp(min=EPS)
 
 
 def _check_stages(stages: Sequence[int], depth: int | None = None) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vitrim.cli import common
 from vitrim.cli.show import Found, ShownImage, png, strip_name, write_page
 from vitrim.errors import ConfigError, InputError, printable
-from vitrim.model import SparseModel, evaluating
+from vitrim.model import SparseModel
+from vitrim.modes import evaluating
 from vitrim.runtime import UnreadableImageError
 from vitrim.tasks.clips import VIDEOS, held_out_reader, is_clips, open_clips
 from vitrim.tasks.moving_digits import NAME, is_moving_digits

@@ -37,8 +37,8 @@ class SparseOutput(ModelOutput):  # type: ignore[misc]
     """(B, P + N, C), see ``SparseModel.embeddings``."""
     pooler_output: Tensor | None = None
     """(B, C), or what a pooler of transformers made of the last hidden state."""
-    hidden_states: None = None
-    attentions: None = None
+    hidden_states: Any = None
+    attentions: Any = None
 
 
 class SparseForImageClassification(PreTrainedModel):  # type: ignore[misc]

@@ -57,7 +57,8 @@ def data_of_processor(processor: Any) -> dict[str, Any]:
         )
     (resized_height, resized_width), (height, width) = resized, crops or resized
     squash = resized_width is not None
-    if width is None or (squash and resized_height * width != resized_width * height):
+    bent = resized_width is not None and resized_height * (width or 0) != resized_width * height
+    if width is None or bent:
         raise ConfigError(
             f"a {type(processor).__name__} that resizes to {asked('size')!r} and crops to "
             f"{asked('crop_size')!r} has no word in timm; expected a crop of the same shape"

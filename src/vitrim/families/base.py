@@ -33,8 +33,6 @@ class Family(ABC):
     """Of timm's registry, where models of its classes are."""
     smallest: ClassVar[Mapping[str, Any]] = {}
     """Arguments that make a model in little time, enough to see whether it can be run."""
-    arguments: ClassVar[frozenset[str]] = frozenset()
-    """Of an architecture, which its classes take besides those that their constructors name."""
     labels_patches: ClassVar[bool] = False
     """Whether its patch tokens have a classifier of their own."""
     keeps_map: ClassVar[bool] = False

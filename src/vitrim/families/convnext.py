@@ -104,10 +104,9 @@ class ConvNeXt(MapPyramid):
         """Rows and columns of the map after the stem, from the image's (height, width)."""
         sides = list(image_size or self.image_size)
         for conv in self._stem_convolutions:
-            parts = zip(sides, conv.kernel_size, conv.stride, conv.padding, strict=True)
-            sides = [
-                (side + 2 * int(pad) - kernel) // step + 1 for side, kernel, step, pad in parts
-            ]
+            padding: Any = conv.padding
+            parts = zip(sides, conv.kernel_size, conv.stride, padding, strict=True)
+            sides = [(side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in parts]
         return sides[0], sides[1]
 
     def stage_grid(self, grid: Grid, stage: int) -> Grid:

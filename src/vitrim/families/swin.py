@@ -53,8 +53,8 @@ class Swin(MapPyramid):
 
     name = "swin"
     stages_name = "layers"
-    classes = (SwinTransformer,)
-    modules = ("swin_transformer", "conv_stem_swin")
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer,)
+    modules: ClassVar[Sequence[str]] = ("swin_transformer", "conv_stem_swin")
     smallest: ClassVar[Mapping[str, Any]] = {"depths": (1, 1, 1, 1)}
     serves = "timm SwinTransformer, the first version (swin_tiny, _small, _base, _large, swin_s3)"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import PatchEmbed
 from timm.models import swin_transformer_v2_cr as cr
@@ -22,7 +22,7 @@ from timm.models.swin_transformer_v2 import (
     WindowAttention,
 )
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrim.costs.macs import linear_macs
 from vitrim.errors import InputError
@@ -37,8 +37,8 @@ class SwinV2(Swin):
     """Runs one timm Swin transformer V2 piece by piece; holds no weights of its own."""
 
     name = "swin_v2"
-    classes = (SwinTransformerV2,)
-    modules = ("swin_transformer_v2",)
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformerV2,)
+    modules: ClassVar[Sequence[str]] = ("swin_transformer_v2",)
     serves = "timm SwinTransformerV2 (swinv2_tiny, _small, _base, _large)"
 
     @staticmethod
@@ -83,8 +83,8 @@ class SwinV2Cr(SwinV2):
     """
 
     stages_name = "stages"
-    classes = (SwinTransformerV2Cr,)
-    modules = ("swin_transformer_v2_cr",)
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformerV2Cr,)
+    modules: ClassVar[Sequence[str]] = ("swin_transformer_v2_cr",)
     serves = "timm SwinTransformerV2Cr (swinv2_cr_*)"
 
     @staticmethod

@@ -359,6 +359,7 @@ class Merging(RatioMethod):
         scale = (self.native_patches / num_patches) ** self.config.importance_power
         threshold, metric_BNC = self.config.threshold * scale, self._metric(present, record)
         weights = self._weights(importance_BN)
+        after: AnyTokens
         after, moved = merge_below(present, metric_BNC, threshold, num_patches, *weights)
         if moves is not None:
             moves.append(moved)

@@ -52,15 +52,15 @@ def project_as_one(attention: Any, x: Tensor, start: int = 0, stop: int = 3) -> 
     """
     width, bias = width_of(attention), None
     first, last = start * width, stop * width
-    heads = stop - start, attention.num_heads, attention.head_dim
+    heads = (*x.shape[:-1], stop - start, attention.num_heads, attention.head_dim)
     if getattr(attention, "q_bias", None) is not None:
         bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias)[start:stop])
         if not attention.qkv_bias_separate:
             whole = F.linear(x, attention.qkv.weight[first:last], bias)
-            return whole.unflatten(-1, heads)
+            return whole.view(heads)
     is_whole = stop - start == 3
     out: Tensor = attention.qkv(x) if is_whole else linear_part(attention.qkv, x, first, last)
-    return (out if bias is None else out + bias).unflatten(-1, heads)
+    return (out if bias is None else out + bias).view(heads)
 
 
 def placed(attention: Any, norm: nn.Module, x: Tensor, v: Tensor, angles: Tensor | None) -> Tensor:

@@ -52,7 +52,7 @@ class Rotary:
         """(B, H, P + N, A): of tokens at these places behind ``num_prefix`` that have none."""
         place_BT = F.pad(index_BN, (num_prefix, 0), value=self.nowhere)
         angles_HRA = self.table_HNA.index_select(1, place_BT.flatten())
-        return angles_HRA.unflatten(1, place_BT.shape).transpose(0, 1)
+        return angles_HRA.view(-1, *place_BT.shape, angles_HRA.shape[-1]).transpose(0, 1)
 
     def of_rows(self, index_N: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
         """(rows, H, A): of packed rows; ``row_N`` are at these places, the others nowhere."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 _CONVOLUTIONS = "convolutions between its blocks need every place of a map; use convnext"
 _POOLED = "its tokens are pooled between its blocks, which needs every place; use pit or swin"
 _PAIRS = (
-    "it adds a bias to every pair of tokens; gathered for the pairs that each image keeps, it eats "
-    "half of what dropping saves (results/tried.md); use a ViT, or eva, whose positions are rotary"
+    "it adds a bias to every pair of tokens, and gathering it for the pairs that each image keeps "
+    "is not built (benchmarks/pair_bias.py says what it costs); use a ViT, or eva, whose positions "
+    "are rotary"
 )
-
 _SIDE_BY_SIDE = "attention and MLP run side by side, and one layer makes both"
 
 MODULES: Mapping[str, str] = {

@@ -379,6 +379,7 @@ def main() -> None:
     if options.what == "speed":
         images = timed_images(options.runs)
         content["speed"] = [row for case in cases for row in case.speed(images)]
+        write(content)
         content["published"] = time_published()
     write(content)
 

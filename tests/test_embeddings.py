@@ -144,6 +144,9 @@ def test_parquet_needs_an_extra(tmp_path, monkeypatch):
 # --- timm's training and validation scripts, step by step ---
 
 
+# timm's dataset leaves files to the collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("make", "config"),
     [

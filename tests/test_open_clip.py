@@ -89,7 +89,7 @@ def test_what_timm_has_no_word_for_is_refused():
 
 def test_hints_for_what_cannot_be_made_sparse():
     pair = nn.ModuleList([tiny_vit(), tiny_vit()])
-    with pytest.raises(UnsupportedBackboneError, match="2 vision towers: 0, 1; give one"):
+    with pytest.raises(UnsupportedBackboneError, match="2 vision towers: 0, 1; give one as path"):
         sparsify_inside(pair, DenseConfig())
     sparse = sparsify_inside(pair, DenseConfig(), path="1")
     assert pair[1] is sparse

@@ -53,37 +53,53 @@ def sparsify_inside(
         ConfigError: the config does not fit the tower.
     """
     check_bare(model)
-    found = [path] if path is not None else list(_towers(model))
-    if len(found) != 1 or not found[0]:
-        seen = f"{len(found)} vision towers: {', '.join(found)}" if found else "no vision tower"
-        advice = "give one of them as path" if found else "give its timm model to vitrim.sparsify"
-        if found == [""]:
-            seen, advice = "it is a vision tower itself", _itself(model)
-        raise UnsupportedBackboneError(f"in this {type(model).__name__} there is {seen}; {advice}")
-    parent, _, name = found[0].rpartition(".")
+    place = _only_tower(model) if path is None else path
+    parent, _, name = place.rpartition(".")
     try:
-        holder, tower = model.get_submodule(parent), model.get_submodule(found[0])
+        holder, tower = model.get_submodule(parent), model.get_submodule(place)
     except AttributeError as error:
         raise UnsupportedBackboneError(
             f"this {type(model).__name__} has no module {path!r}; leave the path out to look for it"
         ) from error
-    instead: nn.Module
     if is_tower(tower):
         sparse = converted(tower, config, processor, image_size, generator)
-        instead = as_transformers(sparse, pooler=getattr(tower, "pooler", None))
-    else:
-        backbone = open_clip_twin(tower) if is_open_clip_tower(tower) else tower
-        instead = sparse = sparsify(backbone, config, generator=generator)
-        if processor is not None:
-            sparse.data_config = data_of_processor(processor)
-        prepared = getattr(tower, "preprocess_cfg", getattr(holder, "preprocess_cfg", None))
-        if processor is None and prepared:
-            sparse.data_config = data_of_open_clip(prepared)
-        for known in ("image_size", "preprocess_cfg"):  # which open_clip asks its towers for
-            if is_open_clip_tower(tower) and hasattr(tower, known):
-                setattr(sparse, known, getattr(tower, known))
-    setattr(holder, name, instead)
+        setattr(holder, name, as_transformers(sparse, pooler=getattr(tower, "pooler", None)))
+        return sparse
+    backbone = open_clip_twin(tower) if is_open_clip_tower(tower) else tower
+    sparse = sparsify(backbone, config, generator=generator)
+    prepared = getattr(tower, "preprocess_cfg", getattr(holder, "preprocess_cfg", None))
+    if processor is not None:
+        sparse.data_config = data_of_processor(processor)
+    elif prepared:
+        sparse.data_config = data_of_open_clip(prepared)
+    if is_open_clip_tower(tower):  # which is asked for these
+        for known in ("image_size", "preprocess_cfg"):
+            setattr(sparse, known, getattr(tower, known, None))
+    setattr(holder, name, sparse)
     return sparse
+
+
+def _only_tower(model: nn.Module) -> str:
+    """The name of the one vision tower in ``model``.
+
+    Raises:
+        UnsupportedBackboneError: there is none, or there are several, or the model is one.
+    """
+    found, name = list(_towers(model)), type(model).__name__
+    if found == [""]:
+        how = "vitrim.from_transformers converts it" if is_tower(model) else "see vitrim.sparsify"
+        raise UnsupportedBackboneError(f"this {name} is a vision tower itself: {how}")
+    if not found:
+        raise UnsupportedBackboneError(
+            f"in this {name} there is no vision tower that vitrim serves; give its timm model to "
+            "vitrim.sparsify, which says why not"
+        )
+    if len(found) > 1:
+        listed = ", ".join(found)
+        raise UnsupportedBackboneError(
+            f"in this {name} there are {len(found)} vision towers: {listed}; give one as path"
+        )
+    return found[0]
 
 
 def _towers(model: nn.Module, path: str = "") -> Iterator[str]:
@@ -98,14 +114,6 @@ def _towers(model: nn.Module, path: str = "") -> Iterator[str]:
 
 def _is_converted(module: nn.Module) -> bool:
     return is_tower(module) or is_open_clip_tower(module)
-
-
-def _itself(model: nn.Module) -> str:
-    return (
-        "vitrim.from_transformers converts it"
-        if is_tower(model)
-        else "give it to vitrim.sparsify, or the model that holds it to this"
-    )
 
 
 def as_transformers(

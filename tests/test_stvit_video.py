@@ -201,9 +201,14 @@ def test_borders(size):
 
 
 def test_features_are_refused_with_the_reason():
-    for call in (lambda s: s.features(X), lambda s: s.features(X, indices=[0])):
+    sparse = sparse_video()
+    for call in (sparse.features, sparse.forward_intermediates, sparse.train_features):
         with pytest.raises(ConfigError, match="nothing is left of the patches"):
-            call(sparse_video())
+            call(X, indices=[0])
+    with pytest.raises(ConfigError, match="takes clips"):
+        sparse.features_only()
+    with pytest.raises(ConfigError, match="call the model"):
+        sparse.forward_head(sparse.forward_features(X))
 
 
 def test_the_dial_is_the_number_of_tokens():

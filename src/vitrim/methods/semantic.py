@@ -197,7 +197,7 @@ class GenerationConfig(WindowConfig):
     """What the forms whose semantic tokens take the map's place for good are set by."""
 
     base_layers: int | None = None
-    """Blocks of the third stage before the generation layers; None: by the form's ``base_share``."""
+    """Blocks of the third stage before the generation layers; None: as ``base_share`` says."""
     centres_in_residual: bool = True
     """Whether the second generation layer's residual holds G too, as in the released code."""
 
@@ -211,7 +211,7 @@ class GenerationMethod(WindowMethod):
     """A method whose two generation layers make semantic tokens, which take the map's place for the
     rest of the third stage and the stages behind it.
 
-    Maps are (..., rows, columns, C), windows of them (..., W, S, C), after batch and frames, if any.
+    Maps are (..., rows, columns, C), windows of them (..., W, S, C), after batch and any frames.
     """
 
     base_share: ClassVar[tuple[int, int]]

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import images, seeded, tiny_convnext, tiny_lvvit, tiny_pit, tiny_swin, tiny_vit
+from tests.conftest import (
+    clips,
+    images,
+    seeded,
+    tiny_convnext,
+    tiny_lvvit,
+    tiny_pit,
+    tiny_swin,
+    tiny_video_swin,
+    tiny_vit,
+)
 from vitrim import UnsupportedBackboneError, capabilities, sparsify
 from vitrim.families import FAMILIES
 from vitrim.methods import METHODS
@@ -21,6 +31,7 @@ BACKBONES = {
     "pit": tiny_pit,
     "swin": lambda: tiny_swin(depths=(2, 2, 6, 2)),
     "convnext": tiny_convnext,
+    "video_swin": tiny_video_swin,
 }
 TABLE = capabilities.capabilities()
 PAIRS = [(method, family) for method, row in TABLE.items() for family in row]
@@ -39,13 +50,14 @@ def test_every_method_has_an_answer_for_every_family():
 def test_the_table_is_true(method, family):
     model, config = BACKBONES[family](), METHODS[method].config_class()
     reason = TABLE[method][family]
+    given = clips(2) if family == "video_swin" else images(2)
     if reason is None:
         sparse = sparsify(model, config, generator=seeded(0)).eval()
         with torch.no_grad():
-            logits = sparse(images(2))
+            logits = sparse(given)
         assert logits.shape == (2, 10)
         assert logits.isfinite().all()
-        assert sparse.trace(images(2)).macs.isfinite().all()
+        assert sparse.trace(given).macs.isfinite().all()
     else:
         with pytest.raises(UnsupportedBackboneError) as error:
             sparsify(model, config)

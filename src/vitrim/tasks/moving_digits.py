@@ -1,10 +1,11 @@
 """Moving digits: embedded clips whose label needs both the picture and the time.
 
 A real handwritten digit of :mod:`vitrim.train.digits` moves left, right, up or down over a still
-ground: a flat one, or, with clutter, a crop of a photograph with distractors. The label is digit and direction together, 40 classes.
-The digit leaves on one side and comes in on the other, and starts anywhere: a single frame, and any
-set of frames without their order, says nothing of the direction, so whatever looks at frames one by
-one is right in a quarter of the clips at most.
+ground: a flat one, or, with clutter, a crop of a photograph with distractors. The label is digit
+and direction together, 40 classes. The digit leaves on one side and comes in on the other, and
+starts anywhere. So a single frame says nothing of the direction, and a model that learned from
+single frames is right in about a quarter of the clips; whatever does not know the order of the
+frames cannot tell a clip from the same one backwards.
 
 Clip ``i`` of a split is a function of ``(seed, split, epoch, i)`` alone.
 """

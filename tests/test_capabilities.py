@@ -10,6 +10,7 @@ import timm
 import torch
 
 from tests.conftest import (
+    clips,
     images,
     seeded,
     tiny_convnext,
@@ -19,6 +20,7 @@ from tests.conftest import (
     tiny_pit,
     tiny_swin,
     tiny_swin_v2,
+    tiny_video_swin,
     tiny_vit,
 )
 from vitrim import UnsupportedBackboneError, capabilities, sparsify
@@ -40,6 +42,7 @@ BACKBONES = {
     "swin": lambda: tiny_swin(depths=(2, 2, 6, 2)),
     "swin_v2": lambda: tiny_swin_v2(depths=(2, 2, 6, 2)),
     "convnext": tiny_convnext,
+    "video_swin": tiny_video_swin,
 }
 TABLE = capabilities.capabilities()
 PAIRS = [(method, family) for method, row in TABLE.items() for family in row]
@@ -58,13 +61,14 @@ def test_every_method_has_an_answer_for_every_family():
 def test_the_table_is_true(method, family):
     model, config = BACKBONES[family](), METHODS[method].config_class()
     reason = TABLE[method][family]
+    given = clips(2) if family == "video_swin" else images(2)
     if reason is None:
         sparse = sparsify(model, config, generator=seeded(0)).eval()
         with torch.no_grad():
-            logits = sparse(images(2))
+            logits = sparse(given)
         assert logits.shape == (2, 10)
         assert logits.isfinite().all()
-        assert sparse.trace(images(2)).macs.isfinite().all()
+        assert sparse.trace(given).macs.isfinite().all()
     else:
         with pytest.raises(UnsupportedBackboneError) as error:
             sparsify(model, config)

@@ -202,7 +202,12 @@ class TimmModel(nn.Module):
         """The maps that are asked for; None means the backbone's own."""
         if indices is None:
             return self.family.level_indices
-        return taken_indices(len(self.backbone.feature_info), indices)
+        return taken_indices(self._num_maps, indices)
+
+    @property
+    def _num_maps(self) -> int:
+        """How many maps the backbone can give; one that is not timm's has one per stage."""
+        return len(getattr(self.backbone, "feature_info", self.family.level_indices))
 
     def _settled(self) -> Method:
         """The method with the settings that it has now, whatever another thread turns meanwhile."""
@@ -228,6 +233,8 @@ class TimmModel(nn.Module):
         """Logits (B, classes), or with ``pre_logits`` what the classifier reads, of
         :meth:`forward_features`.
         """
+        if not hasattr(self.backbone, "forward_head"):
+            raise ConfigError("this backbone is not timm's and has no forward_head; call the model")
         return self.backbone.forward_head(features, pre_logits=pre_logits)  # type: ignore[no-any-return]
 
     def forward_intermediates(
@@ -257,7 +264,7 @@ class TimmModel(nn.Module):
                 f"norm={norm} and output_fmt={output_fmt!r} are not served; use norm=False and "
                 "output_fmt='NCHW'"
             )
-        count = len(self.backbone.feature_info)
+        count = self._num_maps
         chosen = taken_indices(count, count if indices is None else indices)
         taken = self.features(images, indices=chosen)
         return taken if intermediates_only else (self.forward_features(images), taken)

@@ -14,7 +14,7 @@ from timm.models._features import FeatureInfo, feature_take_indices
 from torch import Tensor, nn
 
 from vitrim.costs import without_head
-from vitrim.errors import InputError
+from vitrim.errors import ConfigError, InputError
 from vitrim.families import family_of
 from vitrim.layers.losses import kept_token_mse
 from vitrim.methods.records import FeatureOutput
@@ -47,6 +47,10 @@ class FeaturesOnly(nn.Module):
         self.training = model.training
         self.is_sparse = hasattr(model, "method")
         family = self.family
+        if family.clip_frames is not None:
+            raise ConfigError(
+                "a pyramid is of images, and this backbone takes clips; call the model for logits"
+            )
         infos = deepcopy(family.backbone.feature_info)
         asked = family.level_indices if out_indices is None else out_indices
         self.out_indices = taken_indices(len(infos), asked)

@@ -199,8 +199,7 @@ class GenerationConfig(WindowConfig):
     """What the forms whose semantic tokens take the map's place for good are set by."""
 
     base_layers: int | None = None
-    """Blocks of the third stage on the whole map, before the generation layers; None brings the
-    blocks before these to a share of all, see ``base_share`` of the form. Ours."""
+    """Blocks of the third stage before the generation layers; None: as ``base_share`` says."""
     centres_in_residual: bool = True
     """Whether the second generation layer's residual holds G too, as in the released code."""
 
@@ -211,15 +210,14 @@ class GenerationConfig(WindowConfig):
 
 
 class GenerationMethod(WindowMethod):
-    """A method whose two generation layers make semantic tokens in the windows of a map, or of the
-    map of each frame: they take its place for the rest of the third stage and the stages behind it.
+    """A method whose two generation layers make semantic tokens, which take the map's place for the
+    rest of the third stage and the stages behind it.
 
-    Maps are (..., rows, columns, C), windows of them (..., W, S, C); what comes before is the batch
-    and, of clips, the frames.
+    Maps are (..., rows, columns, C), windows of them (..., W, S, C), after batch and any frames.
     """
 
     base_share: ClassVar[tuple[int, int]]
-    """Of all blocks, those before the generation layers, as a fraction."""
+    """Of all blocks, those before the generation layers, as a fraction; ours."""
     config: GenerationConfig
 
     def __init__(
@@ -298,8 +296,8 @@ class GenerationMethod(WindowMethod):
     def _generate(
         self, family: Any, x: Tensor, windows: Windows, first_residual: bool = True
     ) -> tuple[Tensor, WindowRecord]:
-        """The map of semantic tokens of a map, and the last generation layer's attention;
-        ``first_residual`` says whether the first one's residual holds the centres.
+        """The map of semantic tokens, and the last generation layer's attention; ``first_residual``
+        says whether the first one's residual holds the centres.
         """
         first, second = self.base_layers, self.base_layers + 1
         each, positions = x.shape[:-3], x.flatten(-3, -2)  # batch and, of clips, frames

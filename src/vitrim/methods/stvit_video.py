@@ -81,7 +81,10 @@ class STViTVideo(GenerationMethod):
     config_class = STViTVideoConfig
     families = ("video_swin",)
     refusals: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("vit", "lvvit", "pit", "convnext"), "it is of images, and this of clips"),
+        **dict.fromkeys(
+            ("vit", "eva", "naflex", "lvvit", "pit", "swin_v2", "convnext"),
+            "it is of images, and this of clips",
+        ),
         "swin": "it is of images, and this of clips: use stvit_swin",
     }
     base_share = (5, 8)

@@ -43,7 +43,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 33_016
+LINES = 33_028
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,12 @@ def write_world() -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with what pages speak of, and small models for timm's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", small_model)
     write_world()
-    yield tmp_path
+    return tmp_path
 
 
 def names() -> dict[str, Any]:

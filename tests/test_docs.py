@@ -108,7 +108,8 @@ def test_notebooks_run(notebook, world):
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "outputs are cleared before a commit"
-            exec(compile("".join(cell["source"]), f"{notebook.name} {cell['id']}", "exec"), namespace)
+            place = f"{notebook.name} {cell['id']}"
+            exec(compile("".join(cell["source"]), place, "exec"), namespace)
 
 
 def test_site_is_built_without_a_warning(tmp_path):

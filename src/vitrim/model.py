@@ -181,6 +181,18 @@ class SparseModel(TimmModel):
         macs = torch.as_tensor(macs, dtype=torch.float64, device=logits.device)
         return Trace(logits, recorder.stages, macs.expand(len(images)), grid)
 
+    def teach(self, dense: nn.Module, images: Tensor) -> DenseOutput:
+        """What ``dense`` says of ``images`` (B, channels, H, W): the teacher of :meth:`losses`.
+
+        It is a timm model in evaluation mode with weights of its own, such as a copy of the
+        backbone from before training; no gradient reaches it.
+
+        Raises:
+            UnsupportedBackboneError: vitrim cannot run ``dense`` piece by piece.
+        """
+        said: DenseOutput = self.method.teach(family_of(dense), images)
+        return said
+
     def losses(
         self,
         images: Tensor,

@@ -167,8 +167,8 @@ def _positions(tower: Any, size: Size) -> Tensor:
     """(1, P + N, C): of images of ``size``, as the tower itself interpolates them."""
     patch, width = tower.config.patch_size, tower.config.hidden_size
     table = tower.embeddings
-    known: Any = getattr(table, "position_embeddings", None)
-    known = table.position_embedding.weight[None] if known is None else known
+    several = getattr(table, "position_embeddings", None)
+    known: Tensor = table.position_embedding.weight[None] if several is None else several
     own = sides(tower.config.image_size)
     if size == own:
         return known

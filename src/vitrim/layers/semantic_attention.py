@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitrim.costs.macs import linear_macs
 from vitrim.layers.semantic_windows import Windows
-from vitrim.tokens.attention import attend, scale_of
+from vitrim.tokens.attention import scale_of
 from vitrim.tokens.calls import called, in_features, linear_part
 
 
@@ -122,26 +123,41 @@ def _contexts(
         return linear_part(attention.qkv, memory, width, 3 * width)
 
     q = linear_part(attention.qkv, query_BWQC, 0, width)
-    kv = keys_and_values(memory_BMC) if project_once else memory_BMC
-    if keys.index_WK is None:
-        kv = kv.unsqueeze(1)
+    q = q.view(batch, windows, queries, heads, -1).permute(0, 3, 1, 2, 4)
+    if project_once:
+        kv = keys_and_values(memory_BMC).view(*memory_BMC.shape[:2], 2, heads, -1)
+        kv = _rows_for_windows(kv.permute(2, 0, 3, 1, 4), keys.index_WK, 3)
     else:
-        gathered = kv.index_select(1, keys.index_WK.flatten())
-        kv = gathered.view(batch, *keys.index_WK.shape, -1)
-    if not project_once:
-        kv = keys_and_values(kv)
-    q = q.view(batch, windows, queries, heads, -1).transpose(2, 3)
-    k, v = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
-    mask = _mask(keys, bias_HQK, q.dtype)
-    spread = mask
-    if mask is not None and mask.ndim == 5:
-        spread = mask.flatten(0, 1)
-    elif mask is not None and len(mask) > 1:
-        spread = mask.expand(batch, *mask.shape).flatten(0, 1)
-    spread = None if spread is None else spread.expand(-1, -1, queries, -1)
-    context = attend(inner, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spread)
-    record = WindowRecord(q, k, mask, keys, scale_of(inner, q))
-    return context.transpose(1, 2).reshape(batch, windows, queries, width), record
+        kv = keys_and_values(_rows_for_windows(memory_BMC, keys.index_WK, 1))
+        kv = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 4, 1, 2, 5)
+    k, v = kv.unbind(0)
+    mask, scale = _mask(keys, bias_HQK, q.dtype), scale_of(inner, q)
+    # Fused whatever timm says of its own windows: plain products of wide ones fill the memory.
+    context = F.scaled_dot_product_attention(
+        *(part.flatten(0, 1) for part in (q, k, v)),
+        attn_mask=None if mask is None else _for_heads(mask, batch, heads, queries),
+        dropout_p=inner.attn_drop.p if inner.training else 0.0,
+        scale=scale,
+    )
+    context = context.view(batch, heads, windows, queries, -1).permute(0, 2, 3, 1, 4)
+    record = WindowRecord(q.transpose(1, 2), k.transpose(1, 2), mask, keys, scale)
+    return context.reshape(batch, windows, queries, width), record
+
+
+def _rows_for_windows(memory: Tensor, index_WK: Tensor | None, dim: int) -> Tensor:
+    """``memory`` (..., M, ...) with the rows of each window (..., W, K, ...) in place of ``dim``."""
+    if index_WK is None:
+        return memory.unsqueeze(dim)
+    gathered = memory.contiguous().index_select(dim, index_WK.flatten())
+    return gathered.unflatten(dim, tuple(index_WK.shape))
+
+
+def _for_heads(mask: Tensor, batch: int, heads: int, queries: int) -> Tensor:
+    """(B * H or 1, W, Q, K): a mask ([B,] W, H, Q, K) for heads that come before windows."""
+    mask = mask.transpose(-4, -3).expand(*[-1] * (mask.ndim - 2), queries, -1)
+    if mask.ndim == 4 and len(mask) == 1:
+        return mask
+    return mask.expand(batch, heads, *mask.shape[-3:]).flatten(0, 1)
 
 
 def _mask(keys: Keys, bias_HQK: Tensor | None, dtype: torch.dtype) -> Tensor | None:

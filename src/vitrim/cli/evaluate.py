@@ -164,7 +164,7 @@ def eval_command(
             "class_map": class_map,
         }
         reading |= {"options": clip_options, "crop_pct": crop_pct}
-        open_videos = partial(ClipData.open, subject, **reading)
+        open_videos: Any = partial(ClipData.open, subject, **reading)
         clips = open_videos(source, limit=limit)
         loader: Any = clips.loader
     else:

@@ -236,7 +236,7 @@ def _benchmark(
 
         return benchmark(
             candidates,
-            tuple(images.shape[1:]),  # type: ignore[arg-type]
+            tuple(images.shape[1:]),
             batches=[batch for batch in BATCHES if batch <= len(images)],
             dtypes=("fp32",),
             rounds=rounds,

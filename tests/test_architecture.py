@@ -19,6 +19,7 @@ FLOORS = {
     "config": 0,
     "runtime": 0,  # knows no torch
     "feature_files": 0,  # neither
+    "predict": 0,  # nor this
     "tokens": 1,
     "costs": 2,
     "layers": 3,
@@ -45,7 +46,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 36_161
+LINES = 36_172
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -22,7 +22,8 @@ from vitrim.costs.macs import counting
 from vitrim.families import family_of
 from vitrim.layers.token_scores import token_score
 from vitrim.methods.asvit import straight_through
-from vitrim.tokens.attention import masked_softmax, project
+from vitrim.tokens.attention import masked_softmax
+from vitrim.tokens.projections import project
 from vitrim.train.engine import train
 from vitrim.train.optim import parameter_groups
 from vitrim.train.recipe import OptimRecipe, load_recipe
@@ -74,7 +75,7 @@ def test_score_from_fused_attention_is_that_of_the_full_map(
         keep_BN = (torch.rand(6, 16, generator=seeded(1)) > 0.4).float()
         tokens = tokens.with_keep(keep_BN)
         visible = tokens.keep_all
-    q, k, v = project(block.attn, block.norm1(tokens.x))
+    q, k, v = (x.transpose(1, 2) for x in project(block.attn, block.norm1(tokens.x)))
     map_BHNN = masked_softmax(q @ k.transpose(-2, -1) * block.attn.scale, visible)
     context = map_BHNN @ v
     rows = map_BHNN[:, :, :1]

@@ -562,7 +562,7 @@ def test_list_capabilities(capsys):
     [
         ("pit_ti*", ["pit_ti_224", "pit_ti_distilled_224"]),
         ("lvvit*", ["lvvit_m", "lvvit_s"]),
-        ("swin*tiny*", ["swin_s3_tiny_224", "swin_tiny_patch4_window7_224"]),
+        ("swin_*tiny*", ["swin_s3_tiny_224", "swin_tiny_patch4_window7_224"]),
         ("conv*_tiny", ["conv_stem_swin_tiny", "convnext_tiny"]),
         ("swinv2*tiny_ns*", ["swinv2_cr_tiny_ns_224"]),
         ("vit_tiny*dinov3*", ["vit_tiny_patch16_dinov3_qkvb"]),
@@ -697,7 +697,7 @@ def test_answers_that_mean_nothing_are_errors(
     with torch.no_grad():
         for parameter in (sparse.backbone.head if spoilt == "head" else sparse.method).parameters():
             parameter.fill_(3e38)
-    monkeypatch.setattr(vitrim.SparseModel, "_check_rebuilt", lambda *_: None)
+    monkeypatch.setattr("vitrim.model.check_rebuilt", lambda *_: None)
     sparse.save_pretrained(tmp_path / "spoilt")
     output = ("-o", tmp_path / "out")
     bench = ("--batch", "1", "--dtype", "fp32", "--rounds", "1", "--seconds", "0")
@@ -717,7 +717,7 @@ def test_an_export_of_nan_is_an_error(capsys, monkeypatch, made, tmp_path, to):
     sparse = vitrim.sparsify(tiny_vit(), DynamicViTConfig(keep_ratio=0.6))
     with torch.no_grad():
         sparse.backbone.head.weight.fill_(3e38)
-    monkeypatch.setattr(vitrim.SparseModel, "_check_rebuilt", lambda *_: None)
+    monkeypatch.setattr("vitrim.model.check_rebuilt", lambda *_: None)
     sparse.save_pretrained(tmp_path / "spoilt")
     words = ("--check", "--data", made / "data", "--images", "4", "-o", tmp_path / "out")
     code, _, err = run(capsys, "export", tmp_path / "spoilt", "--to", to, *words)
@@ -746,7 +746,7 @@ def test_an_interrupted_command_ends_without_a_word(capsys, monkeypatch, words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vitrim.cli._app", interrupt)
-    monkeypatch.setattr("vitrim.runtime.main", interrupt)
+    monkeypatch.setattr("vitrim.predict.main", interrupt)
     assert run(capsys, *words) == (130, "", "")
 
 

@@ -15,7 +15,7 @@ import typer
 
 import vitrim
 from tests.pages import PAGES, ROOT, commands, names, small_model, world
-from vitrim import runtime
+from vitrim import predict
 from vitrim.cli.app import app
 from vitrim.convert import SYSTEMS
 from vitrim.train.recipe import list_recipes
@@ -75,9 +75,9 @@ def of_the_readme() -> dict[str, Any]:
 @pytest.mark.parametrize(("page", "words"), LINES, ids=page_id)
 def test_lines_of_shell_are_those_of_the_command(page, words, monkeypatch):
     if words[0] == "predict":  # its parser stands in what it does first
-        monkeypatch.setattr(runtime, "Bundle", lambda *_: sys.exit("parsed"))
+        monkeypatch.setattr(predict, "Bundle", lambda *_: sys.exit("parsed"))
         with pytest.raises(SystemExit, match="parsed"):
-            runtime.main(words[1:])
+            predict.main(words[1:])
         return
     name, *rest = words
     if name.startswith("-"):

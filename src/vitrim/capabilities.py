@@ -23,9 +23,7 @@ def capabilities() -> dict[str, dict[str, str | None]]:
     """Method: family: None where it works, otherwise why not and what to use instead."""
     return {
         name: {
-            family.name: None
-            if family.name in method.families
-            else method.refusals.get(family.name, "it was not written for it")
+            family.name: None if family.name in method.families else method.why_not(family.name)
             for family in FAMILIES
         }
         for name, method in METHODS.items()

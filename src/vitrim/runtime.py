@@ -1,7 +1,7 @@
 """Run an exported bundle with onnxruntime or OpenVINO alone: neither torch nor timm is loaded.
 
 A bundle is the folder that ``vitrim export`` writes: the network, and ``bundle.json`` with its
-preprocessing and labels. ``vitrim predict BUNDLE IMAGE...`` calls :func:`main`; from Python:
+preprocessing and labels. ``vitrim predict BUNDLE IMAGE...`` runs it; from Python:
 
     bundle = vitrim.runtime.Bundle("deit_s_onnx", threads=2)
     logits = bundle(bundle.prepare([Image.open("cat.jpg")]))
@@ -9,12 +9,11 @@ preprocessing and labels. ``vitrim predict BUNDLE IMAGE...`` calls :func:`main`;
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitrim.config import read_json
-from vitrim.errors import CheckpointError, InputError, MissingExtraError, VitrimError, printable
+from vitrim.errors import CheckpointError, InputError, MissingExtraError, VitrimError
 
 BUNDLE_FILE = "bundle.json"
 FORMAT = "vitrim-bundle"
@@ -33,8 +32,6 @@ MOST_VALUES = 2**30
 """Of the images of one call."""
 MOST_FRAMES = 1024
 """Of a clip."""
-_AT_ONCE = 16
-"""Images per call where the network takes any number."""
 MOST_PIXELS = 4096
 """A side of a prepared image."""
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -465,70 +462,3 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             return decode(file)
     except Exception as error:
         raise UnreadableImageError(str(path), str(error) or repr(error)) from error
-
-
-def main(words: Sequence[str]) -> None:
-    """``vitrim predict``: the likeliest classes of each image."""
-    parser = argparse.ArgumentParser(
-        prog="vitrim predict",
-        description="Classify images with an exported bundle; neither torch nor timm is needed.",
-    )
-    parser.add_argument("bundle", type=Path, help="Folder written by vitrim export.")
-    parser.add_argument("images", type=Path, nargs="+", help="Image files.")
-    parser.add_argument(
-        "--features",
-        nargs="?",
-        const="all",
-        help="Write features in place of classes, of a bundle exported with --features: all, or "
-        "some by name, such as embedding; needs --output. Give it after the images.",
-    )
-    parser.add_argument("--output", "-o", type=Path, help="For features: a .npz or .parquet file.")
-    parser.add_argument("--top", type=_count, default=3, help="Classes to name per image.")
-    parser.add_argument("--threads", type=_count, help="CPU threads.")
-    options = parser.parse_args(words)
-    if (options.features is None) != (options.output is None):
-        parser.error("--features and --output are given together")
-    bundle = Bundle(options.bundle, options.threads)
-    if options.features is not None:
-        _write_features(bundle, options)
-        return
-    for path in options.images:
-        logits = bundle(bundle.prepare([open_image(path)]), [str(path)])[0].astype(np.float64)
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        best = np.argsort(-shares)[: options.top]
-        names = [bundle.labels[label] if bundle.labels else str(label) for label in best]
-        answers = ", ".join(
-            f"{name} {shares[label]:.1%}" for name, label in zip(names, best, strict=True)
-        )
-        print(printable(f"{path}: {answers}").replace("\n", "\\n"))
-
-
-def _write_features(bundle: Bundle, options: argparse.Namespace) -> None:
-    from vitrim.feature_files import check_output, write_features
-
-    known, asked = bundle.feature_names, options.features.split(",")
-    if known is None:
-        raise InputError(f"{bundle.folder} gives logits; export the model with --features")
-    wanted = list(known) if options.features == "all" else asked
-    if unknown := [name for name in wanted if name not in known]:
-        raise InputError(f"{bundle.folder} has no {unknown[0]!r}; it has {', '.join(known)}")
-    check_output(options.output)
-    size, paths = bundle.batch or _AT_ONCE, options.images
-
-    def rows() -> Iterator[tuple[list[str], dict[str, Array]]]:
-        for start in range(0, len(paths), size):
-            names = [str(path) for path in paths[start : start + size]]
-            images = bundle.prepare([open_image(name) for name in names])
-            found = bundle.features(images, names)
-            yield names, {name: found[name] for name in wanted}
-
-    write_features(options.output, rows(), len(paths))
-    print(printable(f"{options.output}: {', '.join(wanted)} of {len(paths)} images"))
-
-
-def _count(word: str) -> int:
-    number = int(word)
-    if not 1 <= number <= 10_000:
-        raise argparse.ArgumentTypeError(f"{word} is no number from 1 to 10,000")
-    return number

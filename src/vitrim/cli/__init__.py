@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     try:
         if words[:1] == ["predict"] and not _asks_torch(words[1:2]):
-            from vitrim import runtime
+            from vitrim import predict
 
-            runtime.main(words[1:])
+            predict.main(words[1:])
         else:
             _app(words)
     except (VitrimError, OSError) as error:

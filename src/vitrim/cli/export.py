@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from vitrim import runtime
 from vitrim.cli import common, tables
 from vitrim.cli.clips import ClipOptions, predict
 from vitrim.cli.images import prepared_images
@@ -24,6 +23,7 @@ from vitrim.errors import ConfigError, VitrimError
 from vitrim.export import bundle as exporting
 from vitrim.features import FeaturesOnly
 from vitrim.model import SparseModel
+from vitrim.predict import main as predict_bundle
 from vitrim.tools.benchmark import limited_threads
 
 
@@ -145,7 +145,7 @@ def predict_command(
         options = ["--top", str(top), *([] if threads is None else ["--threads", str(threads)])]
         options += ["--features", features] if features else []
         options += ["--output", str(output)] if output else []
-        runtime.main([str(model), *map(str, files), *options])
+        predict_bundle([str(model), *map(str, files), *options])
         return
     given = {"--features": features is not None, "--output": output is not None}
     common.refuse(given, f"{model} is a checkpoint; export it with --features first")

@@ -205,7 +205,6 @@ class ASViT(Method):
         "swin": "it scores by class attention, and Swin has none; use dynamic_spatial, "
         "spvit_pyramid, stvit_swin or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
-        "video_swin": "it is of images; use stvit_video",
     }
     follows_schedules = True
     config: ASViTConfig

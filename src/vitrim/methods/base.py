@@ -32,6 +32,8 @@ from vitrim.tokens.plain import Grid, Sizes, Tokens
 
 SHARES = tuple(step / 400 for step in range(1, 401))
 """Of the positions: what training to a latency may start from."""
+OF_CLIPS = {"video_swin": "it is of images; use stvit_video"}
+"""What methods of images say of families of clips."""
 
 
 class Method(nn.Module, ABC):
@@ -76,11 +78,15 @@ class Method(nn.Module, ABC):
     def check_family(cls, family: Family) -> None:
         """Raise :class:`UnsupportedBackboneError` unless the method runs on ``family``."""
         if family.name not in cls.families:
-            why = cls.refusals.get(family.name, "")
             raise UnsupportedBackboneError(
-                f"{cls.name} does not run on the family {family.name!r}"
-                f"{f' ({why})' if why else ''}; it serves {', '.join(cls.families)}"
+                f"{cls.name} does not run on the family {family.name!r} "
+                f"({cls.why_not(family.name)}); it serves {', '.join(cls.families)}"
             )
+
+    @classmethod
+    def why_not(cls, family: str) -> str:
+        """Why it does not run on a family that is not among its own."""
+        return cls.refusals.get(family) or OF_CLIPS.get(family, "it was not written for it")
 
     @classmethod
     def must_learn(cls, config: Any) -> bool:

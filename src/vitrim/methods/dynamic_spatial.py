@@ -184,10 +184,7 @@ class DynamicSpatial(RatioMethod):
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("vit", "eva", "naflex", "lvvit"),
         "it needs a map in stages; use dynamicvit, the same idea on tokens",
-    ) | {
-        "pit": "it was made for Swin and ConvNeXt; use spvit_pyramid",
-        "video_swin": "it is of images; use stvit_video",
-    }
+    ) | {"pit": "it was made for Swin and ConvNeXt; use spvit_pyramid"}
     config: DynamicSpatialConfig
 
     def __init__(

@@ -93,10 +93,7 @@ class DynamicViT(RatioMethod):
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("swin", "swin_v2", "convnext"),
         "it drops tokens, and theirs stand in a map; use dynamic_spatial",
-    ) | {
-        "pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid",
-        "video_swin": "it is of images; use stvit_video",
-    }
+    ) | {"pit": "what it drops is gone, and PiT pools a whole map; use spvit_pyramid"}
     needs_training = "dynamicvit-adapt"
     fixed_by = "threshold=None"
     config: DynamicViTConfig

@@ -107,11 +107,8 @@ class MergingConfig:
             _check_stages(self.stages)
             self.ratios(len(self.stages))
             self.actions(len(self.stages))
-        power, per_block, drawn = (
-            self.importance_power,
-            self.merged_per_block,
-            self.train_keep_ratio,
-        )
+        power, per_block = self.importance_power, self.merged_per_block
+        drawn = self.train_keep_ratio
         require(0 <= power < math.inf, f"importance_power is {power}; expected 0 or more")
         if per_block is not None:
             require(
@@ -176,12 +173,8 @@ class Merging(RatioMethod):
     config_class = MergingConfig
     families = ("vit", "eva", "naflex", "lvvit")
     refusals: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("swin", "swin_v2", "convnext"),
-        "tokens that became one have no place in a map; use dynamic_spatial",
-    ) | {
-        "pit": "tokens that became one have no place in the map that it pools; use spvit_pyramid",
-        "video_swin": "it is of images; use stvit_video",
-    }
+        ("swin", "swin_v2", "convnext"), "merged tokens have no place in a map; use dynamic_spatial"
+    ) | {"pit": "merged tokens have no place in the map that it pools; use spvit_pyramid"}
     usual_stages = 6
     actions = ("merge", "drop")
     fixed_by = "threshold=None"

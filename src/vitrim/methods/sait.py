@@ -186,7 +186,6 @@ class SaiT(Method):
         "swin_v2": "it scores by attention among all tokens; use dynamic_spatial",
         "swin": "it scores by attention among all tokens; use dynamic_spatial or stvit_r",
         "convnext": "it scores by attention, and ConvNeXt has none; use dynamic_spatial",
-        "video_swin": "it is of images; use stvit_video",
     }
     serves_dense = True
     follows_schedules = True

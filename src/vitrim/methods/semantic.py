@@ -169,7 +169,6 @@ class WindowMethod(SemanticMethod):
         "lvvit": "it has no windows",
         "pit": "it has no windows",
         "convnext": "it has no attention",
-        "video_swin": "it is of images: use stvit_video",
     }
     window: Grid
     """Rows and columns of a window."""

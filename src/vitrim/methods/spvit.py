@@ -109,7 +109,6 @@ class SPViT(SelectorMethod):
         "swin": "its map is merged between stages; use spvit_pyramid",
         "swin_v2": "its map is merged between stages; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
-        "video_swin": "it is of images; use stvit_video",
     }
     needs_training = "spvit-adapt"
     config: SPViTConfig

@@ -26,9 +26,8 @@ function, and the decision gets a gradient from how much its position gained by 
 through attention, as in the authors' code).
 
 Stages: by default the authors' for PiT-S, before the middle block of each stage, also for the other
-sizes, where they give none; on Swin, where no code was released, ours: before the first block of
-each stage but the first. Nothing of this was trained on ImageNet by us. We reproduce the forward,
-losses and gradients of the authors' PiT-S on fixed weights.
+sizes; on Swin, where no code was released, ours: before the first block of each later stage. Not
+trained on ImageNet by us; forward, losses and gradients of the authors' PiT-S are reproduced.
 """
 
 from __future__ import annotations
@@ -145,7 +144,6 @@ class SPViTPyramid(SelectorMethod):
     ) | {
         "swin_v2": "package tokens are no part of its cosine attention; use dynamic_spatial",
         "convnext": "its selector reads attention heads, ConvNeXt has none; use dynamic_spatial",
-        "video_swin": "it is of images; use stvit_video",
     }
     config: SPViTPyramidConfig
 

@@ -116,7 +116,6 @@ class STViT(SemanticMethod):
         "swin_v2": "it has windows; use dynamic_spatial",
         "lvvit": "its patch tokens have a classifier of their own, which semantic tokens, in the "
         "patches' place, were never taught to use",
-        "video_swin": "it is of images: use stvit_video",
     }
     needs_training = "stvit-adapt"
     follows_schedules = True

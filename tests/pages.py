@@ -2,14 +2,16 @@
 
 In that world timm's pretrained models are small and random, and lie beside a few photographs, a
 folder of labelled images and the checkpoints that pages speak of, so that a page's snippet runs as
-the reader sees it.
+the reader sees it. So are those of transformers, where that is installed.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,29 @@ def write_world() -> None:
     photograph(Path("photo.jpg"), 9)
 
 
+def small_transformers() -> dict[str, Callable[[str], Any]]:
+    """What stands for ``from_pretrained`` of transformers' classes."""
+    import transformers
+
+    tower = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
+    text = tower | {"num_hidden_layers": 1, "vocab_size": 40}
+    config = transformers.ViTConfig(**tower)
+    clip = transformers.CLIPConfig(text_config=text, vision_config=tower)
+    return {
+        "AutoModelForImageClassification": lambda _: transformers.ViTForImageClassification(config),
+        "AutoImageProcessor": lambda _: transformers.ViTImageProcessor(),
+        "CLIPModel": lambda _: transformers.CLIPModel(clip),
+    }
+
+
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with what pages speak of, and small models for timm's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", small_model)
+    if find_spec("transformers") is not None:
+        for name, make in small_transformers().items():
+            monkeypatch.setattr(f"transformers.{name}.from_pretrained", make)
     write_world()
     return tmp_path
 
@@ -95,5 +115,6 @@ def names() -> dict[str, Any]:
         "model": model,
         "dense": deepcopy(model),
         "images": images,
+        "pixel_values": images,
         "loader": [(images, torch.tensor([1, 2]))],
     }

@@ -15,12 +15,8 @@ import typer
 
 import vitrim
 from tests.pages import PAGES, ROOT, commands, names, small_model, world
-<<<<<<< HEAD
-from vitrim import predict
-=======
 from tests.small_hub import hub
-from vitrim import runtime
->>>>>>> fC
+from vitrim import predict
 from vitrim.cli.app import app
 from vitrim.convert import SYSTEMS
 from vitrim.train.recipe import list_recipes

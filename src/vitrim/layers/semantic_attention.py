@@ -134,7 +134,9 @@ def _contexts(
     mask, scale = _mask(keys, bias_HQK, q.dtype), scale_of(inner, q)
     # Fused whatever timm says of its own windows: plain products of wide ones fill the memory.
     context = F.scaled_dot_product_attention(
-        *(part.flatten(0, 1) for part in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         attn_mask=None if mask is None else _for_heads(mask, batch, heads, queries),
         dropout_p=inner.attn_drop.p if inner.training else 0.0,
         scale=scale,
@@ -149,7 +151,7 @@ def _rows_for_windows(memory: Tensor, index_WK: Tensor | None, dim: int) -> Tens
     if index_WK is None:
         return memory.unsqueeze(dim)
     gathered = memory.contiguous().index_select(dim, index_WK.flatten())
-    return gathered.unflatten(dim, tuple(index_WK.shape))
+    return gathered.view(*memory.shape[:dim], *index_WK.shape, *memory.shape[dim + 1 :])
 
 
 def _for_heads(mask: Tensor, batch: int, heads: int, queries: int) -> Tensor:

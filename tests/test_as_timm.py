@@ -34,9 +34,11 @@ from vitrim.families import family_of
 TARGET = torch.tensor([1, 2, 3])
 DECIDED_BY_IMAGES = (
     *("dynamicvit threshold", "asvit", "asvit values", "sait mass", "sait threshold", "spvit"),
-    "asvit merging",
+    *("asvit merging", "merging threshold"),
     *("spvit threshold", "spvit_pyramid on pit", "spvit_pyramid threshold on pit"),
 )
+POOLING = ("average pool", "attention pool", "registers", "rotary", "naflex")
+"""Backbones whose head pools their patch tokens; LV-ViT's takes the best of them."""
 PAIRS = [
     (case, name)
     for case in KEEPS_ALL
@@ -123,10 +125,11 @@ def test_the_steps_of_timms_training_script():
 def test_features_of_everything_are_timms(case, backbone):
     model = BACKBONES[backbone]()
     sparse = sparsify(model, KEEPS_ALL[case]).eval()
-    pools = backbone in ("average pool", "attention pool", "registers", "lv-vit")
-    if (backbone == "lv-vit" and case.startswith("spvit")) or (case == "asvit masked" and pools):
+    if (backbone == "lv-vit" and case.startswith("spvit")) or (
+        backbone in (*POOLING, "lv-vit") and case == "asvit masked"
+    ):
         return  # refused, see below
-    if case == "dynamicvit merging" and pools and backbone != "lv-vit":
+    if backbone in POOLING and case in ("dynamicvit merging", "merging threshold"):
         with pytest.raises(ConfigError, match="stand for different numbers of patches"):
             sparse.forward_features(X)
         return
@@ -140,10 +143,13 @@ def test_features_of_everything_are_timms(case, backbone):
 def test_head_of_features_is_the_model(case, backbone):
     sparse = sparse_model(case, backbone)
     has_own_head = case in ("stvit", "stvit learned pooling")
-    is_ragged = any(len(stage.counts.unique()) > 1 for stage in sparse.trace(X).stages)
-    is_masked = case == "asvit masked"
-    if has_own_head or (
-        backbone == "lv-vit" and (is_ragged or is_masked or case.startswith("spvit"))
+    is_ragged = any(len(stage.counts.unique()) > 1 for stage in sparse.trace(X).stages[-1:])
+    is_hidden = is_ragged or case == "asvit masked"
+    has_sizes = "merging" in case or case == "stvit with prefix"
+    if (
+        has_own_head
+        or (backbone == "lv-vit" and (is_hidden or case.startswith("spvit")))
+        or (backbone in POOLING and (is_hidden or has_sizes))
     ):
         with pytest.raises(ConfigError, match="call the model"):
             sparse.forward_features(X)

@@ -209,7 +209,7 @@ class SPViTPyramid(SelectorMethod):
                 keep, best = self._best(number, tokens, scores.log_odds)
             elif self.config.inference == "threshold":
                 rank = scores.keep_score
-                keep = ((rank > self.config.threshold) | skips).to(rank.dtype)
+                keep = (rank > (-torch.inf if skips else self.config.threshold)).to(rank.dtype)
             else:
                 keep = sampling.hard_keep(scores.log_probs, noise=False)
             if tokens.keep_BN is not None:

@@ -145,7 +145,7 @@ def _contexts(
 
 
 def _rows_for_windows(memory: Tensor, index_WK: Tensor | None, dim: int) -> Tensor:
-    """``memory`` (..., M, ...) with the rows of each window (..., W, K, ...) in place of ``dim``."""
+    """``memory`` (..., M, ...) with each window's rows (..., W, K, ...) in place of ``dim``."""
     if index_WK is None:
         return memory.unsqueeze(dim)
     gathered = memory.contiguous().index_select(dim, index_WK.flatten())

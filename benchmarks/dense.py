@@ -4,7 +4,7 @@
 on a small dense Swin and ConvNeXt (recipes ``scenes-HEAD-FAMILY``), goes on from each with every
 method (``scenes-HEAD-METHOD-FAMILY``) and, for as many steps, without one, and measures them all on
 unseen scenes (``evaluate`` does that alone): about two hours on one core, and a finished part is
-not repeated. ``... speed`` times them on those scenes, and the backbones of the papers on 800 x 1280
+not repeated. ``... speed`` times them on those scenes, and the papers' backbones on 800 x 1280
 pixels (``... published``: these alone); the machine should do nothing else then. Each part writes
 ``results/dense.json`` and the tables of ``dense.md``.
 

@@ -77,6 +77,7 @@ def test_nothing_dropped_is_timms_own_pyramid(case, backbone):
         found = sparse.features(X, indices=everything)
         expected = model.forward_intermediates(X, list(everything), intermediates_only=True)
     exact = getattr(KEEPS_ALL[case], "mode", "adaptive") == "adaptive"
+    exact = exact and case != "merging threshold"  # whose means are of one token each
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0 if exact else 2e-6, rtol=0)
 

@@ -34,12 +34,12 @@ from vitrim import (
 )
 from vitrim.errors import CheckpointError, MissingExtraError
 from vitrim.export.bundle import DTYPES, check, export, keeps_everything
+from vitrim.predict import main
 from vitrim.runtime import (
     BUNDLE_FILE,
     INTERPOLATIONS,
     Bundle,
     check_preprocessing,
-    main,
     open_image,
     prepare,
 )

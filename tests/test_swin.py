@@ -210,7 +210,6 @@ def with_other(model, path, part):
     ("make", "named"),
     [
         (lambda: Changed(img_size=32, patch_size=4, embed_dim=8), "Changed"),
-        (lambda: timm.create_model("swinv2_cr_tiny_224"), "SwinTransformerV2Cr"),
         (
             lambda: with_other(tiny_swin(), "layers.2.blocks.1", OtherBlock(32, (8, 8))),
             r"block type OtherBlock \(served: SwinTransformerBlock\)",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vitrim.costs.macs import linear_macs
 from vitrim.layers.semantic_windows import Windows
-from vitrim.tokens.attention import scale_of
-from vitrim.tokens.calls import called, in_features, linear_part
+from vitrim.tokens.attention import attend, scale_of
+from vitrim.tokens.calls import called, in_features, is_hooked, linear_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +132,13 @@ def _contexts(
         kv = kv.view(*kv.shape[:3], 2, heads, -1).permute(3, 0, 4, 1, 2, 5)
     k, v = kv.unbind(0)
     mask, scale = _mask(keys, bias_HQK, q.dtype), scale_of(inner, q)
-    # Fused whatever timm says of its own windows: plain products of wide ones fill the memory.
-    context = F.scaled_dot_product_attention(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        attn_mask=None if mask is None else _for_heads(mask, batch, heads, queries),
-        dropout_p=inner.attn_drop.p if inner.training else 0.0,
-        scale=scale,
-    )
+    spread = None if mask is None else _for_heads(mask, batch, heads, queries)
+    parts = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if is_hooked(inner.attn_drop):  # somebody reads the attention maps
+        context = attend(inner, *parts, spread)
+    else:  # whatever timm says of its own windows: plain products of wide ones fill the memory
+        dropout = inner.attn_drop.p if inner.training else 0.0
+        context = F.scaled_dot_product_attention(*parts, spread, dropout, scale=scale)
     context = context.view(batch, heads, windows, queries, -1).permute(0, 2, 3, 1, 4)
     record = WindowRecord(q.transpose(1, 2), k.transpose(1, 2), mask, keys, scale)
     return context.reshape(batch, windows, queries, width), record

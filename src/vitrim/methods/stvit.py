@@ -230,7 +230,7 @@ class STViT(SemanticMethod):
         self._check_shape(grid)
         map_BCHW = tokens.patches.transpose(1, 2).reshape(tokens.num_images, -1, *grid)
         initial = self.pooling(map_BCHW, self.config.shape)
-        index_BS = middles(grid, self.config.shape, initial.device).expand(len(initial), -1)
+        index_BS = middles(grid, self.config.shape, initial.device).expand(initial.shape[0], -1)
         semantic = Tokens(initial, 0, index_BS, rotary=tokens.rotary)
         semantic = semantic.with_prefix(tokens.prefix_BPC)
         x, record = self._cross_block(family, self.base_layers, semantic, semantic.x, tokens)

@@ -18,7 +18,7 @@ ADAPTIVE = {
     "asvit": ASViTConfig(thresholds=0.0125),
     "asvit merging": ASViTConfig(thresholds=0.0125, merge_dropped=True),
     "sait": SaiTConfig(min_kept=1, mass=0.6),
-    "merging": MergingConfig(threshold=0.01),
+    "merging": MergingConfig(threshold=0.02),  # all images unlike at every stage
     "spvit": SPViTConfig(inference="threshold", threshold=0.48),
 }
 """Of twelve blocks and 64 patches; the images keep unlike numbers of them."""

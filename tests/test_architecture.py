@@ -46,7 +46,7 @@ FLOORS = {
     "cli": 13,
     "__main__": 13,
 }
-LINES = 36_172
+LINES = 36_171
 """Of all Python files in the package."""
 SHARED_BY_METHODS = {"base", "records", "selection", "semantic"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -363,8 +362,8 @@ class _InTimmsWords:
         return bool(self.attention.training)
 
     @property
-    def attn_drop(self) -> Any:
-        return SimpleNamespace(p=self.attention.attention_dropout)
+    def attn_drop(self) -> nn.Dropout:
+        return nn.Dropout(self.attention.attention_dropout)
 
     def proj_drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.attention.dropout, self.training)

@@ -27,6 +27,7 @@ from vitrim import UnsupportedBackboneError, capabilities, sparsify
 from vitrim.cli.schedule import dense_model
 from vitrim.families import FAMILIES
 from vitrim.methods import METHODS
+from vitrim.methods.base import OF_CLIPS
 from vitrim.train.backbone import create_dense
 from vitrim.train.recipe import ModelRecipe
 
@@ -53,7 +54,7 @@ def test_every_method_has_an_answer_for_every_family():
     assert names == BACKBONES.keys()
     for name, method in METHODS.items():
         assert TABLE[name].keys() == names
-        assert set(method.families) | method.refusals.keys() == names
+        assert set(method.families) | method.refusals.keys() | OF_CLIPS.keys() == names
         assert not set(method.families) & method.refusals.keys()
 
 
